@@ -53,10 +53,10 @@ def peft_of() -> Any:
 # Files ------------------------------------------------------------------------------------------------------------
 
 
-def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and one[name].tobytes() == other[name].tobytes()
-        and one[name].shape == other[name].shape for name in one
+def same(arrays: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return arrays.keys() == other.keys() and all(
+        arrays[name].dtype == other[name].dtype and arrays[name].tobytes() == other[name].tobytes()
+        and arrays[name].shape == other[name].shape for name in arrays
     )  # fmt: skip
 
 
@@ -91,8 +91,8 @@ def test_half_precision_is_kept_to_the_bit(tmp_path: Path, dtype: str) -> None:
     assert same(read_adapter(path, Manifest.read(file)), tensors)
     runner = OnnxRunner(file)
     runner.load("a", path)
-    given = runner.run({"x": np.zeros(1, np.float32)}, "a")
-    assert all(given[f"out:{name}"].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
+    outputs = runner.run({"x": np.zeros(1, np.float32)}, "a")
+    assert all(outputs[f"out:{name}"].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
 
 
 def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path) -> None:
@@ -105,11 +105,11 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path) 
     }  # fmt: skip
     with pytest.raises(LoadError) as caught:
         write_adapter(path, wrong, manifest)
-    told = str(caught.value)
-    assert len(caught.value.problems) == 4 and "a.onnx_adapter can't be written: 4 problems" in told
-    assert "did you mean 'first.adapters.slot.A'" in told and "it has A, and lacks B" in told
-    assert "it is (2, 5), and the slot (any, 6)" in told and "it is float64, and the slot float32" in told
-    assert path.read_bytes() == b"before" and [one.name for one in tmp_path.iterdir()] == ["net.onnx", path.name]
+    message = str(caught.value)
+    assert len(caught.value.problems) == 4 and "a.onnx_adapter can't be written: 4 problems" in message
+    assert "did you mean 'first.adapters.slot.A'" in message and "it has A, and lacks B" in message
+    assert "it is (2, 5), and the slot (any, 6)" in message and "it is float64, and the slot float32" in message
+    assert path.read_bytes() == b"before" and [entry.name for entry in tmp_path.iterdir()] == ["net.onnx", path.name]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path) 
         (lambda t: t.clear(), "no tensors"),
     ],
 )
-def test_one_thing_that_does_not_fit(tmp_path: Path, change: Any, told: str) -> None:
+def test_one_thing_that_does_not_fit(tmp_path: Path, change: Any, message: str) -> None:
     manifest, tensors = Manifest.read(slotted.net(tmp_path / "net.onnx")), slotted.adapter(60)
     change(tensors)
-    with pytest.raises(LoadError, match=told):
+    with pytest.raises(LoadError, match=message):
         write_adapter(tmp_path / "a.onnx_adapter", tensors, manifest)
 
 
@@ -146,9 +146,11 @@ def test_adapters_of_another_base_and_of_other_slots_are_refused(tmp_path: Path)
 
 def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     manifest = Manifest.read(slotted.net(tmp_path / "net.onnx"))
-    made = onnxruntime.AdapterFormat()
-    made.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(t) for n, t in slotted.adapter(60).items()})
-    made.export_adapter(str(tmp_path / "theirs.onnx_adapter"))
+    adapter_file = onnxruntime.AdapterFormat()
+    adapter_file.set_parameters(
+        {n: onnxruntime.OrtValue.ortvalue_from_numpy(t) for n, t in slotted.adapter(60).items()}
+    )
+    adapter_file.export_adapter(str(tmp_path / "theirs.onnx_adapter"))
     with pytest.raises(LoadError, match="other programs write no checksum"):
         read_adapter(tmp_path / "theirs.onnx_adapter", manifest)
     with pytest.raises(LoadError, match="No such file"):
@@ -225,12 +227,15 @@ def test_damaged_files_are_refused_or_whole_and_never_crash(tmp_path: Path) -> N
 
 def test_a_manifest_is_the_same_from_the_file_a_session_and_a_sidecar(tmp_path: Path) -> None:
     file = slotted.decoder(tmp_path / "net.onnx")
-    found = Manifest.read(file)
+    manifest = Manifest.read(file)
     session = onnxruntime.InferenceSession(slotted.decoder(tmp_path / "again.onnx", required=True))
-    (tmp_path / "net.onnx.manifest.json").write_text(found.to_json())
-    assert found == Manifest.read(tmp_path / "net.onnx.manifest.json") == Manifest.of(found.to_dict())
-    assert Manifest.read(session).slots_as == "inputs" and Manifest.read(session).slots == found.slots
-    assert [one.dim for one in found.slots[:2]] == ["query.rank"] * 2 and found.slots[0].shape == (None, slotted.SIZE)
+    (tmp_path / "net.onnx.manifest.json").write_text(manifest.to_json())
+    assert manifest == Manifest.read(tmp_path / "net.onnx.manifest.json") == Manifest.of(manifest.to_dict())
+    assert Manifest.read(session).slots_as == "inputs" and Manifest.read(session).slots == manifest.slots
+    assert [declared.dim for declared in manifest.slots[:2]] == ["query.rank"] * 2 and manifest.slots[0].shape == (
+        None,
+        slotted.SIZE,
+    )
     assert metadata_of(file).keys() == {"surgery.manifest"}
 
 
@@ -245,14 +250,14 @@ def test_what_is_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="export_onnx did not write it"):
         OnnxRunner(file)
     (tmp_path / "text.onnx").write_text("no model")
-    for path, told in ((tmp_path / "text.onnx", "not an ONNX file"), (tmp_path / "none.onnx", "can't be read")):
-        with pytest.raises(SurgeryError, match=told):
+    for path, message in ((tmp_path / "text.onnx", "not an ONNX file"), (tmp_path / "none.onnx", "can't be read")):
+        with pytest.raises(SurgeryError, match=message):
             Manifest.read(path)
     data = Manifest.read(slotted.net(tmp_path / "net.onnx")).to_dict()
     with pytest.raises(SurgeryError, match="later release"):
         Manifest.of({**data, "version": 2})
-    for text, told in (("{", "not JSON"), ("[]", "its format"), ('{"format": 1}', "its format")):
-        with pytest.raises(SurgeryError, match=told):
+    for text, message in (("{", "not JSON"), ("[]", "its format"), ('{"format": 1}', "its format")):
+        with pytest.raises(SurgeryError, match=message):
             Manifest.from_json(text)
     with pytest.raises(SurgeryError, match="it lacks slots, opset"):
         Manifest.of({name: value for name, value in data.items() if name not in ("slots", "opset")})
@@ -275,10 +280,10 @@ def test_what_is_no_manifest(tmp_path: Path) -> None:
         (lambda d: d.update(cache=[{"past": "x"}]), "the cache has"),
     ],
 )
-def test_a_damaged_manifest_tells_what_is_wrong(tmp_path: Path, change: Any, told: str) -> None:
+def test_a_damaged_manifest_tells_what_is_wrong(tmp_path: Path, change: Any, message: str) -> None:
     data = json.loads(Manifest.read(slotted.net(tmp_path / "net.onnx")).to_json())
     change(data)
-    with pytest.raises(SurgeryError, match=told):
+    with pytest.raises(SurgeryError, match=message):
         Manifest.of(data)
 
 
@@ -331,14 +336,14 @@ class Net(nn.Module):
 def peft_on(model: nn.Module, config: Any, folder: Path, seed: int = 0) -> Any:
     """PEFT's model with random trained tensors, saved to the folder."""
     with quietly():
-        made = peft_of().get_peft_model(model, config)
+        peft_model = peft_of().get_peft_model(model, config)
     draw = torch.Generator().manual_seed(seed)
-    for parameter in made.parameters():
+    for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape, generator=draw) * 0.3 + (parameter.dim() == 1)
     with quietly():
-        made.save_pretrained(str(folder))
-    return made.eval()
+        peft_model.save_pretrained(str(folder))
+    return peft_model.eval()
 
 
 def lora(**fields: Any) -> Any:
@@ -368,10 +373,10 @@ def test_a_converted_lora_computes_what_peft_does(tmp_path: Path, fields: dict[s
     y = build.linear(y, "second", slotted.W2, slotted.B2, slots=True, **wide)
     build.output(y, "y", "float32", ["batch", 3])
     file = build.save(tmp_path / "net.onnx")
-    made = peft_on(Net(), lora(**fields), tmp_path / "peft")
+    peft_model = peft_on(Net(), lora(**fields), tmp_path / "peft")
     runner = OnnxRunner(file)
     runner.load("a", convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"))
-    expected = made(torch.from_numpy(X)).detach().numpy()
+    expected = peft_model(torch.from_numpy(X)).detach().numpy()
     np.testing.assert_allclose(runner.run({"x": X}, "a")["y"], expected, atol=2e-5, rtol=1e-5)
     np.testing.assert_allclose(runner.run({"x": X})["y"], slotted.net_in_numpy(X), atol=1e-5)
 
@@ -381,28 +386,28 @@ def test_the_bases_own_weight_in_a_checkpoint_must_be_the_files(tmp_path: Path) 
     from safetensors.torch import load_file, save_file
 
     file = slotted.net(tmp_path / "net.onnx")
-    made = peft_on(net := Net(), lora(), tmp_path / "peft")
-    held, path = (
+    peft_model = peft_on(net := Net(), lora(), tmp_path / "peft")
+    tensors, path = (
         load_file(str(tmp_path / "peft/adapter_model.safetensors")),
         tmp_path / "peft/adapter_model.safetensors",
     )
     key, weight = "base_model.model.first.base_layer.weight", net.first.weight.detach().clone()
-    save_file({**held, key: weight.half()}, str(path))
+    save_file({**tensors, key: weight.half()}, str(path))
     runner = OnnxRunner(file)
     runner.load("a", convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"))
-    expected = made(torch.from_numpy(X)).detach().numpy()
+    expected = peft_model(torch.from_numpy(X)).detach().numpy()
     np.testing.assert_allclose(runner.run({"x": X}, "a")["y"], expected, atol=2e-5, rtol=1e-5)
-    save_file({**held, key: weight + 1}, str(path))
+    save_file({**tensors, key: weight + 1}, str(path))
     with pytest.raises(SurgeryError, match="other embeddings than the exported base"):
         convert_peft(tmp_path / "peft", file, tmp_path / "b.onnx_adapter")
 
 
 def test_slots_for_more_than_the_adapter_has_stay_neutral(tmp_path: Path) -> None:
     file = slotted.net(tmp_path / "net.onnx", gain=True, b_bias=True)
-    made = peft_on(Net(), lora(), tmp_path / "peft")
+    peft_model = peft_on(Net(), lora(), tmp_path / "peft")
     runner = OnnxRunner(file)
     runner.load("a", convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"))
-    expected = made(torch.from_numpy(X)).detach().numpy()
+    expected = peft_model(torch.from_numpy(X)).detach().numpy()
     np.testing.assert_allclose(runner.run({"x": X}, "a")["y"], expected, atol=2e-5, rtol=1e-5)
 
 
@@ -417,33 +422,33 @@ def test_dora_finds_weights_that_stand_transposed(tmp_path: Path) -> None:
         ["b", 5],
     )
     file = build.save(tmp_path / "net.onnx")
-    made = peft_on(square, lora(target_modules=["0"], use_dora=True), tmp_path / "peft")
+    peft_model = peft_on(square, lora(target_modules=["0"], use_dora=True), tmp_path / "peft")
     runner, x = OnnxRunner(file), slotted.random(3, 2, 5)
     runner.load("a", convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"))
-    expected = made(torch.from_numpy(x)).detach().numpy()
+    expected = peft_model(torch.from_numpy(x)).detach().numpy()
     np.testing.assert_allclose(runner.run({"x": x}, "a")["y"], expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spelling", ["today's", "with an adapter's name", "without a prefix"])
 def test_checkpoints_in_half_precision_and_under_other_keys(tmp_path: Path, dtype: Any, spelling: str) -> None:
-    made = peft_on(Net(), lora(), tmp_path / "peft")
+    peft_model = peft_on(Net(), lora(), tmp_path / "peft")
     path = tmp_path / "peft" / "adapter_model.safetensors"
     with safe_open(path, "pt") as file:
-        held = {key: file.get_tensor(key).to(dtype) for key in file.keys()}
+        tensors = {key: file.get_tensor(key).to(dtype) for key in file.keys()}
     changed = {
         "today's": lambda key: key,
         "with an adapter's name": lambda key: key.replace(".weight", ".default.weight"),
         "without a prefix": lambda key: key.removeprefix("base_model.model."),
     }[spelling]
-    save_file({changed(key): tensor for key, tensor in held.items()}, path)
-    for name, parameter in made.named_parameters():
+    save_file({changed(key): tensor for key, tensor in tensors.items()}, path)
+    for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype).float()
     onnx_file = slotted.net(tmp_path / "net.onnx")
     runner = OnnxRunner(onnx_file)
     runner.load("a", convert_peft(tmp_path / "peft", onnx_file, tmp_path / "a.onnx_adapter"))
-    expected = made(torch.from_numpy(X)).detach().numpy()
+    expected = peft_model(torch.from_numpy(X)).detach().numpy()
     np.testing.assert_allclose(runner.run({"x": X}, "a")["y"], expected, atol=2e-5, rtol=1e-5)
 
 
@@ -463,7 +468,7 @@ def test_embeddings_convolutions_attention_and_trained_modules(tmp_path: Path) -
     model = Further().eval()
     plain = copy.deepcopy(model)
     fields = {"target_modules": ["table", "conv", "attn"], "modules_to_save": ["head", "norm"], "lora_alpha": 6}
-    made = peft_on(model, lora(**fields), tmp_path / "peft")
+    peft_model = peft_on(model, lora(**fields), tmp_path / "peft")
     build = Build()
     build.site("table", "lora", {"A": [None, 11], "B": [8, None]}, "Embedding")
     build.site("conv", "lora", {"A": [None, 4, 3, 3], "B": [6, None, 1, 1]}, "Conv2d")
@@ -473,28 +478,28 @@ def test_embeddings_convolutions_attention_and_trained_modules(tmp_path: Path) -
     norm = {name: np.ones(3, np.float32) for name in ("weight", "bias", "running_mean", "running_var")}
     build.site("norm", "train", norm, "BatchNorm1d")
     file = slotted.identities(tmp_path / "f.onnx", build)
-    found = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
-    held = {name: torch.from_numpy(array.copy()) for name, array in found.items()}
+    arrays = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     with torch.no_grad():  # the base with the changes in its weights is PEFT's model
-        plain.table.weight += (held[slot("table", "B")] @ held[slot("table", "A")]).T
-        A, B = held[slot("conv", "A")], held[slot("conv", "B")]
+        plain.table.weight += (tensors[slot("table", "B")] @ tensors[slot("table", "A")]).T
+        A, B = tensors[slot("conv", "A")], tensors[slot("conv", "B")]
         plain.conv.weight += (B.flatten(1) @ A.flatten(1)).view(6, 4, 3, 3)
-        plain.attn.get_parameter("in_proj_weight").add_(held[slot("attn", "B")] @ held[slot("attn", "A")])
-        plain.attn.out_proj.weight += held[slot("attn", "out_B")] @ held[slot("attn", "out_A")]
+        plain.attn.get_parameter("in_proj_weight").add_(tensors[slot("attn", "B")] @ tensors[slot("attn", "A")])
+        plain.attn.out_proj.weight += tensors[slot("attn", "out_B")] @ tensors[slot("attn", "out_A")]
     for path in ("head", "norm"):
-        own = {name: held[slot(path, name)] for name in ("weight", "bias")}
-        own |= {name: held[slot(path, name)] for name in ("running_mean", "running_var") if path == "norm"}
+        own = {name: tensors[slot(path, name)] for name in ("weight", "bias")}
+        own |= {name: tensors[slot(path, name)] for name in ("running_mean", "running_var") if path == "norm"}
         plain.get_submodule(path).load_state_dict(own, strict=False)
-    given = torch.arange(10).view(2, 5), torch.from_numpy(slotted.random(3, 1, 4, 6, 6))
-    for one, other in zip(plain(*given), made(*given), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    inputs = torch.arange(10).view(2, 5), torch.from_numpy(slotted.random(3, 1, 4, 6, 6))
+    for actual, other in zip(plain(*inputs), peft_model(*inputs), strict=True):
+        torch.testing.assert_close(actual, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [4, 3], ids=["groups in the slot", "none in the slot"])
 def test_convolutions_with_groups(tmp_path: Path, rank: int) -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
     weight = model["conv"].weight.detach().numpy().copy()  # type: ignore[operator]
-    made = peft_on(model, lora(target_modules=["conv"]), tmp_path / "peft")
+    peft_model = peft_on(model, lora(target_modules=["conv"]), tmp_path / "peft")
     build = Build()
     B, words = ([6, None, 1, 1], {"B": "rank_of_a_group"} if rank == 4 else {})
     shapes = {"A": [None, 2, 3, 3], "B": B}
@@ -502,13 +507,13 @@ def test_convolutions_with_groups(tmp_path: Path, rank: int) -> None:
     file = slotted.identities(tmp_path / "f.onnx", build)
     with pytest.raises(LoadError, match="reads channels of other groups"):
         convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
-    layer = made.base_model.model["conv"]
+    layer = peft_model.base_model.model["conv"]
     A = layer.lora_A["default"].weight.data
     A[:2, 2:], A[2:, :2] = 0, 0  # each half of the rank reads its own group of channels
     with quietly():
-        made.save_pretrained(str(tmp_path / "peft"))
-    found = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
-    down, up = found[slot("conv", "A")].reshape(4, -1), found[slot("conv", "B")].reshape(6, -1)
+        peft_model.save_pretrained(str(tmp_path / "peft"))
+    arrays = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
+    down, up = arrays[slot("conv", "A")].reshape(4, -1), arrays[slot("conv", "B")].reshape(6, -1)
     assert up.shape == ((6, 2) if rank == 4 else (6, 4))
     blocks = [up[:3] @ down[:2], up[3:] @ down[2:]] if rank == 4 else [up @ down]
     merged = torch.from_numpy(weight + np.concatenate(blocks).reshape(weight.shape))
@@ -520,7 +525,7 @@ def test_convolutions_with_groups(tmp_path: Path, rank: int) -> None:
 def test_dora_on_embeddings_and_convolutions(tmp_path: Path) -> None:
     model = nn.ModuleDict({"table": nn.Embedding(11, 8), "conv": nn.Conv2d(4, 6, 3)})
     weights = {path: module.weight.detach().numpy().copy() for path, module in model.items()}  # type: ignore[operator]
-    made = peft_on(model, lora(target_modules=["table", "conv"], use_dora=True), tmp_path / "peft")
+    peft_model = peft_on(model, lora(target_modules=["table", "conv"], use_dora=True), tmp_path / "peft")
     build = Build()
     build.site("table", "lora", {"A": [None, 11], "B": [8, None], "gain": ([8], "float32", "ones")}, "Embedding")
     shapes = {"A": [None, 4, 3, 3], "B": [6, None, 1, 1], "gain": ([6], "float32", "ones")}
@@ -528,15 +533,15 @@ def test_dora_on_embeddings_and_convolutions(tmp_path: Path) -> None:
     for path, weight in weights.items():
         build.weight(f"{path}.weight", weight)
     file = slotted.identities(tmp_path / "f.onnx", build)
-    found = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
+    arrays = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
     for path in weights:
-        A, B, gain = (found[slot(path, name)] for name in ("A", "B", "gain"))
+        A, B, gain = (arrays[slot(path, name)] for name in ("A", "B", "gain"))
         if path == "table":
             merged = (weights[path] + (B @ A).T) * gain
         else:
             delta = B.reshape(6, -1) @ A.reshape(len(A), -1)
             merged = (weights[path] + delta.reshape(weights[path].shape)) * gain.reshape(-1, 1, 1, 1)
-        layer = made.base_model.model[path]
+        layer = peft_model.base_model.model[path]
         layer.merge()
         np.testing.assert_allclose(layer.base_layer.weight.detach().numpy(), merged, atol=1e-5)
 
@@ -544,7 +549,7 @@ def test_dora_on_embeddings_and_convolutions(tmp_path: Path) -> None:
 def test_ia3_scales_what_the_slots_scale(tmp_path: Path) -> None:
     peft = peft_of()
     config = peft.IA3Config(target_modules=["first", "second"], feedforward_modules=["second"])
-    made = peft_on(Net(), config, tmp_path / "peft")
+    peft_model = peft_on(Net(), config, tmp_path / "peft")
 
     def saved(fed: str) -> Path:
         build = Build()
@@ -562,7 +567,7 @@ def test_ia3_scales_what_the_slots_scale(tmp_path: Path) -> None:
 
     runner = OnnxRunner(saved("second"))
     runner.load("a", convert_peft(tmp_path / "peft", runner.path, tmp_path / "a.onnx_adapter"))
-    expected = made(torch.from_numpy(X)).detach().numpy()
+    expected = peft_model(torch.from_numpy(X)).detach().numpy()
     np.testing.assert_allclose(runner.run({"x": X}, "a")["y"], expected, atol=1e-5)
     with pytest.raises(LoadError) as caught:
         convert_peft(tmp_path / "peft", saved("first"), tmp_path / "b.onnx_adapter")
@@ -579,26 +584,26 @@ def test_prefixes_are_cut_up_and_turned_back(tmp_path: Path, turn: str) -> None:
 
     sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=16))
-    made = peft_on(model, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), tmp_path / "peft")
+    peft_model = peft_on(model, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), tmp_path / "peft")
     frequencies = [1.0, 0.01]
     build = Build()
-    told: dict[str, Any] = {"turn": None if turn == "none" else {"frequencies": frequencies, "pairs": turn}}
+    rotation: dict[str, Any] = {"turn": None if turn == "none" else {"frequencies": frequencies, "pairs": turn}}
     for i in range(2):
         shapes = {"key": [2, None, 4], "value": [2, None, 4]}
-        build.site(f"layers.{i}", "prefix", shapes, **(told if turn != "unknown" else {}))
+        build.site(f"layers.{i}", "prefix", shapes, **(rotation if turn != "unknown" else {}))
     file = slotted.identities(tmp_path / "f.onnx", build)
     if turn == "unknown":
         with pytest.raises(LoadError, match="has no shift or rotation that does the same"):
             convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
         return
-    found = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
+    arrays = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
     with quietly():
-        cache = made.get_prompt(batch_size=1)
+        cache = peft_model.get_prompt(batch_size=1)
     angles = 3 * torch.tensor(frequencies)
     angles = torch.cat([angles, angles]) if turn == "halves" else angles.repeat_interleave(2)
     rotate: Any = {"halves": halves, "neighbours": neighbours}.get(turn)
     for i, layer in enumerate(cache.layers):
-        keys, values = (torch.from_numpy(found[slot(f"layers.{i}", name)].copy()) for name in ("key", "value"))
+        keys, values = (torch.from_numpy(arrays[slot(f"layers.{i}", name)].copy()) for name in ("key", "value"))
         if rotate is not None:  # rotated forward by three positions they are PEFT's again
             cos, sin = angles.cos().expand(1, 3, 4), angles.sin().expand(1, 3, 4)
             keys = rotate(keys[None], keys[None], cos, sin)[1][0]
@@ -620,10 +625,10 @@ def test_all_that_the_file_has_no_place_for_is_listed(tmp_path: Path) -> None:
     file = slotted.net(tmp_path / "net.onnx")
     with pytest.raises(LoadError) as caught:
         convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
-    told = str(caught.value)
-    assert "peft can't be converted: " in told and not (tmp_path / "a.onnx_adapter").exists()
+    message = str(caught.value)
+    assert "peft can't be converted: " in message and not (tmp_path / "a.onnx_adapter").exists()
     for text in ("alora_invocation_tokens", "'pissa'", "4, and not 5", "no lora slot for a module", "second.weight"):
-        assert text in told, told
+        assert text in message, message
     path.write_text(json.dumps(config))
     with pytest.raises(LoadError, match="no place for gain") as caught:
         convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
@@ -646,11 +651,11 @@ def test_all_that_the_file_has_no_place_for_is_listed(tmp_path: Path) -> None:
         (lambda f: changed(f, without="second."), "no tensors for a target"),
     ],
 )
-def test_a_checkpoint_that_is_damaged_or_of_another_kind(tmp_path: Path, change: Any, told: str) -> None:
+def test_a_checkpoint_that_is_damaged_or_of_another_kind(tmp_path: Path, change: Any, message: str) -> None:
     peft_on(Net(), lora(), tmp_path / "peft")
     change(tmp_path / "peft")
     file = slotted.net(tmp_path / "net.onnx")
-    with pytest.raises(LoadError, match=told):
+    with pytest.raises(LoadError, match=message):
         convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
     assert not (tmp_path / "a.onnx_adapter").exists()
 
@@ -683,8 +688,8 @@ def changed(folder: Path, without: str = "\n", **fields: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        held = {key: file.get_tensor(key) for key in file.keys() if without not in key}
-    save_file(held, folder / "adapter_model.safetensors")
+        tensors = {key: file.get_tensor(key) for key in file.keys() if without not in key}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 # With files of export_onnx ----------------------------------------------------------------------------------------
@@ -696,23 +701,23 @@ def exported(model: nn.Module, rules: Any, inputs: dict[str, torch.Tensor], fold
     from surgery import apply_rules
     from surgery.onnx import export_onnx
 
-    made = copy.deepcopy(model).eval()
+    adapted = copy.deepcopy(model).eval()
     for name, own in (rules if isinstance(rules, dict) else {"default": rules}).items():
-        apply_rules(made, own, adapter=name, example_inputs=inputs)
-    export_onnx(made, folder / "model.onnx", inputs, adapters="slots", verify=False)
+        apply_rules(adapted, own, adapter=name, example_inputs=inputs)
+    export_onnx(adapted, folder / "model.onnx", inputs, adapters="slots", verify=False)
     return folder / "model.onnx"
 
 
-def check_peft(made: Any, file: Path, inputs: dict[str, torch.Tensor], folder: Path, slack: float = 2e-4) -> None:
+def check_peft(peft_model: Any, file: Path, inputs: dict[str, torch.Tensor], folder: Path, slack: float = 2e-4) -> None:
     """The converted checkpoint in the folder gives the outputs of PEFT's model."""
     runner = OnnxRunner(file)
     runner.load("a", convert_peft(folder / "peft", file, folder / "a.onnx_adapter"))
     names = set(runner.manifest.inputs)
-    given = {name: value.numpy() for name, value in inputs.items() if name in names}
+    feeds = {name: value.numpy() for name, value in inputs.items() if name in names}
     with torch.no_grad(), quietly():
-        expected = made(**inputs).logits.numpy()
-    assert np.abs(runner.run(given)["logits"] - expected).max() > 1e-2
-    np.testing.assert_allclose(runner.run(given, "a")["logits"], expected, atol=slack, rtol=1e-3)
+        expected = peft_model(**inputs).logits.numpy()
+    assert np.abs(runner.run(feeds)["logits"] - expected).max() > 1e-2
+    np.testing.assert_allclose(runner.run(feeds, "a")["logits"], expected, atol=slack, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -724,11 +729,11 @@ def test_convolutions_with_groups_of_an_exported_model(tmp_path: Path, rank: int
 
     model, x = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), torch.randn(2, 4, 6, 6)
     file = exported(model, [LoraRule("0", rank=rank)], {"input": x}, tmp_path)
-    made = apply_rules(model.eval(), [LoraRule("0", rank=2 * rank, init="random")])
+    adapted = apply_rules(model.eval(), [LoraRule("0", rank=2 * rank, init="random")])
     runner = OnnxRunner(file)
-    runner.load("a", export_adapter(made, "default", file, tmp_path / "a.onnx_adapter"))
-    found = runner.run({"input": x.numpy()}, "a")["output"]
-    np.testing.assert_allclose(found, made(x).detach().numpy(), atol=1e-4, rtol=1e-4)
+    runner.load("a", export_adapter(adapted, "default", file, tmp_path / "a.onnx_adapter"))
+    actual = runner.run({"input": x.numpy()}, "a")["output"]
+    np.testing.assert_allclose(actual, adapted(x).detach().numpy(), atol=1e-4, rtol=1e-4)
 
 
 def tiny_gpt2(layers: int = 2) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -755,13 +760,13 @@ def test_dora_heads_and_tokens_for_an_exported_gpt2(tmp_path: Path) -> None:
     model, inputs = tiny_gpt2()
     targets = {"target_modules": ["c_attn", "c_proj", "c_fc"], "rank_pattern": {"h.1.*c_proj": 2}}
     further = {"modules_to_save": ["score"], "trainable_token_indices": {"wte": [7, 3, 11]}, "task_type": "SEQ_CLS"}
-    made = peft_on(copy.deepcopy(model), lora(**targets, **further, use_dora=True), tmp_path / "peft")
+    peft_model = peft_on(copy.deepcopy(model), lora(**targets, **further, use_dora=True), tmp_path / "peft")
     rules = [
         LoraRule(["c_attn", "c_proj", "c_fc"], rank=3, dora=True),
         TrainRule("score"),
         TokensRule("wte", tokens=[1]),
     ]
-    check_peft(made, exported(model, rules, inputs, tmp_path), inputs, tmp_path)
+    check_peft(peft_model, exported(model, rules, inputs, tmp_path), inputs, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -770,11 +775,11 @@ def test_trained_biases_for_slots_of_whole_modules(tmp_path: Path) -> None:
     from surgery.rules import LoraRule, TrainRule
 
     model, inputs = tiny_gpt2(LAYERS)
-    made = peft_on(copy.deepcopy(model), lora(target_modules=["c_fc"], bias="lora_only"), tmp_path / "peft")
+    peft_model = peft_on(copy.deepcopy(model), lora(target_modules=["c_fc"], bias="lora_only"), tmp_path / "peft")
     rules = {"one": LoraRule("c_fc", rank=3), "other": TrainRule("c_fc")}
     file = exported(model, rules, inputs, tmp_path)
     assert {slot.tensor for slot in Manifest.read(file).slots} == {"A", "B", "weight", "bias"}
-    check_peft(made, file, inputs, tmp_path)
+    check_peft(peft_model, file, inputs, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -798,5 +803,5 @@ def test_prefixes_for_exported_decoders(tmp_path: Path, family: str) -> None:
     rules = [PrefixRule(length=2, shift="wpe" if family == "gpt2" else None)]
     file = exported(model.eval(), rules, inputs, tmp_path)
     with torch.no_grad():
-        made = peft_on(model, config, tmp_path / "peft")
-    check_peft(made, file, inputs, tmp_path)
+        peft_model = peft_on(model, config, tmp_path / "peft")
+    check_peft(peft_model, file, inputs, tmp_path)

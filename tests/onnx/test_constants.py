@@ -70,17 +70,17 @@ class Each(nn.Module):
         self.norm, self.experts = nn.LayerNorm(16), Experts()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        found = {}
+        outputs = {}
         for name, module in self.named_children():
-            found[name] = module(x.transpose(1, 2) if name.endswith("_conv") else x)
-        return found
+            outputs[name] = module(x.transpose(1, 2) if name.endswith("_conv") else x)
+        return outputs
 
 
 def each(*named: dict[str, Rule]) -> nn.Module:
-    held = {name: rule for one in named for name, rule in one.items()}
+    by_name = {name: rule for group in named for name, rule in group.items()}
     further = [rules.NormRule("norm"), rules.ExpertLoraRule("experts", rank=2, init="random")]
-    model = Each(list(held)).eval()
-    apply_rules(model, [*held.values(), *further])
+    model = Each(list(by_name)).eval()
+    apply_rules(model, [*by_name.values(), *further])
     return shaken(model, 0.1)
 
 
@@ -139,8 +139,8 @@ def test_rules_of_texts(name: str, tmp_path: Path) -> None:
     apply_rules(model, several, example_inputs=inputs)
     exported = Exported(shaken(model), inputs, tmp_path, adapters="constant")
     longer = {key: torch.cat([value[:4], torch.ones_like(value[:4, :2])], 1) for key, value in inputs.items()}
-    for given in (inputs, longer):
-        same(exported.run(given), outputs(model, given))
+    for call_inputs in (inputs, longer):
+        same(exported.run(call_inputs), outputs(model, call_inputs))
 
 
 PROMPTS: dict[str, tuple[Any, Rule]] = {
@@ -170,13 +170,13 @@ def test_the_batch_of_a_constant_prompt_is_free(name: str, tmp_path: Path) -> No
     exported = Exported(shaken(model), inputs, tmp_path, adapters="constant")
     assert set(exported.manifest["free"]["input_ids"]) == {"0", "1"}
     for rows, further in ((1, 0), (1, 3), (5, 0), (4, 2)):
-        given = {key: torch.cat([value[:1]] * rows) for key, value in inputs.items()}
-        given = {key: torch.cat([value, value[:, :further]], 1) for key, value in given.items()}
-        given["input_ids"] = (given["input_ids"] + torch.arange(rows)[:, None]) % model.config.vocab_size
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
+        call_inputs = {key: torch.cat([value[:1]] * rows) for key, value in inputs.items()}
+        call_inputs = {key: torch.cat([value, value[:, :further]], 1) for key, value in call_inputs.items()}
+        call_inputs["input_ids"] = (call_inputs["input_ids"] + torch.arange(rows)[:, None]) % model.config.vocab_size
+        call_inputs["attention_mask"] = torch.ones_like(call_inputs["input_ids"])
         if rows > 1:
-            given["attention_mask"][1, -1:], given["attention_mask"][2, :2] = 0, 0
-        same(exported.run(given), outputs(model, given))
+            call_inputs["attention_mask"][1, -1:], call_inputs["attention_mask"][2, :2] = 0, 0
+        same(exported.run(call_inputs), outputs(model, call_inputs))
 
 
 def test_what_is_solved_in_an_exported_graph_is_what_torch_solves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +186,9 @@ def test_what_is_solved_in_an_exported_graph_is_what_torch_solves(monkeypatch: p
     tall = torch.randn(20, 6, dtype=torch.float64)
     wanted = cayley(skew), upper_inverse(upper), orthonormal_columns(tall)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
-    found = cayley(skew), upper_inverse(upper), orthonormal_columns(tall)
+    solutions = cayley(skew), upper_inverse(upper), orthonormal_columns(tall)
     eye = torch.eye(12, dtype=torch.float64)
-    assert torch.allclose(found[0] @ found[0].mT, eye.expand(3, -1, -1), atol=1e-10)
-    for have, want in zip(found[:2], wanted[:2], strict=True):
+    assert torch.allclose(solutions[0] @ solutions[0].mT, eye.expand(3, -1, -1), atol=1e-10)
+    for have, want in zip(solutions[:2], wanted[:2], strict=True):
         assert torch.allclose(have, want, rtol=1e-9, atol=1e-9)
-    assert torch.allclose(found[2] @ found[2].mT, wanted[2] @ wanted[2].mT, atol=1e-12)  # signs may differ
+    assert torch.allclose(solutions[2] @ solutions[2].mT, wanted[2] @ wanted[2].mT, atol=1e-12)  # signs may differ

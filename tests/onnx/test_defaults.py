@@ -34,13 +34,13 @@ def test_the_base_runs_from_the_file_beside(empty: Any, tmp_path: Path) -> None:
     from surgery.onnx import OnnxRunner, export_adapter, read_adapter
 
     model, x, report = exported(tmp_path, empty=empty)
-    assert report.parity.ok and {one.adapter for one in report.parity.compared} == {"base", "red"}
+    assert report.parity.ok and {comparison.adapter for comparison in report.parity.compared} == {"base", "red"}
     file = tmp_path / "m.onnx.defaults.onnx_adapter"
     runner = OnnxRunner(report.path)
-    held = read_adapter(file, runner.manifest)
-    assert set(held) == {slot.name for slot in runner.manifest.slots}
+    arrays = read_adapter(file, runner.manifest)
+    assert set(arrays) == {slot.name for slot in runner.manifest.slots}
     linear: Any = model[2]  # type: ignore[index]
-    assert np.array_equal(held["2.adapters.slot.weight"], linear.weight.detach().numpy())
+    assert np.array_equal(arrays["2.adapters.slot.weight"], linear.weight.detach().numpy())
     runner.load("red", export_adapter(model, "red", report.path, tmp_path / "red.onnx_adapter"))
     feeds = {"input": x.numpy()}
     red = model(x).detach().numpy()
@@ -50,7 +50,7 @@ def test_the_base_runs_from_the_file_beside(empty: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(runner.run(feeds)["output"], base, atol=1e-5)
     session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
     assert not session.get_overridable_initializers()  # as runtimes do that feed only required inputs
-    np.testing.assert_allclose(session.run(None, {**held, **feeds})[0], base, atol=1e-5)
+    np.testing.assert_allclose(session.run(None, {**arrays, **feeds})[0], base, atol=1e-5)
 
 
 def test_without_that_file_it_needs_an_adapter(tmp_path: Path) -> None:
@@ -58,11 +58,11 @@ def test_without_that_file_it_needs_an_adapter(tmp_path: Path) -> None:
 
     _, x, report = exported(tmp_path)
     file = tmp_path / "m.onnx.defaults.onnx_adapter"
-    held = file.read_bytes()
+    content = file.read_bytes()
     file.unlink()
     with pytest.raises(SurgeryError, match="m.onnx.defaults.onnx_adapter, which is missing"):
         OnnxRunner(report.path).run({"input": x.numpy()})
-    file.write_bytes(held[:-4])
+    file.write_bytes(content[:-4])
     with pytest.raises(LoadError, match="damaged"):
         OnnxRunner(report.path)
 

@@ -21,8 +21,8 @@ from tests.support.onnx_checks import (
     by_hand,
     expected,
     feeds,
-    held,
     operations,
+    read_initializers,
     session,
 )
 from tests.support.onnx_plain import PLAIN, Line, Named, Net, Text, Tied
@@ -69,8 +69,8 @@ def test_modules_of_any_calling_convention(name: str, tmp_path: Path) -> None:
         for adapter in ("a", "b"):
             with using(model, adapter), _as_trained():
                 wanted = expected(model, example)
-            found = run.run(None, {**feeds(model, example, inputs), **by_hand(model, adapter)})
-            assert_near(found, wanted)
+            actual = run.run(None, {**feeds(model, example, inputs), **by_hand(model, adapter)})
+            assert_near(actual, wanted)
         with using(model, []), _as_trained():
             assert_near(run.run(None, feeds(model, example, inputs)), expected(model, example))
 
@@ -134,9 +134,9 @@ def test_merged_is_the_bases_own_graph_and_the_live_model_is_untouched(tmp_path:
     base = remove(model)
     export_onnx(base, tmp_path / "base.onnx", x)
     assert operations(tmp_path / "merged.onnx") == operations(tmp_path / "base.onnx")
-    assert held(tmp_path / "merged.onnx").keys() == held(tmp_path / "base.onnx").keys()
-    moved = [one - other for one, other in zip(wanted, expected(base, x), strict=True)]
-    assert max(float(one.abs().max()) for one in moved) > 0.1
+    assert read_initializers(tmp_path / "merged.onnx").keys() == read_initializers(tmp_path / "base.onnx").keys()
+    moved = [value - other for value, other in zip(wanted, expected(base, x), strict=True)]
+    assert max(float(change.abs().max()) for change in moved) > 0.1
 
 
 def test_a_model_that_is_merged_stays_so(tmp_path: Path) -> None:
@@ -156,12 +156,12 @@ def test_constants_are_initialisers_under_their_own_names(tmp_path: Path) -> Non
     before = Snapshot(model)
     report = export_onnx(model, tmp_path / "m.onnx", x, adapters="constant", names="b")
     assert before.differences(model) == []
-    found = held(report.path)
-    own = {name: one for name, one in model.named_parameters() if ".adapters.b." in name}
+    arrays = read_initializers(report.path)
+    own = {name: parameter for name, parameter in model.named_parameters() if ".adapters.b." in name}
     assert len(own) == 6
     for name, tensor in own.items():
-        assert np.array_equal(found[name], tensor.detach().numpy())
-    assert not any(".adapters.a." in name for name in found)
+        assert np.array_equal(arrays[name], tensor.detach().numpy())
+    assert not any(".adapters.a." in name for name in arrays)
     assert [value.name for value in onnx.load(str(report.path)).graph.input] == ["x"]
     with using(model, "b"):
         assert_near(session(report.path).run(None, {"x": x.numpy()}), expected(model, x))
@@ -187,8 +187,8 @@ def test_empty_slots_of_one_zero(tmp_path: Path) -> None:
         export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", empty="zeros1")
     model = adapted(Net(), ["a", "b"], 2)
     report = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", empty="zeros1")
-    found = held(report.path)
-    assert found["a.adapters.slot.A"].shape == (1, 8) and found["a.adapters.slot.B"].shape == (16, 1)
+    arrays = read_initializers(report.path)
+    assert arrays["a.adapters.slot.A"].shape == (1, 8) and arrays["a.adapters.slot.B"].shape == (16, 1)
     run = session(report.path)
     assert_near(run.run(None, {"x": x.numpy(), **by_hand(model, "a")}), expected(model, x))
     deactivate(model)
@@ -201,12 +201,12 @@ def test_nodes_say_which_rule_put_them_in_and_where(tmp_path: Path) -> None:
     graph = onnx.load(str(tmp_path / "m.onnx")).graph
     slots = {value.name for value in graph.input} - {"x"}
     for node in graph.node:
-        told = {prop.key: prop.value for prop in node.metadata_props}
+        metadata = {prop.key: prop.value for prop in node.metadata_props}
         if slots & set(node.input):
             site = next(name for name in node.input if name in slots).partition(".adapters.")[0]
-            assert told["surgery.site"] == site and told["surgery.rule"]
-            assert site in told["pkg.torch.onnx.name_scopes"]
-        assert not any("stack_trace" in key for key in told)
+            assert metadata["surgery.site"] == site and metadata["surgery.rule"]
+            assert site in metadata["pkg.torch.onnx.name_scopes"]
+        assert not any("stack_trace" in key for key in metadata)
     assert str(Path.cwd()) not in str(graph)
 
 
@@ -225,8 +225,8 @@ def test_a_slot_is_no_word_that_names_an_adapter(tmp_path: Path) -> None:
 def test_versions_of_the_operator_set(opset: int, tmp_path: Path) -> None:
     model, x = net(2)
     report = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", opset=opset)
-    found = {one.domain: one.version for one in onnx.load(str(report.path)).opset_import}
-    assert found[""] == opset == report.manifest["opset"]
+    versions = {entry.domain: entry.version for entry in onnx.load(str(report.path)).opset_import}
+    assert versions[""] == opset == report.manifest["opset"]
 
 
 @pytest.mark.parametrize("opset", [16, 17, 26, "20"])
@@ -241,8 +241,8 @@ def test_half_precision(tmp_path: Path) -> None:
     report = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots")
     slots = {name: array.astype(np.float32) for name, array in by_hand(model, "a").items()}
     assert {slot["dtype"] for slot in report.manifest["slots"]} == {"float32"}  # as adapters of such a base are
-    found = session(report.path).run(None, {"x": x.numpy(), **slots})
-    assert_near(found, expected(model, x), tolerance=5e-3)
+    actual = session(report.path).run(None, {"x": x.numpy(), **slots})
+    assert_near(actual, expected(model, x), tolerance=5e-3)
 
 
 def test_bfloat16_needs_another_machine(tmp_path: Path) -> None:
@@ -252,8 +252,10 @@ def test_bfloat16_needs_another_machine(tmp_path: Path) -> None:
         export_onnx(model, tmp_path / "m.onnx", x, adapters="slots")
     assert "verify=False" in str(caught.value) and not list(tmp_path.iterdir())
     export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", verify=False)
-    found = {one.name: one.data_type for one in onnx.load(str(tmp_path / "m.onnx")).graph.initializer}
-    assert found["a.weight"] == onnx.TensorProto.BFLOAT16
+    types = {
+        initializer.name: initializer.data_type for initializer in onnx.load(str(tmp_path / "m.onnx")).graph.initializer
+    }
+    assert types["a.weight"] == onnx.TensorProto.BFLOAT16
 
 
 # Whole or not at all ------------------------------------------------------------------------------------------------
@@ -263,12 +265,12 @@ def test_weights_beside_the_graph(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(8, 300), nn.Linear(300, 2)), torch.randn(2, 8)
     for external in (True, 100):
         report = export_onnx(model, tmp_path / "m.onnx", x, external_data=external)
-        assert sorted(one.name for one in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data", "m.onnx.manifest.json"]
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data", "m.onnx.manifest.json"]
         assert report.nbytes == sum((tmp_path / name).stat().st_size for name in ("m.onnx", "m.onnx.data"))
         assert_near(session(report.path).run(None, {"input": x.numpy()}), expected(model, x))
     for external in (False, 10**9, None):
         export_onnx(model, tmp_path / "m.onnx", x, external_data=external, verify=False)
-        assert sorted(one.name for one in tmp_path.iterdir()) == ["m.onnx", "m.onnx.manifest.json"]
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.onnx", "m.onnx.manifest.json"]
 
 
 class Branches(Line):
@@ -306,7 +308,7 @@ def test_a_disk_that_fails_leaves_all_as_it_was(adapters: Any, tmp_path: Path, m
     with pytest.raises(SurgeryError, match="can't be written(.|\n)*No space left"):
         export_onnx(model, tmp_path / "m.onnx", x, adapters=adapters)
     assert before.differences(model) == []
-    assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"] and (tmp_path / "m.onnx").read_text() == "older"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"] and (tmp_path / "m.onnx").read_text() == "older"
 
 
 def test_a_comparison_that_fails_leaves_the_older_file(tmp_path: Path) -> None:
@@ -315,7 +317,7 @@ def test_a_comparison_that_fails_leaves_the_older_file(tmp_path: Path) -> None:
     before = Snapshot(model)
     with pytest.raises(SurgeryError, match="does not compute what the model does"):
         export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", atol=1e-12)
-    assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"] and (tmp_path / "m.onnx").read_text() == "older"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"] and (tmp_path / "m.onnx").read_text() == "older"
     assert before.differences(model) == []
 
 
@@ -351,7 +353,8 @@ def test_settings_that_are_wrong_are_told(tmp_path: Path) -> None:
 def test_tied_weights_are_in_the_file_once(tmp_path: Path) -> None:
     model = adapted(Tied(), ["a"], 2)
     export_onnx(model, tmp_path / "m.onnx", torch.randint(0, 10, (2, 5)), adapters="slots")
-    assert [name for name, array in held(tmp_path / "m.onnx").items() if array.shape in ((10, 8), (8, 10))] in (
+    arrays = read_initializers(tmp_path / "m.onnx")
+    assert [name for name, array in arrays.items() if array.shape in ((10, 8), (8, 10))] in (
         ["words.weight"], ["head.weight"],
     )  # fmt: skip
 
@@ -359,8 +362,8 @@ def test_tied_weights_are_in_the_file_once(tmp_path: Path) -> None:
 def test_the_manifest_stands_in_the_file_and_beside_it(tmp_path: Path) -> None:
     model, x = net(2)
     report = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots")
-    told = {one.key: one.value for one in onnx.load(str(report.path)).metadata_props}
-    assert json.loads(told["surgery.manifest"]) == report.manifest
+    metadata = {prop.key: prop.value for prop in onnx.load(str(report.path)).metadata_props}
+    assert json.loads(metadata["surgery.manifest"]) == report.manifest
     assert json.loads((tmp_path / "m.onnx.manifest.json").read_text()) == report.manifest
 
 
@@ -372,9 +375,9 @@ def test_a_cache_that_has_lost_what_left_its_window(tmp_path: Path) -> None:
     ids = example["input_ids"]
     with torch.no_grad():
         past = model(input_ids=ids[:, :5]).past_key_values
-    given = {"input_ids": ids[:, 5:], "attention_mask": torch.ones_like(ids), "past_key_values": past}
+    inputs = {"input_ids": ids[:, 5:], "attention_mask": torch.ones_like(ids), "past_key_values": past}
     with pytest.raises(SurgeryError, match="(?s)keeps only a window.*last 3 of 5 positions.*cache=True"):
-        export_onnx(model, tmp_path / "m.onnx", given)
+        export_onnx(model, tmp_path / "m.onnx", inputs)
     assert type(past.layers[0]).__name__ == "DynamicSlidingWindowLayer" and not list(tmp_path.iterdir())
 
 

@@ -119,8 +119,8 @@ def test_a_file_in_half_precision_takes_its_adapters(tmp_path: Path) -> None:
     onnx.save(half, tmp_path / "half.onnx")
     runner = OnnxRunner(tmp_path / "half.onnx")
     runner.load("red", tmp_path / "red.onnx_adapter")
-    (found,) = runner.run({"input": x.numpy().astype(np.float16)}, "red").values()
-    np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-2, atol=1e-2)  # three digits of float16
+    (output,) = runner.run({"input": x.numpy().astype(np.float16)}, "red").values()
+    np.testing.assert_allclose(output, model(x).detach().numpy(), rtol=1e-2, atol=1e-2)  # three digits of float16
     with pytest.raises(SurgeryError, match=r"too large for the file(.|\n)*float16"):
         tensors = {name: np.full([size or 2 for size in slot.shape], 1e6, np.float32) for name, slot in _slots(runner)}
         runner.load("large", tensors)
@@ -134,10 +134,10 @@ def _slots(runner: OnnxRunner) -> Any:
 def test_lost_slots_name_the_export_that_keeps_them(tmp_path: Path) -> None:
     export_onnx(_red(), tmp_path / "m.onnx", torch.ones(3, 4), adapters="slots")
     slim = onnx.load(tmp_path / "m.onnx")
-    names = {one.name for one in slim.graph.initializer}
-    kept = [one for one in slim.graph.input if one.name not in names]  # as programs do that shrink files
+    names = {initializer.name for initializer in slim.graph.initializer}
+    remaining = [value for value in slim.graph.input if value.name not in names]  # as programs do that shrink files
     del slim.graph.input[:]
-    slim.graph.input.extend(kept)
+    slim.graph.input.extend(remaining)
     onnx.save(slim, tmp_path / "slim.onnx")
     with pytest.raises(SurgeryError, match='lost its slots(.|\n)*slots_as="inputs"'):
         OnnxRunner(tmp_path / "slim.onnx")

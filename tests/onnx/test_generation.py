@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 NEW, TEXT, SWITCH = 8, 6, 9  # rotations switch while tokens are added
 SAMPLE = ["roberta"]
-DECODERS = [name for name, one in FAMILIES.items() if one.kind in ("decoder", "moe", "encoder", "state-space")]
+DECODERS = [name for name, family in FAMILIES.items() if family.kind in ("decoder", "moe", "encoder", "state-space")]
 CHOSEN = [*DECODERS, *(f"{name}-longrope" for name in DECODERS)] if os.environ.get("ALL_ONNX") else SAMPLE
 
 
@@ -75,13 +75,13 @@ def test_a_file_decodes_as_generate_or_says_why_not(name: str, tmp_path: Path) -
         report = export_onnx(model, tmp_path / "m.onnx", example, verify=False)
     try:  # a file that onnxruntime can't open is one that says why not, as one whose sizes came out fixed
         runner = OnnxRunner(tmp_path / "m.onnx")
-        found = runner.generate(text.numpy(), NEW)[0, TEXT:].tolist()
+        actual = runner.generate(text.numpy(), NEW)[0, TEXT:].tolist()
     except SurgeryError as error:
         assert error.why, error
         assert "generate" not in str(error.what) or any("generate" in note for note in report.notices)
         assert "accepts exactly" not in error.why or any("is fixed at" in note for note in report.notices)
         return
-    assert found == expected
+    assert actual == expected
 
 
 def test_a_cache_is_read_again_where_the_rotations_change(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def test_attention_of_torch_itself(tmp_path: Path) -> None:
     assert report.parity is not None and report.parity.moved["a"] > 0.02
     runner = OnnxRunner(report.path)
     runner.load("a", export_adapter(model, "a", report.path, tmp_path / "a.onnx_adapter"))
-    found = torch.from_numpy(runner.run({"x": x.numpy()}, "a")["output"])
-    assert torch.allclose(found, model(x), atol=2e-2, rtol=2e-2)
+    actual = torch.from_numpy(runner.run({"x": x.numpy()}, "a")["output"])
+    assert torch.allclose(actual, model(x), atol=2e-2, rtol=2e-2)
 
 
 class Attending(nn.Module):

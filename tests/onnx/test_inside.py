@@ -83,7 +83,7 @@ def test_names_are_heard(kind: str, how: Any, tmp_path: Path) -> None:
 def weights(path: Path) -> list[str]:
     import onnx
 
-    return [one.name for one in onnx.load(str(path)).graph.initializer]
+    return [initializer.name for initializer in onnx.load(str(path)).graph.initializer]
 
 
 @pytest.mark.parametrize("kind", ["module", "compile"])
@@ -95,8 +95,8 @@ def test_slots(kind: str, tmp_path: Path) -> None:
     runner = OnnxRunner(report.path)
     for name in ("red", "blue"):
         runner.load(name, export_adapter(outer, name, report.path, tmp_path / f"{name}.onnx_adapter"))
-        found = next(iter(runner.run({runner.manifest.inputs[0]: X.numpy()}, name).values()))
-        np.testing.assert_allclose(found, live(outer, name), atol=1e-5)
+        output = next(iter(runner.run({runner.manifest.inputs[0]: X.numpy()}, name).values()))
+        np.testing.assert_allclose(output, live(outer, name), atol=1e-5)
     with torch.no_grad():
         plain = next(iter(runner.run({runner.manifest.inputs[0]: X.numpy()}).values()))
         np.testing.assert_allclose(plain, live(outer), atol=1e-5)
@@ -110,20 +110,20 @@ def test_live_adapters_have_their_weights(how: Any, names: str | None, tmp_path:
     report = export_onnx(outer, tmp_path / "a.onnx", X, adapters=how, names=names, dynamic=False)
     assert active(model) == ("red", "blue") and adapters(model)["blue"].weight == -2.0
     assert report.parity is not None and report.parity.ok
-    found = ran(report.path)
+    actual = ran(report.path)
     with torch.no_grad():  # plain arithmetic
         x = X
         for layer in model:
             if isinstance(layer, nn.Linear):
-                held: Any = layer.adapters
+                container: Any = layer.adapters
                 weight = layer.weight.clone()
                 for name, scale in {"red": 8 / 2, "blue": 8 / 4}.items():
-                    if names in (None, name) and hasattr(held, name):
-                        weight += weights[name] * scale * getattr(held, name).B @ getattr(held, name).A
+                    if names in (None, name) and hasattr(container, name):
+                        weight += weights[name] * scale * getattr(container, name).B @ getattr(container, name).A
                 x = nn.functional.linear(x, weight, layer.bias)
             else:
                 x = layer(x)
-        np.testing.assert_allclose(found, outer.out(x).numpy(), atol=1e-5)
+        np.testing.assert_allclose(actual, outer.out(x).numpy(), atol=1e-5)
 
 
 def test_what_is_merged_or_idle_is_seen(tmp_path: Path) -> None:
@@ -154,13 +154,13 @@ def test_several_rewritten_parts(tmp_path: Path) -> None:
     model = Two().eval()
     activate(model.text, "red")
     deactivate(model.image)
-    kept = [tensor.clone() for tensor in model.state_dict().values()]
+    copies = [tensor.clone() for tensor in model.state_dict().values()]
     with torch.no_grad():
         wanted = model(X).numpy()
     path = export_onnx(model, tmp_path / "a.onnx", X, dynamic=False).path
     np.testing.assert_allclose(ran(path), wanted, atol=1e-5)
     assert not any(".adapters." in name for name in weights(path))
-    assert all(torch.equal(a, b) for a, b in zip(kept, model.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(copies, model.state_dict().values(), strict=True))
     for how, names in (("merged", "red"), ("constant", "red"), ("slots", None), ("slots", "red")):
         with pytest.raises(SurgeryError, match="2 parts of this Two were rewritten"):
             export_onnx(model, tmp_path / "b.onnx", X, adapters=how, names=names)  # type: ignore[arg-type]

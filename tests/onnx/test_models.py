@@ -53,7 +53,7 @@ def test_models(row: Row, tmp_path: Path, packaged: Find) -> None:
     assert before.differences(model) == []
     assert report.parity is not None and report.parity.ok and report.parity.weights > 10
     own = any("prefix" in name or "prompt" in name for name in row.adapters)
-    assert not any("can't be called" in one for one in report.parity.notices if not one.startswith("prompt"))
+    assert not any("can't be called" in notice for notice in report.parity.notices if not notice.startswith("prompt"))
     assert all(moved > 10 * TOLERANCE for moved in report.parity.moved.values()), report.parity.moved
     dims = {dim for axes in report.manifest["free"].values() for dim in axes.values()}
     assert "batch" in dims and ("past" in dims) == bool(row.how.get("cache") or "past_key_values" in words)
@@ -65,8 +65,8 @@ def test_models(row: Row, tmp_path: Path, packaged: Find) -> None:
         spared = [name for name, _ in model.named_parameters() if re.search(inner, name)]
         assert_weights(model, report.path, spared)
     run, inputs = session(report.path), report.manifest["inputs"]
-    for given in (example, one_more(example)) if "past_key_values" not in words else ():
-        call = cached(model, given, row.how)
+    for call_inputs in (example, one_more(example)) if "past_key_values" not in words else ():
+        call = cached(model, call_inputs, row.how)
         for adapter in () if own else row.adapters:
             with using(model, adapter), traced_path():
                 assert_near(
@@ -113,8 +113,11 @@ def test_a_cache_that_begins_empty_serves_a_whole_text(tmp_path: Path) -> None:
     model, example = row.made()
     adapter = next(iter(row.adapters))
     report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots", cache=True)
-    assert report.parity is not None and {one.adapter for one in report.parity.decoded} == {"base", *row.adapters}
-    assert any("past 0" in one.sizes for one in report.parity.compared)
+    assert report.parity is not None and {comparison.adapter for comparison in report.parity.decoded} == {
+        "base",
+        *row.adapters,
+    }
+    assert any("past 0" in comparison.sizes for comparison in report.parity.compared)
     run = session(report.path)
     ids = torch.randint(3, 90, (2, 6))
     with using(model, adapter), torch.no_grad():
@@ -128,6 +131,6 @@ def test_a_cache_that_begins_empty_serves_a_whole_text(tmp_path: Path) -> None:
     outputs = report.manifest["outputs"]
     for start, end in ((0, 4), (4, 5), (5, 6)):  # a text, then token by token
         call = {"input_ids": ids[:, start:end].numpy(), "attention_mask": torch.ones(2, end, dtype=torch.long).numpy()}
-        found = dict(zip(outputs, run.run(None, {**call, **past, **slots}), strict=True))
-        assert_near([found["logits"]], [wanted[:, start:end]])
-        past = {one["past"]: found[one["present"]] for one in report.manifest["cache"]}
+        results = dict(zip(outputs, run.run(None, {**call, **past, **slots}), strict=True))
+        assert_near([results["logits"]], [wanted[:, start:end]])
+        past = {entry["past"]: results[entry["present"]] for entry in report.manifest["cache"]}

@@ -46,14 +46,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, torch
 
 def changed(path: Path, folder: Path, change: Any) -> Path:
     """A copy of a file with its graph changed."""
-    made = onnx.load(str(path))
-    change(made.graph)
-    onnx.save(made, str(folder / "m.onnx"))
+    loaded = onnx.load(str(path))
+    change(loaded.graph)
+    onnx.save(loaded, str(folder / "m.onnx"))
     return folder / "m.onnx"
 
 
 def initializer(graph: Any, name: str) -> Any:
-    return next(one for one in graph.initializer if one.name == name)
+    return next(candidate for candidate in graph.initializer if candidate.name == name)
 
 
 def set_array(tensor: Any, array: np.ndarray) -> None:
@@ -82,13 +82,17 @@ def test_a_weight_under_another_name_changes_outputs(exported: Any, tmp_path: Pa
         initializer(graph, "b.bias").name = "hidden"
         set_array(initializer(graph, "hidden"), array)
         for node in graph.node:
-            node.input[:] = ["hidden" if one == "b.bias" else one for one in node.input]
+            node.input[:] = ["hidden" if name == "b.bias" else name for name in node.input]
 
     with pytest.raises(ParityError, match="does not compute what the model does") as caught:
         verify_onnx(changed(path, tmp_path, change), model, x)
     worst = caught.value.report.worst
     assert worst.output == "output" and worst.difference > 100 * worst.tolerance
-    assert {one.adapter for one in caught.value.report.compared if not one.ok} == {"base", "a", "b"}
+    assert {comparison.adapter for comparison in caught.value.report.compared if not comparison.ok} == {
+        "base",
+        "a",
+        "b",
+    }
 
 
 def test_an_operation_that_was_exchanged(exported: Any, tmp_path: Path) -> None:
@@ -105,10 +109,10 @@ def test_a_slot_that_was_renamed(exported: Any, tmp_path: Path) -> None:
     model, x, path = exported
 
     def change(graph: Any) -> None:
-        for one in (*graph.input, *graph.initializer):
-            one.name = one.name.replace("a.adapters.slot.A", "a.lora_A")
+        for value in (*graph.input, *graph.initializer):
+            value.name = value.name.replace("a.adapters.slot.A", "a.lora_A")
         for node in graph.node:
-            node.input[:] = ["a.lora_A" if one == "a.adapters.slot.A" else one for one in node.input]
+            node.input[:] = ["a.lora_A" if name == "a.adapters.slot.A" else name for name in node.input]
 
     with pytest.raises(ParityError, match="lacks slots that its manifest names") as caught:
         verify_onnx(changed(path, tmp_path, change), model, x)
@@ -119,9 +123,9 @@ def test_a_slot_that_became_a_constant(exported: Any, tmp_path: Path) -> None:
     model, x, path = exported
 
     def change(graph: Any) -> None:
-        kept = [one for one in graph.input if one.name != "b.adapters.slot.B"]
+        remaining = [value for value in graph.input if value.name != "b.adapters.slot.B"]
         del graph.input[:]
-        graph.input.extend(kept)
+        graph.input.extend(remaining)
 
     with pytest.raises(ParityError, match="lacks slots"):
         verify_onnx(changed(path, tmp_path, change), model, x)
@@ -163,8 +167,10 @@ def test_how_much_each_adapter_moves_is_told(tmp_path: Path) -> None:
     apply_rules(model, [LoraRule("a", rank=2, init="random")], adapter="trained")
     report = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots").parity
     assert report is not None and report.moved["fresh"] == 0 and report.moved["trained"] > 0.01
-    assert [one for one in report.notices if one.startswith("fresh moves the outputs by 0.0e+00")]
-    assert not any("trained" in one for one in report.notices) and "shows nothing about this adapter" in str(report)
+    assert [notice for notice in report.notices if notice.startswith("fresh moves the outputs by 0.0e+00")]
+    assert not any("trained" in notice for notice in report.notices) and "shows nothing about this adapter" in str(
+        report
+    )
 
 
 @pytest.mark.parametrize("order", [("red", "blue"), ("blue", "red")])
@@ -184,7 +190,7 @@ def test_an_adapter_that_changed_the_base_at_its_start(how: Any, order: tuple[st
         report = export_onnx(model, tmp_path / "m.onnx", x, adapters=how, names=None if how == "slots" else name)
         runner, fed = OnnxRunner(report.path), None
         if how == "slots":
-            assert {one.adapter for one in report.parity.compared} == {"base", *order}  # type: ignore[union-attr]
+            assert {comparison.adapter for comparison in report.parity.compared} == {"base", *order}  # type: ignore[union-attr]
             assert_near([runner.run({"input": x.numpy()})["output"]], expected(base, x))
             runner.load(name, export_adapter(model, name, report.path, tmp_path / "a.onnx_adapter"))
             fed = name
@@ -211,7 +217,7 @@ def test_another_number_of_outputs_is_an_error_at_the_edges_too(tmp_path: Path) 
 
 def test_outputs_that_are_drawn_are_not_compared(tmp_path: Path) -> None:
     report = export_onnx(Drawing(), tmp_path / "m.onnx", torch.randn(2, 4)).parity
-    assert report is not None and {one.output for one in report.compared} == {"output_0"}
+    assert report is not None and {comparison.output for comparison in report.compared} == {"output_0"}
     assert report.notices == ["output_1: the model draws it at random"]
 
     class Dice(Line):
@@ -311,10 +317,10 @@ def test_a_file_with_a_cache_is_compared_by_the_example_of_its_export(tmp_path: 
     example = {"input_ids": example["input_ids"], "attention_mask": torch.ones_like(example["input_ids"])}
     example["position_ids"] = torch.arange(example["input_ids"].shape[1]).expand_as(example["input_ids"]).contiguous()
     report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots", cache=True)
-    assert report.parity is not None and [one.adapter for one in report.parity.decoded] == ["base", "a"]
+    assert report.parity is not None and [comparison.adapter for comparison in report.parity.decoded] == ["base", "a"]
     file = export_adapter(model, "a", report.path, tmp_path / "a.onnx_adapter")
-    found = verify_onnx(report.path, model, example, {"a": file})
-    assert [one.adapter for one in found.decoded] == ["base", "a"] and len(found.compared) == len(
+    verified = verify_onnx(report.path, model, example, {"a": file})
+    assert [comparison.adapter for comparison in verified.decoded] == ["base", "a"] and len(verified.compared) == len(
         report.parity.compared
     )
     with pytest.raises(SurgeryError, match="(?s)not those of the file.*it takes|the file takes"):

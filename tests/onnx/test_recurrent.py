@@ -56,9 +56,9 @@ def test_any_number_of_steps(kind: str, fields: dict[str, Any], tmp_path: Path) 
     model.eval()
     for steps, batch in ((1, 1), (11, 3)):
         x = torch.randn((batch, steps, 4) if fields.get("batch_first") else (steps, batch, 4))
-        found = list(runner.run({"x": x.numpy()}, "default").values())
-        for one, expected in zip(found, model(x), strict=True):
-            np.testing.assert_allclose(one, expected.detach().numpy(), rtol=1e-5, atol=1e-5)  # sums of ten float32
+        outputs = list(runner.run({"x": x.numpy()}, "default").values())
+        for actual, expected in zip(outputs, model(x), strict=True):
+            np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=1e-5, atol=1e-5)  # sums of ten float32
 
 
 def _both_free(fields: dict[str, Any]) -> dict[str, dict[int, str]]:

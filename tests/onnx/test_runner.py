@@ -28,8 +28,8 @@ X = slotted.random(50, 5, 4)
 TEXTS = np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
 
 
-def near(found: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+def near(actual: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 # Adapters at each call --------------------------------------------------------------------------------------------
@@ -40,16 +40,18 @@ def near(found: np.ndarray, expected: np.ndarray) -> None:
 def test_adapters_of_several_ranks_one_after_the_other(tmp_path: Path, required: bool, empty: str) -> None:
     runner = OnnxRunner(slotted.net(tmp_path / "net.onnx", required, empty, gain=True, b_bias=True))
     ones, zeros = np.ones(6, np.float32), np.zeros(6, np.float32)
-    held: dict[str | None, Any] = {None: {}, "a": slotted.adapter(60), "b": slotted.adapter(70, 5, 1)}
-    held |= {"first": slotted.adapter(80, 4, None), "second": slotted.adapter(90, None, 2)}
-    for name, tensors in held.items():
+    adapters: dict[str | None, Any] = {None: {}, "a": slotted.adapter(60), "b": slotted.adapter(70, 5, 1)}
+    adapters |= {"first": slotted.adapter(80, 4, None), "second": slotted.adapter(90, None, 2)}
+    for name, tensors in adapters.items():
         if name is not None:
             further = {slot("first", "gain"): ones, slot("first", "B_bias"): zeros} if name != "second" else {}
             runner.load(name, {**tensors, **further})
     assert runner.adapters == ("a", "b", "first", "second")
     for name in (None, "a", "b", "a", None, "first", "second", None):
-        near(runner.run({"x": X}, name)["y"], slotted.net_in_numpy(X, held[name]))
-    near(runner.run({"x": X}, ["first", "second"])["y"], slotted.net_in_numpy(X, held["first"] | held["second"]))
+        near(runner.run({"x": X}, name)["y"], slotted.net_in_numpy(X, adapters[name]))
+    near(
+        runner.run({"x": X}, ["first", "second"])["y"], slotted.net_in_numpy(X, adapters["first"] | adapters["second"])
+    )
     runner.unload("b")
     assert runner.adapters == ("a", "first", "second")
 
@@ -133,9 +135,11 @@ def test_slots_of_bfloat16(tmp_path: Path) -> None:
         ({"x": X, slot("first", "A"): X}, "there is no input 'first.adapters.slot.A'"),
     ],
 )
-def test_inputs_that_do_not_fit_are_told_before_onnxruntime_sees_them(tmp_path: Path, inputs: Any, told: str) -> None:
+def test_inputs_that_do_not_fit_are_told_before_onnxruntime_sees_them(
+    tmp_path: Path, inputs: Any, message: str
+) -> None:
     runner = OnnxRunner(slotted.net(tmp_path / "net.onnx"))
-    with pytest.raises(SurgeryError, match="(?s)" + told):
+    with pytest.raises(SurgeryError, match="(?s)" + message):
         runner.run(inputs)
 
 
@@ -154,14 +158,14 @@ def test_sizes_of_one_name_are_the_same(tmp_path: Path) -> None:
 def test_outputs_and_settings(tmp_path: Path) -> None:
     file = slotted.decoder(tmp_path / "net.onnx")
     runner = OnnxRunner(file, threads=1, providers=["CPUExecutionProvider"])
-    given = {"input_ids": TEXTS, "attention_mask": np.ones_like(TEXTS), "position_ids": np.tile(np.arange(5), (2, 1))}
-    given |= {f"past_key_values.0.{name}": np.zeros((2, 1, 0, slotted.SIZE), np.float32) for name in ("key", "value")}
-    assert runner.run(given).keys() == {"logits", "present.0.key", "present.0.value"}
-    found = runner.run(given, outputs=["logits"])
-    assert found.keys() == {"logits"}
-    near(found["logits"][1], slotted.decoder_in_numpy(TEXTS[1]))
+    feeds = {"input_ids": TEXTS, "attention_mask": np.ones_like(TEXTS), "position_ids": np.tile(np.arange(5), (2, 1))}
+    feeds |= {f"past_key_values.0.{name}": np.zeros((2, 1, 0, slotted.SIZE), np.float32) for name in ("key", "value")}
+    assert runner.run(feeds).keys() == {"logits", "present.0.key", "present.0.value"}
+    outputs = runner.run(feeds, outputs=["logits"])
+    assert outputs.keys() == {"logits"}
+    near(outputs["logits"][1], slotted.decoder_in_numpy(TEXTS[1]))
     with pytest.raises(SurgeryError, match="did you mean 'logits'"):
-        runner.run(given, outputs=["logit"])
+        runner.run(feeds, outputs=["logit"])
     with pytest.raises(SurgeryError, match="no provider 'CPUExecution'"):
         OnnxRunner(file, providers=["CPUExecution"])
     with pytest.raises(SurgeryError, match="threads=0"):
@@ -175,9 +179,9 @@ def test_outputs_and_settings(tmp_path: Path) -> None:
 
 def test_slots_that_a_program_made_constants_are_missed(tmp_path: Path) -> None:
     model = onnx.load(slotted.net(tmp_path / "net.onnx"))
-    kept = [one for one in model.graph.input if "adapters" not in one.name]
+    remaining = [value for value in model.graph.input if "adapters" not in value.name]
     del model.graph.input[:]
-    model.graph.input.extend(kept)
+    model.graph.input.extend(remaining)
     onnx.save(model, tmp_path / "fused.onnx")
     with pytest.raises(SurgeryError, match="has lost its slots"):
         OnnxRunner(tmp_path / "fused.onnx")
@@ -226,15 +230,15 @@ def test_onnxruntimes_own_activation_does_not_reach_bindings(tmp_path: Path) -> 
 
 def test_threads_with_adapters_of_their_own_while_others_come_and_go(tmp_path: Path) -> None:
     runner = OnnxRunner(slotted.net(tmp_path / "net.onnx"), threads=1)
-    held: dict[str | None, Any] = {None: {}, **{f"a{i}": slotted.adapter(100 + i, i + 1, 4 - i) for i in range(4)}}
-    for name, tensors in held.items():
+    adapters: dict[str | None, Any] = {None: {}, **{f"a{i}": slotted.adapter(100 + i, i + 1, 4 - i) for i in range(4)}}
+    for name, tensors in adapters.items():
         if name is not None:
             runner.load(name, tensors)
     wrong: list[Any] = []
     done = threading.Event()
 
     def calls(name: str | None) -> None:
-        expected = slotted.net_in_numpy(X, held[name])
+        expected = slotted.net_in_numpy(X, adapters[name])
         for _ in range(150):
             if not np.allclose(runner.run({"x": X}, name)["y"], expected, atol=1e-4):
                 wrong.append(name)
@@ -242,12 +246,12 @@ def test_threads_with_adapters_of_their_own_while_others_come_and_go(tmp_path: P
     def changes() -> None:
         for i in range(10**6):
             runner.load(f"other{i}", slotted.adapter(i % 50))
-            runner.load("a0", held["a0"], replace=True)
+            runner.load("a0", adapters["a0"], replace=True)
             runner.unload(f"other{i}")
             if done.is_set():
                 return
 
-    threads = [threading.Thread(target=calls, args=[name]) for name in held]
+    threads = [threading.Thread(target=calls, args=[name]) for name in adapters]
     other = threading.Thread(target=changes)
     for thread in (other, *threads):
         thread.start()
@@ -309,13 +313,17 @@ def test_nothing_here_needs_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
 def test_greedy_texts(tmp_path: Path, cached: bool, required: bool, positions: bool, masked: bool) -> None:
     runner = OnnxRunner(slotted.decoder(tmp_path / "net.onnx", cached, required, positions, masked))
-    held: dict[str | None, Any] = {None: None, "a": slotted.decoder_adapter(30), "b": slotted.decoder_adapter(40, 5, 1)}
+    adapters: dict[str | None, Any] = {
+        None: None,
+        "a": slotted.decoder_adapter(30),
+        "b": slotted.decoder_adapter(40, 5, 1),
+    }
     for name in ("a", "b"):
-        runner.load(name, held[name])
-    for name, tensors in held.items():
-        found = runner.generate(TEXTS, max_new_tokens=12, adapter=name)
-        assert found.tolist() == [slotted.greedy_in_numpy(text, 12, tensors) for text in TEXTS]
-        assert found.dtype == TEXTS.dtype
+        runner.load(name, adapters[name])
+    for name, tensors in adapters.items():
+        tokens = runner.generate(TEXTS, max_new_tokens=12, adapter=name)
+        assert tokens.tolist() == [slotted.greedy_in_numpy(text, 12, tensors) for text in TEXTS]
+        assert tokens.dtype == TEXTS.dtype
 
 
 def test_tokens_come_one_after_the_other(tmp_path: Path) -> None:
@@ -337,8 +345,8 @@ def test_rows_end_by_themselves(tmp_path: Path, cached: bool) -> None:
     length = max(map(len, expected))
     for padding in (None, 12):
         filled = [text + [ends[0] if padding is None else padding] * (length - len(text)) for text in expected]
-        found = runner.generate(TEXTS, 12, eos_token_id=ends, pad_token_id=padding)
-        assert found[:, 5:].tolist() == filled
+        tokens = runner.generate(TEXTS, 12, eos_token_id=ends, pad_token_id=padding)
+        assert tokens[:, 5:].tolist() == filled
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
@@ -349,10 +357,10 @@ def test_texts_padded_on_their_left(tmp_path: Path, cached: bool, placed: bool) 
     mask = np.zeros_like(padded)
     for row, text in enumerate(texts):
         padded[row, 4 - len(text) :], mask[row, 4 - len(text) :] = text, 1
-    for given in (mask, mask.astype(bool)):
-        found = runner.generate({"input_ids": padded, "attention_mask": given}, 9)
+    for attention_mask in (mask, mask.astype(bool)):
+        tokens = runner.generate({"input_ids": padded, "attention_mask": attention_mask}, 9)
         new = [slotted.greedy_in_numpy(text, 9, placed=placed)[len(text) :] for text in texts]
-        assert found[:, 4:].tolist() == new
+        assert tokens[:, 4:].tolist() == new
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
@@ -366,7 +374,7 @@ def test_a_file_that_counts_the_padding_is_found_out(tmp_path: Path, cached: boo
 
 def test_what_can_not_be_continued(tmp_path: Path) -> None:
     runner = OnnxRunner(slotted.decoder(tmp_path / "net.onnx"))
-    for inputs, told in [
+    for inputs, message in [
         ({"ids": TEXTS}, "input_ids are missing"),
         (TEXTS[0], "whole numbers .batch, positions."),
         (TEXTS.astype(np.float32), "whole numbers"),
@@ -375,7 +383,7 @@ def test_what_can_not_be_continued(tmp_path: Path) -> None:
         ({"input_ids": TEXTS, "past_key_values.0.key": TEXTS}, "is not an input of generate"),
         ({"input_ids": TEXTS, "labels": TEXTS}, "there is no input 'labels'"),
     ]:
-        with pytest.raises(SurgeryError, match=told):
+        with pytest.raises(SurgeryError, match=message):
             runner.stream(inputs)  # before the first token is computed
     settings: list[tuple[dict[str, Any], str]] = [
         ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"eos_token_id": "x"}, "not a token id"),
@@ -383,8 +391,8 @@ def test_what_can_not_be_continued(tmp_path: Path) -> None:
         ({"do_sample": True, "temperature": 0}, "temperature=0"), ({"do_sample": True, "top_p": 0.0}, "top_p=0.0"),
         ({"do_sample": True, "top_k": 0}, "top_k=0"), ({"adapter": "x"}, "no adapter 'x'"),
     ]  # fmt: skip
-    for fields, told in settings:
-        with pytest.raises(SurgeryError, match=told):
+    for fields, message in settings:
+        with pytest.raises(SurgeryError, match=message):
             runner.stream(TEXTS, **fields)
     unmasked = OnnxRunner(slotted.decoder(tmp_path / "unmasked.onnx", masked=False))
     with pytest.raises(SurgeryError, match="takes no attention_mask"):
@@ -406,8 +414,8 @@ def test_chances_are_those_of_transformers(temperature: float, top_k: int | None
     scores = torch.from_numpy(logits)
     for warper in warpers:
         scores = warper(None, scores)
-    found = probabilities(logits, temperature, top_k, top_p)
-    np.testing.assert_allclose(found, scores.double().softmax(-1).numpy(), atol=1e-6)
+    actual = probabilities(logits, temperature, top_k, top_p)
+    np.testing.assert_allclose(actual, scores.double().softmax(-1).numpy(), atol=1e-6)
 
 
 def test_draws(tmp_path: Path) -> None:
@@ -458,9 +466,9 @@ def test_greedy_texts_are_those_of_transformers(tmp_path: Path, kind: str) -> No
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
     plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=14, do_sample=False)
     end = int(plain[1, 10])
-    for given in (torch.ones_like(ids), mask):
+    for attention_mask in (torch.ones_like(ids), mask):
         for ends in (None, end):
             fields: dict[str, Any] = {"max_new_tokens": 14, "eos_token_id": ends}
-            expected = model.generate(ids, attention_mask=given, do_sample=False, pad_token_id=0, **fields)
-            inputs = {"input_ids": ids.numpy(), "attention_mask": given.numpy()}
+            expected = model.generate(ids, attention_mask=attention_mask, do_sample=False, pad_token_id=0, **fields)
+            inputs = {"input_ids": ids.numpy(), "attention_mask": attention_mask.numpy()}
             assert runner.generate(inputs, pad_token_id=0, **fields).tolist() == expected.tolist()

@@ -52,7 +52,7 @@ class Illustrated(nn.Module):
 
 
 def sizes(report: Any, adapter: str) -> set[str]:
-    return {one.sizes for one in report.parity.compared if one.adapter == adapter}
+    return {comparison.sizes for comparison in report.parity.compared if comparison.adapter == adapter}
 
 
 @pytest.mark.parametrize("length", [8, 7])
@@ -76,7 +76,7 @@ def test_so_many_pictures_for_so_many_texts(tmp_path: Path) -> None:
     model = apply_rules(Illustrated(), LoraRule(["seen", "out"], rank=2, init="random"), adapter="a")
     example = {"input_ids": torch.tensor([[8, 8, 1, 2, 3]] * 2), "pixel_values": torch.randn(2, 1, 4, 4)}
     report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots")
-    assert any("batch 4" in one for one in sizes(report, "a")), report.parity
+    assert any("batch 4" in size for size in sizes(report, "a")), report.parity
     assert not report.parity.notices  # pyright: ignore[reportOptionalMemberAccess]
 
 

@@ -108,8 +108,8 @@ def test_one_file_for_adapters_of_many_kinds(tmp_path: Path) -> None:
         "weight": (TrainRule(["up"]), "the slot has no weight"),
         "none": (LoraRule(["conv"], rank=2), "needs slots that the file does not have"),
     }
-    for name, (wrong, told) in unfit.items():
-        with pytest.raises(SurgeryError, match=told):
+    for name, (wrong, message) in unfit.items():
+        with pytest.raises(SurgeryError, match=message):
             exported.tensors(name, apply_rules(plain(base), wrong, adapter=name))
 
 
@@ -127,8 +127,8 @@ def test_adapters_that_differ_where_a_slot_has_one_word(tmp_path: Path) -> None:
     }
     model = adapted(text(), rules)
     exported = Exported(model, ids(3, 7), tmp_path)
-    assert {(one["site"], one["rule"]) for one in exported.manifest["sites"]} == {("head", "lora")}
-    assert len(exported.report.notices) == 9 and all("left out" in told for told in exported.report.notices)
+    assert {(site["site"], site["rule"]) for site in exported.manifest["sites"]} == {("head", "lora")}
+    assert len(exported.report.notices) == 9 and all("left out" in notice for notice in exported.report.notices)
     said = " ".join(exported.report.notices)
     assert "IA3Rule of 'c' (1 sites) can't be a slot: the adapters have their rules in contradictory orders" in said
     assert "IA3Rule of 'a' (1 sites) can't be a slot: in some adapters it scales the module's input" in said
@@ -155,29 +155,29 @@ def test_what_has_no_slot_is_a_constant_of_the_file(tmp_path: Path) -> None:
     apply_rules(model, LoraRule(["down"], rank=3, init="random"), adapter="idle")
     activate(model, "live")
     exported = Exported(model, ids(3, 7), tmp_path)
-    assert {name: sorted(held) for name, held in exported.manifest["constants"].items()} == {
+    assert {name: sorted(kinds) for name, kinds in exported.manifest["constants"].items()} == {
         "live": ["replace", "road"]
     }
-    assert sorted(told.partition(" can't")[0] for told in exported.report.notices) == [
+    assert sorted(notice.partition(" can't")[0] for notice in exported.report.notices) == [
         "ReplaceRule of 'live' (1 sites)",
         "RoadRule of 'live' (2 sites)",
     ]
     more = ids(5, 9)
-    held = apply_rules(
+    adapted = apply_rules(
         plain(base), [ReplaceRule(["act"], by="torch.nn.GELU"), RoadRule(["up", "down"], group_size=2)], adapter="live"
     )
     road = {
         key: t for key, t in adapter_state_dict(model, "live").items() if key.rpartition(".")[2] in ("theta", "alpha")
     }
-    load_adapter_state_dict(held, road, "live")
-    same(exported.run(more), outputs(held, more))
+    load_adapter_state_dict(adapted, road, "live")
+    same(exported.run(more), outputs(adapted, more))
     with using(model, "live"):  # LoRA stands before the turn at "up"
         wanted = outputs(model, more)
-    assert np.abs(wanted[0] - outputs(held, more)[0]).max() > 0.1
+    assert np.abs(wanted[0] - outputs(adapted, more)[0]).max() > 0.1
     same(exported.run(more, exported.tensors("live")), wanted)
-    apply_rules(held, [LoraRule(["down"], rank=3, init="random")], adapter="idle")
-    load_adapter_state_dict(held, adapter_state_dict(model, "idle"), "idle")
-    same(exported.run(more, exported.tensors("idle")), outputs(held, more))
+    apply_rules(adapted, [LoraRule(["down"], rank=3, init="random")], adapter="idle")
+    load_adapter_state_dict(adapted, adapter_state_dict(model, "idle"), "idle")
+    same(exported.run(more, exported.tensors("idle")), outputs(adapted, more))
 
 
 def test_constants_keep_their_adapters_weight(tmp_path: Path) -> None:

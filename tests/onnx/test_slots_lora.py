@@ -113,7 +113,7 @@ def test_methods_that_are_low_rank_changes_share_the_slot(tmp_path: Path) -> Non
         "rand": RandLoraRule(["up", "down"], rank=3),
     }
     exported = Exported(adapted(model, rules), {"x": torch.randn(3, 8)}, tmp_path, empty="zeros1")
-    kinds = {one["rule"] for one in exported.manifest["sites"]}
+    kinds = {site["rule"] for site in exported.manifest["sites"]}
     assert kinds == {"lora"} and len(exported.manifest["sites"]) == 2
     assert set(exported.nodes().values()) == {"LoraRule, AdaLoraRule, VeraRule, MissRule, RandLoraRule"}
     check_slots(exported, base, [{"x": torch.randn(5, 8)}])
@@ -185,14 +185,14 @@ class Looked(nn.Module):
 @pytest.mark.parametrize("more", [False, True])
 def test_factors_are_in_the_graph_by_name_until_its_end_unless_something_else_looks_at_them(more: bool) -> None:
     model, x = Looked(more), torch.randn(3, 4)
-    expected, given = model(x), ExampleCall.of(model, x)
+    expected, call = model(x), ExampleCall.of(model, x)
     lifted = [Lifted.lift(name, model, name, axis, True) for name, axis in (("A", 0), ("B", 1))]
-    named, brought = split_factors(model, given, lifted)
+    named, brought = split_factors(model, call, lifted)
     assert [len(named), len(brought)] == ([0, 2] if more else [2, 0])
-    program = program_of(model, given, lifted, {"input": {}}, ExportSettings())
+    program = program_of(model, call, lifted, {"input": {}}, ExportSettings())
     inputs = {value.name: value.shape for value in program.model.graph.inputs}
     assert list(inputs) == ["input", "A", "B"] and not isinstance(inputs["A"][0], int)
     assert {node.domain for node in program.model.graph} <= {"", "ai.onnx"} and "" in program.model.opset_imports
     session = onnxruntime.InferenceSession(onnx_ir.to_proto(program.model).SerializeToString())
-    feeds = {"input": x.numpy(), **{one.name: one.tensor.numpy() for one in lifted}}
+    feeds = {"input": x.numpy(), **{tensor.name: tensor.tensor.numpy() for tensor in lifted}}
     assert torch.allclose(torch.from_numpy(session.run(None, feeds)[0]), expected, atol=1e-5)

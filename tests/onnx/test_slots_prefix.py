@@ -28,15 +28,15 @@ class First(nn.Module):
         self.inner = nn.ModuleList(kind() for kind in kinds)
 
     def forward(self, x: Tensor) -> Tensor:
-        for one in self.inner:
-            found = one(x)
-            x = x + (found[0] if isinstance(found, tuple) else found)
+        for block in self.inner:
+            result = block(x)
+            x = x + (result[0] if isinstance(result, tuple) else result)
         return x
 
 
-def moved(made: tuple[nn.Module, dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
+def moved(built: tuple[nn.Module, dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
     """A tiny model whose weights are large enough for its attention to matter, and a call of five rows."""
-    model, inputs = made
+    model, inputs = built
     with torch.no_grad():
         for parameter in model.eval().parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -122,10 +122,10 @@ def test_a_decoder_that_goes_on_from_its_cache(tmp_path: Path) -> None:
         fed = {key: tensor.numpy() for key, tensor in tensors.items()}
         for rows, length, past in ((3, 2, 5), (2, 1, 4)):
             with using(model, name), torch.no_grad():
-                given = call(rows, length, past)
-                arrays = arrays_of(ExampleCall.of(model, given), exported.manifest["inputs"])
-                wanted = [tensor.numpy() for tensor in outputs_of(model(**given))]
-            same([np.asarray(one) for one in exported.session.run(None, {**arrays, **fed})], wanted)
+                call_inputs = call(rows, length, past)
+                arrays = arrays_of(ExampleCall.of(model, call_inputs), exported.manifest["inputs"])
+                wanted = [tensor.numpy() for tensor in outputs_of(model(**call_inputs))]
+            same([np.asarray(output) for output in exported.session.run(None, {**arrays, **fed})], wanted)
 
 
 def test_one_key_of_zeros_is_no_empty_prefix(tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ def test_prompts_of_any_length(name: str, tmp_path: Path) -> None:
     file = Exported(adapted(model, PROMPTS), inputs, tmp_path)
     (slot,) = (slot for slot in file.manifest["slots"] if slot["rule"] == "prompt")
     assert slot["shape"][0] is None and slot["default"] == "empty" and not file.report.notices
-    given = [longer(inputs)]
+    calls = [longer(inputs)]
     if name == "llama":
-        given.append({**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
-    check(file, base, given, len(base(**inputs).to_tuple()) if name == "t5" else None)
+        calls.append({**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
+    check(file, base, calls, len(base(**inputs).to_tuple()) if name == "t5" else None)
     comes_back(file, base, tmp_path)
 
 
@@ -93,15 +93,15 @@ def test_a_decoder_goes_on_from_its_cache(family: str, tmp_path: Path) -> None:
         inputs["position_ids"] = torch.arange(6).expand_as(ids).contiguous()
     report = export_onnx(model, tmp_path / "m.onnx", inputs, adapters="slots", cache=True)
     assert report.parity is not None
-    assert {one.adapter for one in report.parity.decoded} == {"base", "a", "b"}
+    assert {comparison.adapter for comparison in report.parity.decoded} == {"base", "a", "b"}
     runner = OnnxRunner(report.path)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]) if padded else torch.ones_like(ids)
     for name in "ab":
         runner.load(name, export_adapter(model, name, report.path, tmp_path / f"{name}.onnx_adapter"))
         with using(model, name), torch.no_grad():
             wanted = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=7, do_sample=False)
-        found = runner.generate({"input_ids": ids.numpy(), "attention_mask": mask.numpy()}, 7, adapter=name)
-        assert found.tolist() == wanted.tolist()
+        tokens = runner.generate({"input_ids": ids.numpy(), "attention_mask": mask.numpy()}, 7, adapter=name)
+        assert tokens.tolist() == wanted.tolist()
     if not padded:
         by_hand(runner, model, ids)
 
@@ -113,11 +113,11 @@ def by_hand(runner: OnnxRunner, model: Any, ids: torch.Tensor) -> None:
         second = model(input_ids=ids[:, 4:], attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values)
     shapes = {name: runner.feeds.required[name].shape for name in runner.manifest.inputs if "past" in name}
     none = {name: np.zeros((2, *shape[1:2], 0, *shape[3:]), np.float32) for name, shape in shapes.items()}
-    given = {"input_ids": ids[:, :4].numpy(), "attention_mask": np.ones((2, 4), np.int64), **none}
-    made = runner.run(given, "a")
-    past = {one["past"]: made[one["present"]] for one in runner.manifest.cache}
-    given = {"input_ids": ids[:, 4:].numpy(), "attention_mask": np.ones((2, 6), np.int64), **past}
-    same([made["logits"], runner.run(given, "a")["logits"]], [first.logits.numpy(), second.logits.numpy()])
+    feeds = {"input_ids": ids[:, :4].numpy(), "attention_mask": np.ones((2, 4), np.int64), **none}
+    outputs = runner.run(feeds, "a")
+    past = {entry["past"]: outputs[entry["present"]] for entry in runner.manifest.cache}
+    feeds = {"input_ids": ids[:, 4:].numpy(), "attention_mask": np.ones((2, 6), np.int64), **past}
+    same([outputs["logits"], runner.run(feeds, "a")["logits"]], [first.logits.numpy(), second.logits.numpy()])
 
 
 def llama_with_a_prompt() -> tuple[Any, dict[str, Any]]:
@@ -135,8 +135,12 @@ def test_what_a_rule_notes_on_a_cache_is_not_an_output(how: Any, tmp_path: Path)
     assert report.parity is not None
     names = [f"present.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
     assert report.manifest["outputs"] == ["logits", *names]
-    own = [one for one in report.parity.compared if one.adapter == "a" and one.values == "masks with an empty row"]
-    assert {one.output for one in own} == {"logits", *names} and all(one.ok for one in own)
+    own = [
+        comparison
+        for comparison in report.parity.compared
+        if comparison.adapter == "a" and comparison.values == "masks with an empty row"
+    ]
+    assert {comparison.output for comparison in own} == {"logits", *names} and all(comparison.ok for comparison in own)
     assert not report.notices and not report.parity.notices
     inputs["attention_mask"][0] = 0
     with torch.no_grad():
@@ -145,9 +149,9 @@ def test_what_a_rule_notes_on_a_cache_is_not_an_output(how: Any, tmp_path: Path)
     runner = OnnxRunner(report.path)
     if fed:
         runner.load("a", export_adapter(model, "a", report.path, tmp_path / "a.onnx_adapter"))
-    found = runner.run({name: tensor.numpy() for name, tensor in inputs.items()}, **fed)
-    layers = [part for one in wanted.past_key_values.layers for part in (one.keys, one.values)]
-    same(list(found.values()), [wanted.logits.numpy(), *(one.numpy() for one in layers)])
+    outputs = runner.run({name: tensor.numpy() for name, tensor in inputs.items()}, **fed)
+    layers = [part for layer in wanted.past_key_values.layers for part in (layer.keys, layer.values)]
+    same(list(outputs.values()), [wanted.logits.numpy(), *(tensor.numpy() for tensor in layers)])
 
 
 def test_examples_with_a_cache(tmp_path: Path) -> None:
@@ -165,7 +169,7 @@ def test_examples_with_a_cache(tmp_path: Path) -> None:
     with torch.no_grad(), using(model, None):
         example["past_key_values"] = model(**first).past_key_values
     report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots")
-    assert report.parity is not None and {one.adapter for one in report.parity.compared} == {"base", "a"}
+    assert report.parity is not None and {comparison.adapter for comparison in report.parity.compared} == {"base", "a"}
 
 
 def test_tokens_of_a_vision_model(tmp_path: Path) -> None:
@@ -235,15 +239,15 @@ def test_prompts_of_pefts_checkpoints(method: str, tmp_path: Path) -> None:
     ids = torch.randint(1, 30, (3, 6))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     file = exported(model, PromptRule(length=2, after=0), inputs, tmp_path)
-    told = getattr(peft, method)(num_virtual_tokens=4, task_type="CAUSAL_LM")
-    made = peft_on(copy.deepcopy(model), told, tmp_path / "peft")
+    peft_config = getattr(peft, method)(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    peft_model = peft_on(copy.deepcopy(model), peft_config, tmp_path / "peft")
     runner = OnnxRunner(file)
     runner.load("a", convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"))
     with torch.no_grad(), quietly():
-        wanted = made(**inputs).logits[:, 4:].numpy()
-    given = {name: value.numpy() for name, value in inputs.items()}
-    assert np.abs(runner.run(given)["logits"] - wanted).max() > 1e-2
-    np.testing.assert_allclose(runner.run(given, "a")["logits"], wanted, atol=2e-4, rtol=1e-3)
+        wanted = peft_model(**inputs).logits[:, 4:].numpy()
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    assert np.abs(runner.run(feeds)["logits"] - wanted).max() > 1e-2
+    np.testing.assert_allclose(runner.run(feeds, "a")["logits"], wanted, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")

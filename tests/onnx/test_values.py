@@ -24,15 +24,15 @@ onnx: Any = pytest.importorskip("onnx")
 INF, NAN, LOWEST = math.inf, math.nan, torch.finfo(torch.float32).min
 
 
-def run(path: Path, *given: Tensor) -> list[list[np.ndarray]]:
+def run(path: Path, *tensors: Tensor) -> list[list[np.ndarray]]:
     """With onnxruntime's optimiser and without."""
-    found = []
+    outputs = []
     for optimised in (True, False):
-        one = session(path, optimised)
-        names = [node.name for node in one.get_inputs()]
-        assert len(names) == len(given)
-        found.append(one.run(None, {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}))
-    return found
+        runtime = session(path, optimised)
+        names = [node.name for node in runtime.get_inputs()]
+        assert len(names) == len(tensors)
+        outputs.append(runtime.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}))
+    return outputs
 
 
 # Attention ---------------------------------------------------------------------------------------------------------
@@ -75,11 +75,11 @@ def test_attention_whose_masks_let_nothing_through(opset: int | None, tmp_path: 
     path = export_onnx(Attention(), tmp_path / "m.onnx", (q, passed, column, shared), opset=opset, dynamic=False).path
     passed, column = passed.clone(), column.clone()
     passed[0, 0, 2], passed[1, 0, :3], column[1, 0, 4] = False, False, False
-    low = [torch.zeros(2, 1, 5, 5, dtype=torch.float64).masked_fill(~passed, one) for one in (-INF, LOWEST)]
+    low = [torch.zeros(2, 1, 5, 5, dtype=torch.float64).masked_fill(~passed, fill) for fill in (-INF, LOWEST)]
     wide, narrow = shared.repeat_interleave(2, 1), shared[:, :1, :3].expand(2, 4, 3, 6)
     wanted = [
         by_hand(q, q, mask=passed),
-        *(by_hand(q, q, mask=one) for one in low),
+        *(by_hand(q, q, mask=mask) for mask in low),
         by_hand(q, q, mask=column),
         by_hand(q[:, 0], q[:, 1], -0.7, low[0][:, 0]),
         by_hand(q, wide, 0.3),
@@ -87,8 +87,8 @@ def test_attention_whose_masks_let_nothing_through(opset: int | None, tmp_path: 
         by_hand(q, narrow, mask=torch.ones(5, 3, dtype=torch.bool).tril()),
         by_hand(q, q),
     ]
-    for found in run(path, q, passed, column, shared):
-        for index, (have, want) in enumerate(zip(found, wanted, strict=True)):
+    for outputs in run(path, q, passed, column, shared):
+        for index, (have, want) in enumerate(zip(outputs, wanted, strict=True)):
             np.testing.assert_allclose(have, want.numpy(), rtol=0, atol=1e-5, err_msg=f"output {index}")
     operations = {node.op_type for node in onnx.load(str(path)).graph.node}
     assert ("Attention" in operations) == ((opset or 0) >= 23)
@@ -104,8 +104,8 @@ def test_an_empty_row_where_onnxruntimes_own_operations_are_put_in(tmp_path: Pat
     assert report.parity is not None and not report.parity.notices
     passed = passed.clone()
     passed[1, 0, 2] = False
-    for (found,) in run(report.path, q, passed):
-        np.testing.assert_allclose(found, by_hand(q, q, mask=passed).numpy(), rtol=0, atol=1e-5)
+    for (actual,) in run(report.path, q, passed):
+        np.testing.assert_allclose(actual, by_hand(q, q, mask=passed).numpy(), rtol=0, atol=1e-5)
 
 
 def test_softmax_over_nothing_is_nan_on_both_sides(tmp_path: Path) -> None:
@@ -118,11 +118,11 @@ def test_softmax_over_nothing_is_nan_on_both_sides(tmp_path: Path) -> None:
     x, mask = torch.randn(2, 4, 3), torch.ones(2, 4, 4, dtype=torch.bool).tril()
     report = export_onnx(Written(), tmp_path / "m.onnx", (x, mask)).parity
     assert report is not None and report.ok and not report.notices
-    assert all(one.ok for one in report.compared if one.values == "masks with an empty row")
+    assert all(comparison.ok for comparison in report.compared if comparison.values == "masks with an empty row")
     mask = mask.clone()
     mask[0, 1] = False
-    for (found,) in run(tmp_path / "m.onnx", x, mask):
-        assert np.isnan(found[0, 1]).all() and np.isnan(found).sum() == 3
+    for (output,) in run(tmp_path / "m.onnx", x, mask):
+        assert np.isnan(output[0, 1]).all() and np.isnan(output).sum() == 3
 
 
 def test_torchs_own_kernel_for_evaluation_is_told_where_it_gives_nan(tmp_path: Path) -> None:
@@ -137,15 +137,15 @@ def test_torchs_own_kernel_for_evaluation_is_told_where_it_gives_nan(tmp_path: P
     model, x, mask = Masked().eval(), torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
     report = export_onnx(model, tmp_path / "m.onnx", (x, mask))
     assert report.parity is not None and report.parity.ok
-    (told,) = report.parity.notices
-    assert told.startswith("with masks with an empty row torch's fast kernel")
+    (notice,) = report.parity.notices
+    assert notice.startswith("with masks with an empty row torch's fast kernel")
     mask = mask.clone()
     mask[1] = True
     with torch.no_grad():
         assert model(x, mask)[1].isnan().all()
     trained = model(x, mask).detach()  # with gradients: the path that training takes
-    for (found,) in run(report.path, x, mask):
-        np.testing.assert_allclose(found, trained.numpy(), rtol=0, atol=1e-6)
+    for (actual,) in run(report.path, x, mask):
+        np.testing.assert_allclose(actual, trained.numpy(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", onnx_cases(["llama", "bert"], "bert"))
@@ -155,7 +155,7 @@ def test_padding_on_either_side_and_empty_texts(name: str, tmp_path: Path) -> No
     example["attention_mask"] = torch.ones_like(example["input_ids"])
     report = export_onnx(model.eval(), tmp_path / "m.onnx", example)
     assert report.parity is not None and not report.parity.notices
-    assert {one.values for one in report.parity.compared} == {
+    assert {comparison.values for comparison in report.parity.compared} == {
         "", "padded texts", "masks with an empty row", "repeated tokens",
     }  # fmt: skip
     example["attention_mask"] = torch.tensor([[0] * 7, [0, 0, 0, 1, 1, 1, 1]])
@@ -163,8 +163,8 @@ def test_padding_on_either_side_and_empty_texts(name: str, tmp_path: Path) -> No
         wanted = model(**example).logits
     fed = feeds(model, example, report.manifest["inputs"])
     for optimised in (True, False):
-        found = session(report.path, optimised).run(["logits"], fed)
-        assert_near(found, [wanted])
+        actual = session(report.path, optimised).run(["logits"], fed)
+        assert_near(actual, [wanted])
 
 
 # Operations --------------------------------------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def test_operations_at_their_edges(tmp_path: Path) -> None:
     plain = (torch.ones_like(X), torch.ones_like(Y), torch.ones_like(I), torch.ones_like(J), torch.ones_like(M))
     path = export_onnx(Mixed(), tmp_path / "m.onnx", plain, dynamic=False, verify=False).path
     wanted = Mixed()(X, Y, I, J, M)
-    for found in run(path, X, Y, I, J, M):
-        for name, have, want in zip(MIXED, found, wanted, strict=True):
+    for outputs in run(path, X, Y, I, J, M):
+        for name, have, want in zip(MIXED, outputs, wanted, strict=True):
             np.testing.assert_allclose(have, want.numpy(), rtol=1e-6, atol=1e-6, err_msg=name)
 
 
@@ -228,8 +228,8 @@ def test_operations_in_other_precisions(dtype: torch.dtype, tmp_path: Path) -> N
     x, y = torch.tensor([0.5, -200, 300, 7, -7.0]), torch.tensor([2.0, -201, 300, -2, 2])
     export_onnx(Mixed(), tmp_path / "m.onnx", (torch.ones(5, dtype=dtype), torch.ones(5, dtype=dtype)), dynamic=False)
     wanted = Mixed()(x.to(dtype), y.to(dtype))
-    for found in run(tmp_path / "m.onnx", x.to(dtype), y.to(dtype)):
-        for have, want in zip(found, wanted, strict=True):
+    for outputs in run(tmp_path / "m.onnx", x.to(dtype), y.to(dtype)):
+        for have, want in zip(outputs, wanted, strict=True):
             np.testing.assert_allclose(have, want.numpy(), rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 
 
@@ -250,9 +250,13 @@ def test_large_numbers_that_a_file_loses_are_told(tmp_path: Path) -> None:
     x = torch.randn(3, 4)
     path = export_onnx(Written(), tmp_path / "m.onnx", x, verify=False).path
     report = verify_onnx(path, Soft(), x)
-    assert report.ok and [one for one in report.compared if not one.ok and one.values == "large numbers" and one.edge]
-    (told,) = report.notices
-    assert told.startswith("with large numbers the file and the model differ") and told in str(report)
+    assert report.ok and [
+        comparison
+        for comparison in report.compared
+        if not comparison.ok and comparison.values == "large numbers" and comparison.edge
+    ]
+    (notice,) = report.notices
+    assert notice.startswith("with large numbers the file and the model differ") and notice in str(report)
 
 
 def test_padded_texts_that_a_file_gets_wrong_are_an_error(tmp_path: Path) -> None:
@@ -271,7 +275,7 @@ def test_padded_texts_that_a_file_gets_wrong_are_an_error(tmp_path: Path) -> Non
     path = export_onnx(other, tmp_path / "m.onnx", example, verify=False).path
     with pytest.raises(ParityError, match="padded texts") as caught:
         verify_onnx(path, model, example)
-    assert all(one.ok for one in caught.value.report.compared if not one.values)
+    assert all(comparison.ok for comparison in caught.value.report.compared if not comparison.values)
 
 
 def test_what_is_varied() -> None:
@@ -280,14 +284,16 @@ def test_what_is_varied() -> None:
         "input_ids": t([[1, 2, 3], [4, 5, 6]]), "attention_mask": t([[1, 1, 1], [1, 1, 1]]), "x": t([0.5, -2.0]),
         "bias_mask": t([[0.0, -INF], [0.0, 0.0]]), "past_key_values": [t([1.0])], "seen": t([True]), "n": 3,
     }  # fmt: skip
-    found = {one.description: one.call.values for one in other_values(ExampleCall(values))}
-    assert found["padded texts"]["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 0]]
-    assert found["masks with an empty row"]["attention_mask"].tolist() == [[0, 0, 0], [1, 1, 1]]
-    assert found["masks with an empty row"]["bias_mask"].tolist() == [[-INF, -INF], [0, 0]]
-    assert found["repeated tokens"]["input_ids"].tolist() == [[1, 1, 1], [4, 4, 4]]
-    assert found["zeros"]["x"].tolist() == [0, 0] and found["large numbers"]["x"].tolist() == [500, -2000]
-    assert all(one["past_key_values"][0] is not None and one["n"] == 3 for one in found.values())
-    assert found["zeros"]["past_key_values"][0].item() == 1 and found["zeros"]["bias_mask"] is values["bias_mask"]
+    varied = {variation.description: variation.call.values for variation in other_values(ExampleCall(values))}
+    assert varied["padded texts"]["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 0]]
+    assert varied["masks with an empty row"]["attention_mask"].tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert varied["masks with an empty row"]["bias_mask"].tolist() == [[-INF, -INF], [0, 0]]
+    assert varied["repeated tokens"]["input_ids"].tolist() == [[1, 1, 1], [4, 4, 4]]
+    assert varied["zeros"]["x"].tolist() == [0, 0] and varied["large numbers"]["x"].tolist() == [500, -2000]
+    assert all(
+        call_values["past_key_values"][0] is not None and call_values["n"] == 3 for call_values in varied.values()
+    )
+    assert varied["zeros"]["past_key_values"][0].item() == 1 and varied["zeros"]["bias_mask"] is values["bias_mask"]
 
 
 # Shapes that onnx infers otherwise ----------------------------------------------------------------------------------
@@ -307,18 +313,18 @@ def test_a_window_that_begins_in_the_padding(name: str, tmp_path: Path) -> None:
     x = torch.randn(shape)
     report = export_onnx(pool, tmp_path / "m.onnx", x, dynamic=False)
     assert report.parity is not None
-    (told,) = report.parity.notices
-    assert "infers other shapes" in told and "opset=22" in told
-    for (found,) in run(report.path, x):
-        np.testing.assert_allclose(found, pool(x).numpy(), rtol=1e-5, atol=1e-6)
+    (notice,) = report.parity.notices
+    assert "infers other shapes" in notice and "opset=22" in notice
+    for (actual,) in run(report.path, x):
+        np.testing.assert_allclose(actual, pool(x).numpy(), rtol=1e-5, atol=1e-6)
     newer = export_onnx(pool, tmp_path / "n.onnx", x, opset=22, dynamic=False)
     assert newer.parity is not None and not newer.parity.notices
 
 
 def test_what_the_checker_refuses_else_is_an_error(tmp_path: Path) -> None:
     path = export_onnx(nn.Sequential(nn.Linear(3, 2)), tmp_path / "m.onnx", torch.randn(2, 3)).path
-    made = onnx.load(str(path))
-    made.graph.node[0].attribute.append(onnx.helper.make_attribute("invented", 1))
-    onnx.save(made, str(path))
+    loaded = onnx.load(str(path))
+    loaded.graph.node[0].attribute.append(onnx.helper.make_attribute("invented", 1))
+    onnx.save(loaded, str(path))
     with pytest.raises(SurgeryError):
         verify_onnx(path, nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3))

@@ -76,7 +76,7 @@ def operations(path: Path) -> Counter[tuple[str, str]]:
     return Counter((node.domain, node.op_type) for node in onnx.load(str(path)).graph.node)
 
 
-def held(path: Path) -> dict[str, np.ndarray]:
+def read_initializers(path: Path) -> dict[str, np.ndarray]:
     """The initialisers of a file by name; transposed ones are transposed back."""
     import onnx_ir as ir
 
@@ -88,7 +88,7 @@ def held(path: Path) -> dict[str, np.ndarray]:
 
 def assert_weights(model: nn.Module, path: Path, unused: Sequence[str] = ()) -> None:
     """Every parameter of the base is in the file under its name to the bit; of tied ones, one name is enough."""
-    found = held(path)
+    found = read_initializers(path)
     groups: dict[int, list[str]] = {}
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in own.items():
