@@ -434,7 +434,7 @@ class Adapters(RuleBasedStateMachine):
             assert not context.__exit__(type(error) if error else None, error, None)
             return
         live = {name: weight for name, weight in state.items() if name in self.shadow.adapters}
-        problem = self.shadow.cannot_switch(live, asked=False)
+        problem = self.shadow.cannot_switch(live, explicit=False)
         step = lambda: context.__exit__(type(error) if error else None, error, None)  # noqa: E731
         if self.attempt(problem, step):
             self.record_switch(live)

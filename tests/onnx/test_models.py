@@ -46,7 +46,7 @@ def cached(model: nn.Module, example: Any, how: Any) -> Any:
 
 @pytest.mark.parametrize("row", SAMPLE, ids=str)
 def test_models(row: Row, tmp_path: Path, packaged: Find) -> None:
-    model, example = row.made(*([packaged] if row.real else []))
+    model, example = row.prepare(*([packaged] if row.real else []))
     words = example if isinstance(example, dict) else ()
     before = Snapshot(model)
     report = export_onnx(model, tmp_path / "m.onnx", example, **{"adapters": "slots", **row.how})
@@ -78,7 +78,7 @@ def test_models(row: Row, tmp_path: Path, packaged: Find) -> None:
 
 def test_merged_is_the_bases_own_graph(tmp_path: Path) -> None:
     row = next(row for row in ROWS if row.name == "ViT")
-    model, example = row.made()
+    model, example = row.prepare()
     base, _ = row.build()
     export_onnx(model, tmp_path / "merged.onnx", example)
     export_onnx(base.eval(), tmp_path / "base.onnx", example, verify=False)
@@ -110,7 +110,7 @@ def test_onnxruntimes_own_operations_with_slots(name: str, tmp_path: Path) -> No
 
 def test_a_cache_that_begins_empty_serves_a_whole_text(tmp_path: Path) -> None:
     row = next(row for row in ROWS if row.name == "Llama")
-    model, example = row.made()
+    model, example = row.prepare()
     adapter = next(iter(row.adapters))
     report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots", cache=True)
     assert report.parity is not None and {comparison.adapter for comparison in report.parity.decoded} == {

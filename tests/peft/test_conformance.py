@@ -13,7 +13,7 @@ import surgery.rules  # noqa: F401  # brings the methods
 from surgery import load_adapter, load_adapters, remove, save_adapter
 from tests.reports.conformance import MARKS, table
 from tests.support import ROOT
-from tests.support.conformance import IDS, ROWS, Row, check, in_peft, made, near
+from tests.support.conformance import IDS, ROWS, Row, build, check, in_peft, near
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -47,7 +47,9 @@ def test_every_method_has_rows() -> None:
 
 def test_adalora_with_directions_taken_out(tmp_path: Path) -> None:
     """As PEFT saves it after its ranks were shared out: the others are not in the file, and the scale stays."""
-    model, call = made(row := Row("AdaLora", "MLP", {"target_modules": ["lin0", "lin1"], "init_r": 4, "total_step": 9}))
+    model, call = build(
+        row := Row("AdaLora", "MLP", {"target_modules": ["lin0", "lin1"], "init_r": 4, "total_step": 9})
+    )
     theirs = in_peft(row, model)
     left = {"lin0.lora_E": [True, False, True, True], "lin1.lora_E": [False, False, False, True]}
     theirs.peft_config["default"].rank_pattern = left
@@ -62,7 +64,7 @@ def test_adalora_with_directions_taken_out(tmp_path: Path) -> None:
 
 
 def test_several_of_pefts_adapters_in_one_folder(tmp_path: Path) -> None:
-    model, call = made(row := Row("Lora", "MLP", {"target_modules": ["lin0"]}))
+    model, call = build(row := Row("Lora", "MLP", {"target_modules": ["lin0"]}))
     theirs = in_peft(row, model)
     theirs.add_adapter("second", peft.LoraConfig(target_modules=["lin1"], r=3, init_lora_weights=False))
     theirs.save_pretrained(tmp_path)

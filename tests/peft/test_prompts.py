@@ -43,7 +43,7 @@ from surgery.rules import (
 )
 from surgery.rules.slots.positions import ShiftedRule
 from surgery.testing import Snapshot, assert_reversible
-from tests.support.conformance import SIZES, Row, in_peft, made, near, of_text
+from tests.support.conformance import SIZES, Row, build, in_peft, near, of_text
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -263,7 +263,7 @@ def test_generating_as_in_peft(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="compares with PEFT")
     fields = {"num_virtual_tokens": 4} if kind == "PromptTuning" else {"adapter_len": 3, "adapter_layers": 2}
     row = Row(kind, "llama", {**fields, "task_type": "CAUSAL_LM"})
-    model: Any = made(row)[0]
+    model: Any = build(row)[0]
     theirs = in_peft(row, model)
     theirs.save_pretrained(tmp_path)
     load_adapter(model, tmp_path)
@@ -278,7 +278,7 @@ def test_half_precision(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="compares with PEFT")
     fields = {"num_virtual_tokens": 4} if kind == "PromptTuning" else {"adapter_len": 3, "adapter_layers": 2}
     row = Row(kind, "gpt2", {**fields, "task_type": "CAUSAL_LM"})
-    model, call = made(row)
+    model, call = build(row)
     model: Any = model.to(dtype)
     theirs = in_peft(row, model)
     theirs.save_pretrained(tmp_path)
@@ -330,13 +330,13 @@ UNREAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no text": (lambda: nn.Linear(2, 2), P, "peft_type='PROMPT_TUNING'"),
     "another number of rows": (llama, P | {"num_virtual_tokens": 3}, r"does not give the \(3, 32\)"),
     "no task there": (llama, TASKS | {"task_type": "FEATURE_EXTRACTION"}, "task_type='FEATURE_EXTRACTION'"),
-    "tasks in the decoder": (lambda: made(Row("", "t5"))[0], TASKS | {"task_type": "SEQ_2_SEQ_LM",
+    "tasks in the decoder": (lambda: build(Row("", "t5"))[0], TASKS | {"task_type": "SEQ_2_SEQ_LM",
                              "num_transformer_submodules": 2}, "num_transformer_submodules='2'"),
     "another family": (bert, OLD["adaption"][1], "peft_type='ADAPTION_PROMPT'"),
     "too many layers": (llama, OLD["adaption"][1] | {"adapter_layers": 4}, "adapter_layers='4'"),
     "no number of layers": (llama, OLD["adaption"][1] | {"adapter_layers": "2"}, "adapter_layers='2'"),
     "a bias": (lambda: llama(attention_bias=True), OLD["adaption"][1], "target_modules='self_attn'"),
-    "other positions": (lambda: made(Row("", "BloomForCausalLM"))[0], OLD["prefix"][1], "peft_type='PREFIX_TUNING'"),
+    "other positions": (lambda: build(Row("", "BloomForCausalLM"))[0], OLD["prefix"][1], "peft_type='PREFIX_TUNING'"),
     "a decoder's prefix": (llama, OLD["prefix"][1] | {"num_transformer_submodules": 2}, "num_transformer_submodules"),
 }  # fmt: skip
 
@@ -377,7 +377,7 @@ UNWRITTEN: dict[str, tuple[Any, list[Any], str]] = {
     "outputs that are not cut": (llama, [PromptRule(length=2, whole=True)], "whole=False"),
     "a task of its own": (llama, [MultitaskPromptRule(length=2, tasks=2, task=1)], "names? none"),
     "features of tasks": (lambda: llama("Model"), [MultitaskPromptRule(length=2, tasks=2)], "names no task"),
-    "a decoder of two": (lambda: made(Row("", "t5"))[0], [PromptRule("decoder", length=2)], "where the model takes"),
+    "a decoder of two": (lambda: build(Row("", "t5"))[0], [PromptRule("decoder", length=2)], "where the model takes"),
     "rows of the embedding": (llama, [PromptRule(length=2), TokensRule("embed_tokens", tokens=[3])], "no trainable"),
     "IA3 and rows": (llama, [IA3Rule("k_proj"), TokensRule("embed_tokens", tokens=[3])], "no trainable_token_indices"),
     "two methods": (llama, [PromptRule(length=2), LoraRule("q_proj")], "2 methods"),

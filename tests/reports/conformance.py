@@ -23,17 +23,17 @@ def table(results: Mapping[int, Mapping[str, str]]) -> str:
     head = "| method | model: configuration | PEFT → here | … merged | … removed | here → PEFT | trained | |"
     lines = [head, "|---" * 8 + "|"]
     for i, row in enumerate(ROWS):
-        held = results.get(i, {})
+        failures = results.get(i, {})
         if row.refused:
             cells, note = ["refused"] * len(CELLS), f"`{row.refused[0]}`: {row.refused[1]}"
         else:
-            said = {cell: "✓" if cell in ("removed", "trained") else row.held for cell in CELLS}
+            said = {cell: "✓" if cell in ("removed", "trained") else row.cell for cell in CELLS}
             if row.unmerged:
                 said["merged"] = "–"
             if row.untrained:
                 said["trained"] = f"– {row.untrained}"
-            cells, note = [f"✗ {held[cell]}" if held.get(cell) else said[cell] for cell in CELLS], row.note
-        if any(held.values()) and row.refused:
+            cells, note = [f"✗ {failures[cell]}" if failures.get(cell) else said[cell] for cell in CELLS], row.note
+        if any(failures.values()) and row.refused:
             cells = ["✗"] * len(CELLS)
         name = row.name.replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")
         lines.append(f"| {row.method} | {name} | {' | '.join(cells)} | {note} |")

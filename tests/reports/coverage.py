@@ -42,9 +42,9 @@ silero-vad comes compiled (TorchScript). There is no Python forward in it that c
 
 
 def measured(model: nn.Module, inputs: Any) -> dict[str, Coverage]:
-    found = {"evaluation": coverage(model.eval(), inputs)}
-    found["training"] = coverage(model.train(), inputs)
-    return found
+    coverages = {"evaluation": coverage(model.eval(), inputs)}
+    coverages["training"] = coverage(model.train(), inputs)
+    return coverages
 
 
 def of_family(family: Family) -> dict[str, Coverage]:
@@ -72,14 +72,14 @@ def page(results: dict[str, dict[str, Coverage]], others: dict[str, dict[str, Co
         count = sum(len(results[name]["evaluation"].rows) for name in names)
         lines.append(f"| {kind} | {len(names)} | {count} | {shares[0]:.1%} | {shares[1]:.1%} |")
     lines += ["", BEYOND]
-    for name, found in others.items():
-        shares = [found[mode].equal_share for mode in ("evaluation", "training")]
-        lines.append(f"| {name} | {len(found['evaluation'].rows)} | {shares[0]:.1%} | {shares[1]:.1%} |")
+    for name, coverages in others.items():
+        shares = [coverages[mode].equal_share for mode in ("evaluation", "training")]
+        lines.append(f"| {name} | {len(coverages['evaluation'].rows)} | {shares[0]:.1%} | {shares[1]:.1%} |")
     lines.append(SILERO)
     for mode in ("evaluation", "training"):
         lines += ["", f"## Refused in {mode}", "", "| family | class | reason |", "|---|---|---|"]
-        for name, found in {**results, **others}.items():
-            rows = [row for row in found[mode].rows if row.status == "refused"]
+        for name, coverages in {**results, **others}.items():
+            rows = [row for row in coverages[mode].rows if row.status == "refused"]
             lines += [f"| {name} | {row.type} | {_short(row.reason)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
@@ -103,12 +103,12 @@ def main() -> None:
     results: dict[str, dict[str, Coverage]] = {}
     for name in sys.argv[1:] or FAMILIES:
         results[name] = of_family(FAMILIES[name])
-        told = ", ".join(f"{mode} {found.equal_share:.0%}" for mode, found in results[name].items())
-        print(f"{name}: {told}", flush=True)
-    shares = {mode: _share([found[mode] for found in results.values()]) for mode in ("evaluation", "training")}
+        summary = ", ".join(f"{mode} {measure.equal_share:.0%}" for mode, measure in results[name].items())
+        print(f"{name}: {summary}", flush=True)
+    shares = {mode: _share([coverages[mode] for coverages in results.values()]) for mode in ("evaluation", "training")}
     print(", ".join(f"{mode} {share:.2%}" for mode, share in shares.items()))
     if len(results) == len(FAMILIES):
-        others = {name: found for name in OTHERS if (found := of_other(name)) is not None}
+        others = {name: coverages for name in OTHERS if (coverages := of_other(name)) is not None}
         PAGE.write_text(page(results, others), encoding="utf-8")
         print(f"written to {PAGE}")
 

@@ -124,23 +124,24 @@ EXAMPLES = {"PrefixRule": torch.zeros(1, 3, 8)}  # for rules that need an exampl
 
 def pictures() -> dict[str, str]:
     """A rule's name → its picture, SVG."""
-    found = {}
+    drawings = {}
     for name, (rule, make) in SHOWN.items():
         model = nn.Sequential(OrderedDict(m=make())).eval()
         picture = draw(apply_rules(model, [rule], example_inputs=EXAMPLES.get(name)), "m", before=False)
-        found[name] = re.sub(r"\b(?=[0-9]*[a-f])[0-9a-f]{12,}…?", "mark", picture)  # `Site.mark`, another one each time
-    return found
+        # `Site.mark` differs each time
+        drawings[name] = re.sub(r"\b(?=[0-9]*[a-f])[0-9a-f]{12,}…?", "mark", picture)
+    return drawings
 
 
 def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
-    made = pictures()
+    drawings = pictures()
     for old in PICTURES.glob("*.svg"):
-        if old.stem not in made:
+        if old.stem not in drawings:
             old.unlink()
-    for name, text in made.items():
+    for name, text in drawings.items():
         (PICTURES / f"{name}.svg").write_text(text + "\n", encoding="utf-8")
-    print(f"{len(made)} pictures in {PICTURES}")
+    print(f"{len(drawings)} pictures in {PICTURES}")
 
 
 if __name__ == "__main__":

@@ -29,15 +29,16 @@ HEAD = ["model", "exported as", "adapter", "moves outputs by", "sizes", "largest
 def lines(row: Row, report: Any) -> list[list[str]]:
     """A line for each adapter of a row, and a line for the base."""
     parity, how = report.parity, dict(row.how)
-    told = ", ".join([str(how.pop("adapters", "slots")), *(f"{key}={value}" for key, value in how.items())])
-    found = []
-    for name in dict.fromkeys(one.adapter for one in parity.compared):
-        own = [one for one in parity.compared if one.adapter == name and not one.edge]
+    options = ", ".join([str(how.pop("adapters", "slots")), *(f"{key}={value}" for key, value in how.items())])
+    rows = []
+    for name in dict.fromkeys(comparison.adapter for comparison in parity.compared):
+        own = [comparison for comparison in parity.compared if comparison.adapter == name and not comparison.edge]
         moved = f"{parity.moved[name]:.1e}" if name in parity.moved else ""
-        tokens = [len(one.expected) for one in parity.decoded if one.adapter == name and one.ok]
-        most, sizes = max(one.difference for one in own), len({one.sizes for one in own})
-        found.append([row.name, told, name, moved, str(sizes), f"{most:.1e}", str(tokens[0]) if tokens else ""])
-    return found
+        decoded = [comparison for comparison in parity.decoded if comparison.adapter == name and comparison.ok]
+        tokens = [len(comparison.expected) for comparison in decoded]
+        most, sizes = max(comparison.difference for comparison in own), len({comparison.sizes for comparison in own})
+        rows.append([row.name, options, name, moved, str(sizes), f"{most:.1e}", str(tokens[0]) if tokens else ""])
+    return rows
 
 
 def page(rows: Sequence[Sequence[str]]) -> str:
@@ -51,39 +52,39 @@ def packaged(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def written(made: Sequence[Sequence[str]], asked: bool) -> None:
+def written(rows: Sequence[Sequence[str]], partial: bool) -> None:
     """Rewrite the page's table; rows that were not requested stay."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     old, _, after = rest.partition(MARKS[1])
-    new = page(made).splitlines()
-    if asked:
-        names = {row[0] for row in made}
-        kept = [line for line in old.splitlines() if line and line.split(" | ")[0].removeprefix("| ") not in names]
-        new = [*kept, *new[2:]]
+    new = page(rows).splitlines()
+    if partial:
+        names = {row[0] for row in rows}
+        unchanged = [line for line in old.splitlines() if line and line.split(" | ")[0].removeprefix("| ") not in names]
+        new = [*unchanged, *new[2:]]
     PAGE.write_text(before + MARKS[0] + "\n".join(new) + "\n" + MARKS[1] + after, encoding="utf-8")
 
 
-def main(asked: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    made, wrong = [], 0
+    rows, wrong = [], 0
     for row in ALL:
-        if asked and not any(word in str(row) for word in asked):
+        if words and not any(word in str(row) for word in words):
             continue
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:
                 _, _, report = row.exported(Path(folder), *([packaged] if row.real else []))
-                made += lines(row, report)
-                told = "equal"
+                rows += lines(row, report)
+                outcome = "equal"
             except Exception as error:
-                told = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-                made.append([row.name, str(dict(row.how)), "", "", "", f"✗ {told}".replace("|", "\\|"), ""])
+                outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+                rows.append([row.name, str(dict(row.how)), "", "", "", f"✗ {outcome}".replace("|", "\\|"), ""])
                 wrong += 1
-        written(made, bool(asked))
-        print(f"{row}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
-    print(f"{len(made)} comparisons, {wrong} rows that do not hold")
+        written(rows, bool(words))
+        print(f"{row}: {outcome}, {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"{len(rows)} comparisons, {wrong} rows that do not hold")
     return int(wrong > 0)
 
 

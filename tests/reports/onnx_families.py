@@ -44,24 +44,24 @@ def line(name: str) -> list[str]:
         with tempfile.TemporaryDirectory() as folder:
             report = export_onnx(model, Path(folder) / "m.onnx", inputs, adapters="slots")
     except Exception as error:
-        return [name, "", "", "", "✗", _told(error)]
+        return [name, "", "", "", "✗", _describe(error)]
     parity: Any = report.parity
-    own = [one for one in parity.compared if not one.edge]  # those are among the notices
-    most = max(one.difference for one in own)
+    own = [comparison for comparison in parity.compared if not comparison.edge]  # those are among the notices
+    most = max(comparison.difference for comparison in own)
     notes = "; ".join([*report.notices, *parity.notices])
     sites, moved = len(report.manifest["sites"]), min(parity.moved.values())
     return [name, str(sites), f"{moved:.1e}", str(len(own)), f"{most:.1e}", notes.replace("|", "\\|")]
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     why = getattr(error, "why", None) or ""
     where = f" ({error.where})" if getattr(error, "where", None) else ""  # type: ignore[attr-defined]
     text = f"{str(error).splitlines()[0]}{where}: {why}"
     return " ".join(text.split()).replace("|", "\\|")[:230]
 
 
-def _put(name: str, found: Any) -> None:
-    found.put(line(name))
+def _send(name: str, results: Any) -> None:
+    results.put(line(name))
 
 
 def apart(names: Sequence[str], jobs: int) -> Any:
@@ -70,22 +70,22 @@ def apart(names: Sequence[str], jobs: int) -> Any:
     waiting, running = list(names), list[tuple[str, Any, Any, float]]()
     while waiting or running:
         while waiting and len(running) < jobs:
-            name, found = waiting.pop(0), context.Queue()
-            process = context.Process(target=_put, args=(name, found))
+            name, results = waiting.pop(0), context.Queue()
+            process = context.Process(target=_send, args=(name, results))
             process.start()
-            running.append((name, process, found, time.monotonic()))
+            running.append((name, process, results, time.monotonic()))
         time.sleep(0.1)
-        for one in list(running):
-            name, process, found, started = one
-            row = _row(name, process, found, started)
+        for process_state in list(running):
+            name, process, results, started = process_state
+            row = _row(name, process, results, started)
             if row is not None:
-                running.remove(one)
+                running.remove(process_state)
                 yield row
 
 
-def _row(name: str, process: Any, found: Any, started: float) -> list[str] | None:
+def _row(name: str, process: Any, results: Any, started: float) -> list[str] | None:
     try:
-        row = found.get_nowait()
+        row = results.get_nowait()
     except queue.Empty:
         if process.is_alive() and time.monotonic() - started < PATIENCE:
             return None
@@ -97,12 +97,12 @@ def _row(name: str, process: Any, found: Any, started: float) -> list[str] | Non
     return row
 
 
-def written(made: dict[str, list[str]]) -> None:
+def written(rows_by_name: dict[str, list[str]]) -> None:
     """The page's table with these rows replaced."""
     text = PAGE.read_text(encoding="utf-8")
     before, _, table = text.partition(MARK)
     old = [[cell.strip() for cell in row.strip("| \n").split(" | ")] for row in table.splitlines() if " | " in row]
-    rows = {row[0]: row for row in old if row[0] in FAMILIES} | made
+    rows = {row[0]: row for row in old if row[0] in FAMILIES} | rows_by_name
     ordered = [[*rows[name], *[""] * (len(HEAD) - len(rows[name]))] for name in FAMILIES if name in rows]
     equal = sum(row[HEAD.index("largest difference")] != "✗" for row in ordered)
     lines = [f"{equal} of {len(ordered)} families are exported, and equal.", ""]
@@ -110,16 +110,16 @@ def written(made: dict[str, list[str]]) -> None:
     PAGE.write_text(before + MARK + "\n".join(lines) + "\n", encoding="utf-8")
 
 
-def main(asked: Sequence[str]) -> int:
+def main(names: Sequence[str]) -> int:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     line("bert")  # what is imported here, each process has
-    made: dict[str, list[str]] = {}
-    for row in apart([name for name in FAMILIES if not asked or name in asked], int(os.environ.get("JOBS", "2"))):
-        made[row[0]] = row
+    rows_by_name: dict[str, list[str]] = {}
+    for row in apart([name for name in FAMILIES if not names or name in names], int(os.environ.get("JOBS", "2"))):
+        rows_by_name[row[0]] = row
         print(" | ".join(row), flush=True)
-        written(made)
+        written(rows_by_name)
     return 0
 
 

@@ -56,11 +56,11 @@ def arrows() -> nx.DiGraph:
     """The imports between packages."""
     graph: nx.DiGraph = nx.DiGraph()
     for file in files():
-        here = package(file)
+        source = package(file)
         for other in imported(file):
-            there = package(other)
-            if here and there and here != there:
-                graph.add_edge(here, there)
+            target = package(other)
+            if source and target and source != target:
+                graph.add_edge(source, target)
     return graph
 
 
@@ -69,7 +69,7 @@ def picture() -> str:
     graph = arrows()
     graph.remove_nodes_from([*(file.stem for file in (ROOT / "surgery").glob("*.py")), "transaction"])
     lines = ["```mermaid", "flowchart TD"]
-    lines += [f"    {here} --> {there}" for here, there in sorted(nx.transitive_reduction(graph).edges)]
+    lines += [f"    {source} --> {target}" for source, target in sorted(nx.transitive_reduction(graph).edges)]
     return "\n".join([*lines, "```", ""])
 
 

@@ -168,8 +168,8 @@ def _family(name: str) -> tuple[nn.Module, Any]:
 
     if name in tiny.FAMILIES:
         return tiny.FAMILIES[name]()
-    name, _, given = name.partition(" ")
-    model, inputs = of_transformers(name, **(eval(f"dict({given})") if given else {})), tiny._text()  # noqa: S307
+    name, _, options = name.partition(" ")
+    model, inputs = of_transformers(name, **(eval(f"dict({options})") if options else {})), tiny._text()  # noqa: S307
     inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, model.config.pad_token_id)
     return model, inputs
 
@@ -202,25 +202,25 @@ class Row:
     note: str = ""
     unmerged: bool = False  # there is no merged form
     by_hand: Callable[[nn.Module, dict[str, Tensor]], nn.Module] | None = None  # the reference, from base and file
-    held: str = "✓"  # the text of the table's cells
+    cell: str = "✓"  # the text of the table's cells
     grown: int = 0  # the number of words added to the vocabulary
 
     @property
     def name(self) -> str:
-        given = ", ".join(f"{key}={value!r}" for key, value in self.fields.items())
-        return f"{self.model}{f' with {self.grown} words more' if self.grown else ''}: {given}"
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.fields.items())
+        return f"{self.model}{f' with {self.grown} words more' if self.grown else ''}: {settings}"
 
     @property
     def untrained(self) -> str:
         """Why training differs in PEFT: its arithmetic, or trained tensors that its file lacks."""
-        given = self.fields
+        fields = self.fields
         if self.by_hand is not None:
             return "half of what is trained here"
-        if self.method == "PromptEncoder" or given.get("prefix_projection"):
+        if self.method == "PromptEncoder" or fields.get("prefix_projection"):
             return "PEFT trains the network, which is not in its file"
-        if self.method == "LoHa" and given.get("use_effective_conv2d"):
+        if self.method == "LoHa" and fields.get("use_effective_conv2d"):
             return "PEFT's backward of w1_a takes the other factor's product"
-        if given.get("coft"):
+        if fields.get("coft"):
             return "PEFT writes the projected rotation back into the parameter"
         return ""
 
@@ -300,9 +300,9 @@ def _lora() -> Iterator[Row]:
         for targets in (["lm_head"], ["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"]):
             yield lora(model, *targets, **long)
         yield lora(model, "q_proj", modules_to_save=["embed_tokens", "lm_head"])
-        for given in ([5, 3], {"embed_tokens": [5, 3], "lm_head": [5, 3]}, {"embed_tokens": [5], "lm_head": [7, 1]},
+        for indices in ([5, 3], {"embed_tokens": [5, 3], "lm_head": [5, 3]}, {"embed_tokens": [5], "lm_head": [7, 1]},
                       {"lm_head": [5]}):  # fmt: skip
-            yield lora(model, "q_proj", trainable_token_indices=given)
+            yield lora(model, "q_proj", trainable_token_indices=indices)
         yield replace(lora(model, "embed_tokens", "lm_head", **long), grown=2)
         yield replace(lora(model, "q_proj", **long), grown=2)
         yield replace(lora(model, "q_proj", trainable_token_indices=[99, 5]), grown=2)
@@ -443,7 +443,7 @@ ROWS = [*_lora(), *_others(), *_prefixes(), *_prompts()]
 IDS = [f"{row.method}-{i}-{row.model}" for i, row in enumerate(ROWS)]
 
 
-def made(row: Row) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def build(row: Row) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     """The row's model, and a call of it."""
     if row.model in MODELS:
         model, example = MODELS[row.model][0](), MODELS[row.model][1]()
@@ -477,12 +477,12 @@ def in_peft(row: Row, model: nn.Module) -> Any:
     """PEFT's form of a copy of the model, its adapter as if it were trained."""
     import peft
 
-    given = copy.deepcopy(row.fields)  # PEFT adds to its lists
-    for name, value in given.items():
+    fields = copy.deepcopy(row.fields)  # PEFT adds to its lists
+    for name, value in fields.items():
         if isinstance(value, str) and name.endswith("_config"):
-            given[name] = eval(value.replace("(", "Config(", 1), vars(peft) | vars(peft.tuners.lora.config))  # noqa: S307
-    theirs = peft.get_peft_model(copy.deepcopy(model), getattr(peft, f"{row.method}Config")(**given)).eval()
-    keep = given.get("init_lora_weights") in ("pissa", "olora")
+            fields[name] = eval(value.replace("(", "Config(", 1), vars(peft) | vars(peft.tuners.lora.config))  # noqa: S307
+    theirs = peft.get_peft_model(copy.deepcopy(model), getattr(peft, f"{row.method}Config")(**fields)).eval()
+    keep = fields.get("init_lora_weights") in ("pissa", "olora")
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if parameter.requires_grad and not (keep and "lora_" in name):
@@ -492,9 +492,9 @@ def in_peft(row: Row, model: nn.Module) -> Any:
     return theirs
 
 
-def near(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and bool(
-        (found - expected).abs().max() <= SLACK * max(1.0, float(expected.abs().max()))
+def near(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and bool(
+        (actual - expected).abs().max() <= SLACK * max(1.0, float(expected.abs().max()))
     )
 
 
@@ -503,7 +503,7 @@ def check(row: Row, folder: Path) -> dict[str, str]:
     import peft
     from safetensors.torch import load_file
 
-    model, call = made(row)
+    model, call = build(row)
     base = copy.deepcopy(model)
     for grown in (model, base) if row.grown else ():
         grown.resize_token_embeddings(SIZES["vocab_size"] + row.grown)  # type: ignore[operator]
@@ -513,9 +513,9 @@ def check(row: Row, folder: Path) -> dict[str, str]:
         plain = call(model)
         expected = of_text(call(theirs), plain)
         if row.by_hand is not None:
-            found, file = expected, load_file(folder / "theirs/adapter_model.safetensors")
+            peft_output, file = expected, load_file(folder / "theirs/adapter_model.safetensors")
             expected = call(row.by_hand(model, file))
-            assert near(found, expected), "PEFT's own is another"
+            assert near(peft_output, expected), "PEFT's own is another"
     before = Snapshot(model)
     wrong: dict[str, str] = dict.fromkeys(CELLS, "")
     assert not near(plain, expected), "the adapter does nothing"
@@ -523,8 +523,8 @@ def check(row: Row, folder: Path) -> dict[str, str]:
         try:
             load_adapter(model, folder / "theirs")
         except SurgeryError as error:
-            told = row.refused[0] in str(error) and not before.differences(model)
-            return dict.fromkeys([*CELLS], "" if told else f"another error: {error}")
+            as_expected = row.refused[0] in str(error) and not before.differences(model)
+            return dict.fromkeys([*CELLS], "" if as_expected else f"another error: {error}")
         return dict.fromkeys([*CELLS], "was not refused")
     example = _family_inputs(row) if row.method == "PrefixTuning" else None
     load_adapter(model, folder / "theirs", example_inputs=example)
@@ -564,8 +564,8 @@ def as_trained(ours: nn.Module, theirs: nn.Module, call: Callable[[Any], Tensor]
                 parameter.grad = grad
             optimizer.step()
     with torch.no_grad():
-        expected, found = call(theirs), call(ours)
-    moved, apart = float((expected - first).abs().max()), float((expected - found).abs().max())
+        expected, actual = call(theirs), call(ours)
+    moved, apart = float((expected - first).abs().max()), float((expected - actual).abs().max())
     if moved < 1e-4:
         return "training does nothing"
     return "" if apart <= max(1e-3 * moved, SLACK * float(expected.abs().max())) else f"{apart / moved:.0e} apart"

@@ -60,18 +60,18 @@ def model(seed: int, fresh: bool) -> nn.Module:
     A resumed run starts from other values, so that the test shows values that were not loaded.
     """
     torch.manual_seed(seed)
-    made = tiny.bert()[0]
-    apply_rules(made, [LoraRule(["query", "value"], rank=4, dropout=0.1), TrainRule("classifier")], adapter="live")
-    apply_rules(made, LoraRule("key", rank=2, init="random"), adapter="frozen")
-    apply_rules(made, [LoraRule("query", rank=2, init="random"), IA3Rule("key")], adapter="idle")
-    activate(made, ["live", "frozen"], weights={"frozen": 0.5})
+    adapted = tiny.bert()[0]
+    apply_rules(adapted, [LoraRule(["query", "value"], rank=4, dropout=0.1), TrainRule("classifier")], adapter="live")
+    apply_rules(adapted, LoraRule("key", rank=2, init="random"), adapter="frozen")
+    apply_rules(adapted, [LoraRule("query", rank=2, init="random"), IA3Rule("key")], adapter="idle")
+    activate(adapted, ["live", "frozen"], weights={"frozen": 0.5})
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if ".adapters.frozen." in name:
                 parameter.requires_grad_(False)
             if ".adapters." in name and not fresh:
                 parameter.fill_(0.123)
-    return made
+    return adapted
 
 
 def trainer(seed: int, folder: Path, fresh: bool, *callbacks: Any) -> Any:
@@ -90,11 +90,11 @@ def trainer(seed: int, folder: Path, fresh: bool, *callbacks: Any) -> Any:
 
 def run(seed: int, folder: Path, *callbacks: Any) -> dict[str, Any]:
     """Start, or resume from the last complete checkpoint; return all tensors and the losses of every step."""
-    found = last_checkpoint(folder)
-    made = trainer(seed, folder, found is None, *callbacks)
-    made.train(resume_from_checkpoint=found)
-    losses = {line["step"]: line["loss"] for line in made.state.log_history if "loss" in line}
-    return {"tensors": {name: tensor.clone() for name, tensor in made.model.state_dict().items()}, "losses": losses}
+    checkpoint = last_checkpoint(folder)
+    training = trainer(seed, folder, checkpoint is None, *callbacks)
+    training.train(resume_from_checkpoint=checkpoint)
+    losses = {line["step"]: line["loss"] for line in training.state.log_history if "loss" in line}
+    return {"tensors": {name: tensor.clone() for name, tensor in training.model.state_dict().items()}, "losses": losses}
 
 
 # Killed -------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def killed_run(
     server: Server, seed: int, folder: Path, whole: float, kills: int, chance: random.Random
 ) -> dict[str, int]:
     """Kill a run repeatedly; an uninterrupted run takes `whole` seconds. Return how often it was killed half-way."""
-    told = {"killed": 0, "half": 0}
+    counts = {"killed": 0, "half": 0}
 
     def while_it_saves() -> None:
         """Wait until a new checkpoint appears; writing it takes some milliseconds."""
@@ -165,11 +165,11 @@ def killed_run(
         time.sleep(chance.random() * whole)
 
     waits = [while_it_saves, at_any_moment]
-    while told["killed"] < kills and server.run(seed, folder, waits[told["killed"] % 2]) == "killed":
-        told["killed"] += 1
+    while counts["killed"] < kills and server.run(seed, folder, waits[counts["killed"] % 2]) == "killed":
+        counts["killed"] += 1
         last = last_checkpoint(folder)
-        there = [int(place.name.rpartition("-")[2]) for place in folder.glob("checkpoint-*")]
-        told["half"] += bool(there) and (last is None or max(there) > int(last.rpartition("-")[2]))
+        steps = [int(place.name.rpartition("-")[2]) for place in folder.glob("checkpoint-*")]
+        counts["half"] += bool(steps) and (last is None or max(steps) > int(last.rpartition("-")[2]))
     if not (folder / "result.pt").exists():
         assert server.run(seed, folder) == "ended 0"
-    return told
+    return counts

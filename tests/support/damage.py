@@ -46,41 +46,41 @@ KINDS: dict[str, tuple[list[Rule], str]] = {
 
 def originals(folder: Path) -> dict[str, dict[str, bytes]]:
     """Intact adapters: kind → file name → bytes."""
-    found = {}
+    adapters = {}
     for kind, (rules, format) in KINDS.items():
-        made = apply_rules(model(), rules)
-        place = save_adapter(made, folder / kind, format=format)  # type: ignore[arg-type]
-        found[kind] = {file.name: file.read_bytes() for file in place.iterdir()}
+        adapted = apply_rules(model(), rules)
+        place = save_adapter(adapted, folder / kind, format=format)  # type: ignore[arg-type]
+        adapters[kind] = {file.name: file.read_bytes() for file in place.iterdir()}
     pickled = folder / "pickled"
     pickled.mkdir()
     from safetensors.torch import load_file
 
     torch.save(load_file(str(folder / "lora/adapter_model.safetensors")), pickled / "adapter_model.bin")
-    (pickled / "adapter_config.json").write_bytes(found["lora"]["adapter_config.json"])
-    found["pickled"] = {file.name: file.read_bytes() for file in pickled.iterdir()}
-    return found
+    (pickled / "adapter_config.json").write_bytes(adapters["lora"]["adapter_config.json"])
+    adapters["pickled"] = {file.name: file.read_bytes() for file in pickled.iterdir()}
+    return adapters
 
 
 def damaged(files: dict[str, bytes], chance: random.Random) -> dict[str, bytes]:
     """The same files with one to three kinds of damage."""
-    held = dict(files)
+    result = dict(files)
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
-        name = chance.choice(sorted(held))
+        name = chance.choice(sorted(result))
         ways: list[Callable[[bytes, random.Random], bytes]] = [flipped, cut, grown]
         if name.endswith(".safetensors"):
             ways += [forged, forged]
         if name.endswith(".json"):
             ways += [mistyped, mistyped, mistyped]
-        held[name] = chance.choice(ways)(held[name], chance)
-    return held
+        result[name] = chance.choice(ways)(result[name], chance)
+    return result
 
 
 def flipped(content: bytes, chance: random.Random) -> bytes:
-    held = bytearray(content)
+    buffer = bytearray(content)
     for _ in range(chance.choice((1, 2, 8, 64))):
-        if held:
-            held[chance.randrange(min(len(held), chance.choice((16, 400, 10**9))))] = chance.randrange(256)
-    return bytes(held)
+        if buffer:
+            buffer[chance.randrange(min(len(buffer), chance.choice((16, 400, 10**9))))] = chance.randrange(256)
+    return bytes(buffer)
 
 
 def cut(content: bytes, chance: random.Random) -> bytes:
@@ -103,53 +103,53 @@ def forged(content: bytes, chance: random.Random) -> bytes:
         keys = [key for key in header if key != "__metadata__"]
         key = chance.choice(keys)
         entry = header[key]
-        what = chance.randrange(8)
-        if what == 0:
+        way = chance.randrange(8)
+        if way == 0:
             entry["shape"] = chance.choice([[2**40], [2**20, 2**20], [-1, -16], [], [0], [1] * 40, ["a"], 7, [2, 8, 1]])
-        elif what == 1:
+        elif way == 1:
             entry["data_offsets"] = chance.choice([[0, 2**60], [-8, 8], [64, 0], [0], "x", [1.5, 9], [0, 0]])
-        elif what == 2:
+        elif way == 2:
             entry["dtype"] = chance.choice(["F64", "F16", "I64", "BOOL", "F4", "", 3, "BF16", "F8_E4M3"])
-        elif what == 3:
+        elif way == 3:
             header[chance.choice(["../x", "", "a" * 5000, "base_model.model.lin0.lora_A.weight", "__metadata__"])] = (
                 entry
             )
-        elif what == 4:
+        elif way == 4:
             del header[key]
-        elif what == 5:
+        elif way == 5:
             header[key] = chance.choice(ODD)
-        elif what == 6:
+        elif way == 6:
             header["__metadata__"] = chance.choice([{"surgery": "{"}, {"surgery": "[]"}, {"surgery": 3}, [], None, {}])
         else:
             header[key], header[keys[0]] = header[keys[0]], header[key]
         text = json.dumps(header).encode()
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return flipped(content, chance)
-    told = chance.choice([len(text)] * 6 + [len(text) + 8, 2**63, 0])
-    return told.to_bytes(8, "little") + text + content[8 + length :]
+    header_length = chance.choice([len(text)] * 6 + [len(text) + 8, 2**63, 0])
+    return header_length.to_bytes(8, "little") + text + content[8 + length :]
 
 
 def mistyped(content: bytes, chance: random.Random) -> bytes:
     """Change a setting to another type, remove a field, or add a field."""
     try:
-        held = json.loads(content)
+        document = json.loads(content)
     except ValueError:
         return flipped(content, chance)
-    spot: Any = held
+    spot: Any = document
     while isinstance(spot, (dict, list)) and spot:
         keys = sorted(spot) if isinstance(spot, dict) else range(len(spot))
         key = chance.choice(list(keys))
         if not isinstance(spot[key], (dict, list)) or not spot[key] or chance.random() < 0.4:
-            what = chance.random()
-            if what < 0.75:
+            draw = chance.random()
+            if draw < 0.75:
                 spot[key] = chance.choice(ODD)
-            elif what < 0.9:
+            elif draw < 0.9:
                 del spot[key]
             elif isinstance(spot, dict):
                 spot[chance.choice(["", "x", "use_dora", "rule", "peft_type", "kwargs"])] = chance.choice(ODD)
             break
         spot = spot[key]
-    return json.dumps(held).encode()
+    return json.dumps(document).encode()
 
 
 # Saves that are killed ----------------------------------------------------------------------------------------
@@ -169,13 +169,13 @@ def saves(folder: str) -> None:
         print("gone", flush=True)
 
 
-def versioned(which: int) -> nn.Module:
+def versioned(version: int) -> nn.Module:
     """An adapter that its rule and its tensors both identify."""
-    made = apply_rules(model(), [LoraRule(["lin0", "lin1"], rank=4, alpha=1 + which)])
+    adapted = apply_rules(model(), [LoraRule(["lin0", "lin1"], rank=4, alpha=1 + version)])
     with torch.no_grad():
-        for tensor in adapter_state_dict(made).values():
-            tensor.fill_(1.0 + which)
-    return made
+        for tensor in adapter_state_dict(adapted).values():
+            tensor.fill_(1.0 + version)
+    return adapted
 
 
 def kill_saves(folder: Path, times: int, seen: Callable[[Path], None], chance: random.Random) -> None:

@@ -70,14 +70,16 @@ class Everything(Snapshot):
 
     def differences(self, model: nn.Module) -> list[str]:
         now = _records(model)
-        found = [f"{key} is {now.get(key)}, was {was}" for key, was in self.facts.items() if now.get(key, was) != was]
-        kept, self.facts = self.facts, {key: fact for key, fact in self.facts.items() if key not in now}
+        differences = [
+            f"{key} is {now.get(key)}, was {was}" for key, was in self.facts.items() if now.get(key, was) != was
+        ]
+        facts, self.facts = self.facts, {key: fact for key, fact in self.facts.items() if key not in now}
         try:
-            found += super().differences(model)
+            differences += super().differences(model)
         finally:
-            self.facts = kept
-        found += [f"{key} is new" for key in now if key not in self.facts]
-        return found
+            self.facts = facts
+        differences += [f"{key} is new" for key in now if key not in self.facts]
+        return differences
 
 
 def _records(model: nn.Module) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def _model_record(state: ModelState) -> tuple:
         [(path, str(value)) for path, value in state.ignored_on_save],
         list(state.switched),
         {name: (list(map(id, p.modules)), list(map(id, p.boxes))) for name, p in state.places.items()},
-        {name: (id(one), one.live, one.weight, one.in_base) for name, one in state.standing.items()},
+        {name: (id(status), status.live, status.weight, status.in_base) for name, status in state.standing.items()},
         dict(state.resting),
     )
 

@@ -15,8 +15,8 @@ class Experts(nn.Module):
     def __init__(self, size: int, experts: int = 4, chosen: int = 2) -> None:
         super().__init__()
         self.gate, self.chosen = nn.Linear(size, experts), chosen
-        made = [nn.Sequential(nn.Linear(size, 6), nn.GELU(), nn.Linear(6, size)) for _ in range(experts)]
-        self.experts = nn.ModuleList(made)
+        layers = [nn.Sequential(nn.Linear(size, 6), nn.GELU(), nn.Linear(6, size)) for _ in range(experts)]
+        self.experts = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

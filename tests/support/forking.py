@@ -35,8 +35,8 @@ class Forks:
     def run(self, code: str, folder: Path) -> subprocess.CompletedProcess[str]:
         """Run `code` in `folder`, as `python -c` does in a new process."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        with tempfile.TemporaryDirectory() as made:
-            said = [Path(made, name) for name in ("stdout", "stderr")]
+        with tempfile.TemporaryDirectory() as directory:
+            said = [Path(directory, name) for name in ("stdout", "stderr")]
             job = {"code": code, "folder": str(folder), "said": [str(file) for file in said]}
             print(json.dumps(job), file=self.process.stdin, flush=True)
             status = int(self.process.stdout.readline())

@@ -16,7 +16,7 @@ from typing import Any
 class Hub(BaseHTTPRequestHandler):
     """Repositories of models as files in memory: name → path → content. Every push is a commit on main."""
 
-    held: dict[str, dict[str, bytes]] = {}
+    repositories: dict[str, dict[str, bytes]] = {}
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -47,46 +47,49 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.body()
         if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = "/".join(filter(None, (asked.get("organization") or "me", asked["name"])))
-            self.held.setdefault(name, {})
+            request = json.loads(body)
+            name = "/".join(filter(None, (request.get("organization") or "me", request["name"])))
+            self.repositories.setdefault(name, {})
             return self.data({"url": f"{self.url}/{name}", "name": name})
         if self.path == "/api/validate-yaml":
             return self.data({"errors": [], "warnings": []})
         name = re.match(r"/api/models/([^/]+/[^/]+)/", self.path)[1]  # type: ignore[index]
         if "/preupload/" in self.path:
-            asked = json.loads(body)["files"]
+            files = json.loads(body)["files"]
             regular = {"uploadMode": "regular", "shouldIgnore": False}
-            return self.data({"files": [{"path": file["path"], **regular} for file in asked]})
+            return self.data({"files": [{"path": file["path"], **regular} for file in files]})
         if "/commit/" in self.path:
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
-                    self.held[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                    self.repositories[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             address = f"{self.url}/{name}/commit/{self.commit(name)}"
             return self.data({"commitUrl": address, "commitOid": self.commit(name), "pullRequestUrl": None})
         self.data({"error": "unknown"}, 404)
 
     def do_GET(self, head: bool = False) -> None:
-        found = re.match(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/?]+)?(?:\?.*)?$", self.path)
-        if found:
-            files = self.held.get(found[1])
+        match = re.match(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/?]+)?(?:\?.*)?$", self.path)
+        if match:
+            files = self.repositories.get(match[1])
             if files is None:
                 return self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
             siblings = [{"rfilename": path} for path in files]
-            return self.data({"id": found[1], "modelId": found[1], "sha": self.commit(found[1]), "siblings": siblings,
+            return self.data({"id": match[1], "modelId": match[1], "sha": self.commit(match[1]), "siblings": siblings,
                               "private": False, "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
-        found = re.match(r"/api/models/([^/]+/[^/]+)/tree/", self.path)
-        if found:
-            held = self.held.get(found[1], {}).items()
-            listed = [{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in held]
+        match = re.match(r"/api/models/([^/]+/[^/]+)/tree/", self.path)
+        if match:
+            contents = self.repositories.get(match[1], {}).items()
+            listed = [
+                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for path, content in contents
+            ]
             return self.data(listed)
-        found = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/([^?]+)", self.path)
-        content = self.held.get(found[1], {}).get(found[2]) if found else None
-        if found is None or content is None:
+        match = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/([^?]+)", self.path)
+        content = self.repositories.get(match[1], {}).get(match[2]) if match else None
+        if match is None or content is None:
             return self.answer(b"", 404, head, X_Error_Code="EntryNotFound")
         tag = hashlib.sha1(content).hexdigest()
-        self.answer(content, 200, head, ETag=f'"{tag}"', X_Repo_Commit=self.commit(found[1]))
+        self.answer(content, 200, head, ETag=f'"{tag}"', X_Repo_Commit=self.commit(match[1]))
 
     def do_HEAD(self) -> None:
         self.do_GET(head=True)
@@ -97,19 +100,19 @@ class Hub(BaseHTTPRequestHandler):
         return f"http://127.0.0.1:{address[1]}"
 
     def commit(self, name: str) -> str:
-        whole = b"".join(path.encode() + content for path, content in sorted(self.held[name].items()))
+        whole = b"".join(path.encode() + content for path, content in sorted(self.repositories[name].items()))
         return hashlib.sha1(whole).hexdigest()
 
 
 @contextmanager
 def hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
     """Yield the endpoint and its repositories."""
-    kind = type("OneHub", (Hub,), {"held": {}})
+    kind = type("OneHub", (Hub,), {"repositories": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", kind.held  # type: ignore[attr-defined]
+        yield f"http://127.0.0.1:{server.server_address[1]}", kind.repositories  # type: ignore[attr-defined]
     finally:
         server.shutdown()
         server.server_close()

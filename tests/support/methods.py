@@ -160,9 +160,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def cases(which: str = "layers", among: tuple[str, ...] = tuple(LAYERS)) -> Any:
+def cases(attribute: str = "layers", among: tuple[str, ...] = tuple(LAYERS)) -> Any:
     """Each method with each of its layers."""
-    actual = ((name, layer) for name, method in METHODS.items() for layer in getattr(method, which))
+    actual = ((name, layer) for name, method in METHODS.items() for layer in getattr(method, attribute))
     return pytest.mark.parametrize("name, layer", [(name, layer) for name, layer in actual if layer in among])
 
 

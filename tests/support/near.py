@@ -23,16 +23,16 @@ class Wanted(list[T], Generic[T]):
 
     def __init__(self, model: nn.Module, call: Call, as_given: Callable[[Tensor], T]):
         self.model, self.call = model, call
-        super().__init__(as_given(one) for one in self._asked())
+        super().__init__(as_given(tensor) for tensor in self._compute())
 
-    def _asked(self) -> list[Tensor]:
+    def _compute(self) -> list[Tensor]:
         with torch.no_grad():
             return self.call(self.model, lambda tensor: tensor)
 
     def allowed(self, index: int, least: float) -> float:
         """Relative to an output's largest number: `least`, or a multiple of the model's error against float64."""
-        again = self._asked()
-        own = [difference(one, other) for one, other in zip(again, map(_tensor, self), strict=True)]
+        again = self._compute()
+        own = [difference(actual, other) for actual, other in zip(again, map(_tensor, self), strict=True)]
         assert not any(own), "the model is not what it was: compare while the same adapters are live"
         losses = Float64Model(self.model).losses(self.call, again)
         return least if losses is None else max(least, min(LARGEST, FACTOR * losses[index]))
@@ -51,15 +51,15 @@ def off(have: Any, want: Any, wanted: Any, index: int, least: float) -> str | No
     return None if apart <= allowed else f"output {index} is {apart:.2e} off, of {allowed:.1e} that are allowed"
 
 
-def assert_as(found: Tensor, expected: Tensor, model: nn.Module, least: float, *args: Any, **given: Any) -> None:
+def assert_as(actual: Tensor, expected: Tensor, model: nn.Module, least: float, *args: Any, **kwargs: Any) -> None:
     """The tolerance: `least` of the largest number, or a multiple of the model's own error for this call."""
 
     def call(model: nn.Module, wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        values, named = pytree.tree_map(lambda one: wide(one) if isinstance(one, Tensor) else one, (args, given))
+        values, named = pytree.tree_map(lambda leaf: wide(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         output = model(*values, **named)
         return [output if isinstance(output, Tensor) else output[0]]
 
-    assert found.shape == expected.shape
-    if difference(expected, found) > least:
-        told = off(found, expected, Wanted(model, call, lambda leaf: leaf), 0, least)
-        assert told is None, told
+    assert actual.shape == expected.shape
+    if difference(expected, actual) > least:
+        message = off(actual, expected, Wanted(model, call, lambda leaf: leaf), 0, least)
+        assert message is None, message

@@ -43,20 +43,20 @@ def by_hand(model: nn.Module, adapter: str) -> dict[str, np.ndarray]:
         path: applied.rule for path, _, site in sites(model) for applied in site.applied if applied.adapter == adapter
     }
     scales = {path: rule.alpha / rule.rank ** (0.5 if rule.rslora else 1) for path, rule in rules.items()}
-    found = {}
+    arrays = {}
     for name, tensor in adapter_state_dict(model, adapter).items():
         path, key = name.split(f"adapters.{adapter}.") if f"adapters.{adapter}." in name else name.split("adapters.")
         scale = scales[path.rstrip(".")] if key == "B" else 1.0
-        found[f"{path}adapters.slot.{key}"] = (tensor * scale).numpy()
-    return found
+        arrays[f"{path}adapters.slot.{key}"] = (tensor * scale).numpy()
+    return arrays
 
 
 def expected(model: nn.Module, example: Any) -> Wanted[Tensor]:
     """The live model's outputs as a flat list."""
-    given = ExampleCall.of(model, example)
+    example_call = ExampleCall.of(model, example)
 
     def call(model: nn.Module, wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        return outputs_of(given.call(model, given.mapped(lambda _, tensor: wide(tensor)).copy()))
+        return outputs_of(example_call.call(model, example_call.mapped(lambda _, tensor: wide(tensor)).copy()))
 
     return Wanted(model, call, lambda leaf: leaf)
 
@@ -65,11 +65,11 @@ def feeds(model: nn.Module, example: Any, inputs: Sequence[str]) -> dict[str, np
     return arrays_of(ExampleCall.of(model, example), inputs)
 
 
-def assert_near(found: Sequence[Any], wanted: Sequence[Tensor], tolerance: float = TOLERANCE) -> None:
-    assert len(found) == len(wanted)
-    for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
-        assert one.shape == tuple(other.shape)
-        assert (told := off(one, other, wanted, index, tolerance)) is None, told
+def assert_near(actual: Sequence[Any], wanted: Sequence[Tensor], tolerance: float = TOLERANCE) -> None:
+    assert len(actual) == len(wanted)
+    for index, (array, other) in enumerate(zip(actual, wanted, strict=True)):
+        assert array.shape == tuple(other.shape)
+        assert (message := off(array, other, wanted, index, tolerance)) is None, message
 
 
 def operations(path: Path) -> Counter[tuple[str, str]]:
@@ -81,24 +81,26 @@ def read_initializers(path: Path) -> dict[str, np.ndarray]:
     import onnx_ir as ir
 
     graph = ir.load(str(path)).graph
-    turned = {name for name, one in graph.initializers.items() if one.metadata_props.get("surgery.layout")}
+    turned = {
+        name for name, initializer in graph.initializers.items() if initializer.metadata_props.get("surgery.layout")
+    }
     arrays = {name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value}
     return {name: array.T if name in turned else array for name, array in arrays.items()}
 
 
 def assert_weights(model: nn.Module, path: Path, unused: Sequence[str] = ()) -> None:
     """Every parameter of the base is in the file under its name to the bit; of tied ones, one name is enough."""
-    found = read_initializers(path)
+    arrays = read_initializers(path)
     groups: dict[int, list[str]] = {}
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in own.items():
         if ".adapters." not in f".{name}":
             groups.setdefault(id(parameter), []).append(name)
     for names in groups.values():
-        there = [name for name in names if name in found]
-        assert there or names[0] in unused, f"{names} is not in the file"
-        for name in there:
-            assert np.array_equal(found[name], own[name].detach().numpy()), name
+        present = [name for name in names if name in arrays]
+        assert present or names[0] in unused, f"{names} is not in the file"
+        for name in present:
+            assert np.array_equal(arrays[name], own[name].detach().numpy()), name
 
 
 def assert_slots(path: Path, manifest: Mapping[str, Any], checked: bool = True) -> None:

@@ -31,13 +31,13 @@ class Row:
     note: str = ""
 
     def __str__(self) -> str:
-        told = ", ".join(f"{key}={value}" for key, value in self.how.items())
-        return f"{self.name}{f' ({told})' if told else ''}"
+        options = ", ".join(f"{key}={value}" for key, value in self.how.items())
+        return f"{self.name}{f' ({options})' if options else ''}"
 
-    def made(self, *given: Any) -> tuple[nn.Module, Any]:
+    def prepare(self, *arguments: Any) -> tuple[nn.Module, Any]:
         """The model with its adapters, and an example."""
         torch.manual_seed(0)
-        model, example = self.build(*given)
+        model, example = self.build(*arguments)
         model.eval()
         for name, rules in self.adapters.items():
             try:
@@ -50,8 +50,8 @@ class Row:
                     tensor.mul_(3)  # the models' small weights would hide the effect of adapters
         return model, example
 
-    def exported(self, folder: Path, *given: Any) -> tuple[nn.Module, Any, Any]:
-        model, example = self.made(*given)
+    def exported(self, folder: Path, *arguments: Any) -> tuple[nn.Module, Any, Any]:
+        model, example = self.prepare(*arguments)
         report = export_onnx(model, folder / "m.onnx", example, **{"adapters": "slots", **self.how})
         return model, example, report
 
@@ -64,10 +64,10 @@ def lora(targets: Any, *ranks: int) -> dict[str, list[Rule]]:
     }
 
 
-def mixed(one: Any, other: Any) -> dict[str, list[Rule]]:
+def mixed(first: Any, other: Any) -> dict[str, list[Rule]]:
     return {
         "ranks 2 and 7": [
-            LoraRule(one, rank=2, alpha=3, init="random"), LoraRule(other, rank=7, alpha=16, init="random"),
+            LoraRule(first, rank=2, alpha=3, init="random"), LoraRule(other, rank=7, alpha=16, init="random"),
         ],
     }  # fmt: skip
 
@@ -77,14 +77,14 @@ def mixed(one: Any, other: Any) -> dict[str, list[Rule]]:
 
 def padded_bert() -> tuple[nn.Module, Any]:
     """Padding on the left, on the right, and a row of padding alone."""
-    model, given = tiny.bert()
+    model, inputs = tiny.bert()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0] * 7])
-    return model, {**given, "input_ids": tiny.ids().repeat(2, 1)[:3], "attention_mask": mask}
+    return model, {**inputs, "input_ids": tiny.ids().repeat(2, 1)[:3], "attention_mask": mask}
 
 
 def padded_llama() -> tuple[nn.Module, Any]:
-    model, given = tiny.llama()
-    return model, {**given, "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])}
+    model, inputs = tiny.llama()
+    return model, {**inputs, "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])}
 
 
 def mistral() -> tuple[nn.Module, Any]:
@@ -93,29 +93,29 @@ def mistral() -> tuple[nn.Module, Any]:
 
 
 def encoder_of_whisper() -> tuple[nn.Module, Any]:
-    model, given = tiny.whisper()
-    return model.get_encoder(), {"input_features": given["input_features"]}  # type: ignore[operator]
+    model, inputs = tiny.whisper()
+    return model.get_encoder(), {"input_features": inputs["input_features"]}  # type: ignore[operator]
 
 
 def decoding_t5() -> tuple[nn.Module, Any]:
     """An encoder-decoder's inputs from its second token on: the encoder's output, and a cache of both texts."""
-    model, given = tiny.t5()
+    model, inputs = tiny.t5()
     model.eval()
     with torch.no_grad():
-        found = model(**given, use_cache=True)
-    encoded = tiny.transformers.modeling_outputs.BaseModelOutput(last_hidden_state=found.encoder_last_hidden_state)
+        output = model(**inputs, use_cache=True)
+    encoded = tiny.transformers.modeling_outputs.BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
     return model, {
-        "attention_mask": given["attention_mask"], "decoder_input_ids": tiny.ids(2),
-        "encoder_outputs": encoded, "past_key_values": found.past_key_values,
+        "attention_mask": inputs["attention_mask"], "decoder_input_ids": tiny.ids(2),
+        "encoder_outputs": encoded, "past_key_values": output.past_key_values,
     }  # fmt: skip
 
 
 def without_cache(build: Build) -> Build:
-    def made() -> tuple[nn.Module, Any]:
-        model, given = build()
-        return model, {**given, "use_cache": False}
+    def build_without_cache() -> tuple[nn.Module, Any]:
+        model, inputs = build()
+        return model, {**inputs, "use_cache": False}
 
-    return made
+    return build_without_cache
 
 
 def minilm(packaged: Callable[[str], Path]) -> tuple[nn.Module, Any]:
@@ -183,17 +183,17 @@ ALL = [*ROWS, *FURTHER, *OTHERWISE]
 
 def sizes(report: ParityReport) -> int:
     """The number of sizes at which outputs were compared."""
-    return len({one.sizes for one in report.compared})
+    return len({comparison.sizes for comparison in report.compared})
 
 
-def one_more(given: Any) -> Any:
+def one_more(inputs: Any) -> Any:
     """The example with its first row repeated."""
 
     def longer(value: Any) -> Any:
         return torch.cat([value, value[:1]]) if isinstance(value, torch.Tensor) else value
 
-    return {name: longer(value) for name, value in given.items()} if isinstance(given, dict) else longer(given)
+    return {name: longer(value) for name, value in inputs.items()} if isinstance(inputs, dict) else longer(inputs)
 
 
-def tensors(given: Mapping[str, Any]) -> list[str]:
-    return [name for name, leaf in leaves_of(given) if isinstance(leaf, torch.Tensor)]
+def tensors(inputs: Mapping[str, Any]) -> list[str]:
+    return [name for name, leaf in leaves_of(inputs) if isinstance(leaf, torch.Tensor)]

@@ -118,42 +118,45 @@ class _Writer:
             *["fresh"] * 2, *["write"] * 2, "set", "iadd", "count", "average", "read", "rand", "drop", "noise",
             "no_grad", "autocast", "enable_grad", "hook", "where", "function", "loop", "mode", "list",
         ])  # fmt: skip
-        made: Lines = []
+        templates: Lines = []
         if kind == "binary":
-            made = [
+            templates = [
                 f"{new} = " + self.random.choice(["{a} + {b}", "{a} - {b}", "{a} * {b}", "torch.maximum({a}, {b})"])
             ]
         elif kind == "unary":
-            made = [
+            templates = [
                 f"{new} = "
                 + self.random.choice(["torch.tanh({a})", "{a}.cos()", "F.gelu({a})", "F.softmax({a}, -1)", "-{a}"])
             ]
         elif kind == "plain":
-            made = [f"{new} = " + self.random.choice(["{a} * 0.5", "1.5 - {a}", "2.0 * {a} + 1"])]
+            templates = [f"{new} = " + self.random.choice(["{a} * 0.5", "1.5 - {a}", "2.0 * {a} + 1"])]
         elif kind == "linear":
-            made = [f"{new} = F.linear({{a}}, w.to({{a}}.dtype))"]
+            templates = [f"{new} = F.linear({{a}}, w.to({{a}}.dtype))"]
         elif kind == "factory":
-            made = [f"{new} = " + self.random.choice([
+            templates = [f"{new} = " + self.random.choice([
                 "{a} + torch.arange({a}.shape[1], device={a}.device)", "{a} @ torch.eye(4).to({a}.dtype)",
                 "{a} + torch.zeros({a}.shape[0], 1)", "{a} * torch.linspace(0, 1, {a}.shape[-1])",
                 "{a} + torch.full_like({a}, 0.3)", "{a}.masked_fill(torch.ones(4, 4).tril()[1] == 0, 0.0)",
                 "{a} + {a}.new_ones(4) / {a}.shape[0]", "{a} * torch.tensor([1.0, 2.0, 0.5, 1.0])",
             ])]  # fmt: skip
         elif kind == "view":
-            made = [f"{new} = {{a}}.reshape({{a}}.shape[0], 2, 2).transpose(1, 2).reshape({{a}}.shape)"]
+            templates = [f"{new} = {{a}}.reshape({{a}}.shape[0], 2, 2).transpose(1, 2).reshape({{a}}.shape)"]
         elif kind == "unpack":
-            made = ["rows, columns = {a}.shape", f"{new} = {{a}}.reshape(rows * columns).view(rows, columns) / columns"]
+            templates = [
+                "rows, columns = {a}.shape",
+                f"{new} = {{a}}.reshape(rows * columns).view(rows, columns) / columns",
+            ]
         elif kind == "chunk":
-            made = ["left, right = {a}.chunk(2, -1)", f"{new} = torch.cat([right, left], -1)"]
+            templates = ["left, right = {a}.chunk(2, -1)", f"{new} = torch.cat([right, left], -1)"]
         elif kind == "topk":
-            made = ["top, index = {a}.topk(2, -1)", f"{new} = torch.zeros_like({{a}}).scatter(-1, index, top)"]
+            templates = ["top, index = {a}.topk(2, -1)", f"{new} = torch.zeros_like({{a}}).scatter(-1, index, top)"]
         elif kind == "fresh":
-            made = [f"{new} = {{a}}.clone()"]
+            templates = [f"{new} = {{a}}.clone()"]
             self.fresh.append(new)
         elif kind in ("write", "set", "iadd") and self.fresh:
             f = self.random.choice(self.fresh)
             self.features.add("writes")
-            made = [{
+            templates = [{
                 "write": self.random.choice([
                     f"{f}.mul_(0.5)", f"{f}.add_({{a}})", f"{f}[:, 1:].zero_()", f"F.relu({f}, inplace=True)",
                 ]),
@@ -162,41 +165,41 @@ class _Writer:
             }[kind]]  # fmt: skip
         elif kind == "count":
             self.features.add("writes")
-            made = ["m.add_(1.0)"]
+            templates = ["m.add_(1.0)"]
         elif kind == "average":
             self.features.add("writes")
-            made = ["m.mul_(0.9).add_({a}.detach().float().mean(0))"]
+            templates = ["m.mul_(0.9).add_({a}.detach().float().mean(0))"]
         elif kind == "read":
-            made = [f"{new} = {{a}} - m"]
+            templates = [f"{new} = {{a}} - m"]
         elif kind == "rand":
             self.features.add("draws")
-            made = [f"{new} = {{a}} + torch.rand_like({{b}})"]
+            templates = [f"{new} = {{a}} + torch.rand_like({{b}})"]
         elif kind == "noise":
             self.features.add("draws")
-            made = [f"{new} = {{a}} + torch.rand(4) * 0.1"]
+            templates = [f"{new} = {{a}} + torch.rand(4) * 0.1"]
         elif kind == "drop":
             self.features.add("draws")
-            made = [f"{new} = F.dropout({{a}}, 0.25, training)"]
+            templates = [f"{new} = F.dropout({{a}}, 0.25, training)"]
         elif kind == "no_grad":
-            made = ["with torch.no_grad():", f"    {new} = {{a}} * 2.0"]
+            templates = ["with torch.no_grad():", f"    {new} = {{a}} * 2.0"]
         elif kind == "enable_grad":
-            made = ["with torch.enable_grad():", f"    {new} = {{a}} * {{b}}"]
+            templates = ["with torch.enable_grad():", f"    {new} = {{a}} * {{b}}"]
         elif kind == "autocast":
-            made = ["with torch.autocast('cpu', torch.bfloat16):", f"    {new} = ({{a}} @ w).to({{a}}.dtype)"]
+            templates = ["with torch.autocast('cpu', torch.bfloat16):", f"    {new} = ({{a}} @ w).to({{a}}.dtype)"]
         elif kind == "hook":
             self.features.add("hook")
-            made = [f"{new} = {{a}} * w.sum()", f"{new}.register_hook(doubled)"]
+            templates = [f"{new} = {{a}} * w.sum()", f"{new}.register_hook(doubled)"]
         elif kind == "where":
-            made = [f"{new} = torch.where({{a}} > 0, {{a}}, {{b}} * 0.1)"]
+            templates = [f"{new} = torch.where({{a}} > 0, {{a}}, {{b}} * 0.1)"]
         elif kind == "function":
-            made = [f"{new} = gated({{a}}, {{b}})"]
+            templates = [f"{new} = gated({{a}}, {{b}})"]
         elif kind == "mode":
-            made = ["if training:", f"    {new} = {{a}} * 2.0", "else:", f"    {new} = {{a}} + {{b}}"]
+            templates = ["if training:", f"    {new} = {{a}} * 2.0", "else:", f"    {new} = {{a}} + {{b}}"]
         elif kind == "list":
-            made = [f"{new} = torch.cat([part * 2.0 for part in {{a}}.chunk(2, -1)], -1)"]
+            templates = [f"{new} = torch.cat([part * 2.0 for part in {{a}}.chunk(2, -1)], -1)"]
         elif kind == "loop":
-            made = [f"{new} = {{a}}", "for scale in (0.5, 2.0):", f"    {new} = {new} * scale + {{b}}"]
-        lines = [line.format(a=a, b=b) for line in made]
+            templates = [f"{new} = {{a}}", "for scale in (0.5, 2.0):", f"    {new} = {new} * scale + {{b}}"]
+        lines = [line.format(a=a, b=b) for line in templates]
         if any(line.strip().startswith(f"{new} =") for line in lines):
             pool.append(new)
         return lines
@@ -258,23 +261,23 @@ def by_hand(base: nn.Module, programs: list[Program], seeds: list[int]) -> nn.Mo
         if kind == "before":
             lines.append("    y = Base.forward(self, x)")
     lines.append("    return y")
-    return _made(base, cls, lines, seeds)
+    return _build_program(base, cls, lines, seeds)
 
 
-def _made(base: nn.Module, cls: Any, lines: Lines, seeds: list[int]) -> nn.Module:
+def _build_program(base: nn.Module, cls: Any, lines: Lines, seeds: list[int]) -> nn.Module:
     source = "\n".join(lines)
     name = f"<by hand {hash(source)}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     space: dict[str, Any] = {**NAMES, "Base": cls, "same_dtype": same_dtype, "in_dtype": _in_dtype}
     exec(compile(source, name, "exec"), space)
-    made = object.__new__(type(cls.__name__, (cls,), {"forward": space["forward"]}))
-    made.__dict__.update(base.__dict__)
+    module = object.__new__(type(cls.__name__, (cls,), {"forward": space["forward"]}))
+    module.__dict__.update(base.__dict__)
     for each in ("_parameters", "_buffers", "_modules"):
-        made.__dict__[each] = dict(base.__dict__[each])
+        module.__dict__[each] = dict(base.__dict__[each])
     for index, seed in enumerate(seeds):
-        made.register_parameter(f"w_{index}", nn.Parameter(starts(seed)["W"]))
-        made.register_buffer(f"m_{index}", starts(seed)["M"])
-    return made
+        module.register_parameter(f"w_{index}", nn.Parameter(starts(seed)["W"]))
+        module.register_buffer(f"m_{index}", starts(seed)["M"])
+    return module
 
 
 def _in_dtype(new: Tensor, dtype: torch.dtype) -> Tensor:
@@ -301,7 +304,7 @@ class Inner:
 
     def edited(self) -> Lines:
         """The lines with the replaced expressions."""
-        found = list(self.lines)
+        lines = list(self.lines)
         for number, (pattern, new) in enumerate(self.edits):
             new = new.replace("w.to", f"self.w_{number if self.stacked else 0}.to")
             shape = _SHAPES[pattern]
@@ -309,8 +312,8 @@ class Inner:
                 target, _, expression = line.partition(" = ")
                 bound = shape(expression)
                 if bound is not None and not line.startswith("return"):
-                    found[index] = f"{target} = in_dtype({new.format(**bound)}, x.dtype)"
-        return found
+                    lines[index] = f"{target} = in_dtype({new.format(**bound)}, x.dtype)"
+        return lines
 
     def as_rewrites(self) -> list[str]:
         """The sources of the rules."""
@@ -373,11 +376,11 @@ def inner_program(seed: int) -> Inner:
         if kind == "write" and fresh:
             lines.append(draw.choice([f"{fresh[-1]}.add_(1.0)", f"{fresh[-1]}[:, 0] = 0.5", f"{fresh[-1]} += {a}"]))
             continue
-        made = {
+        expression = {
             "sigmoid": f"torch.sigmoid({a})", "relu": f"F.relu({a})", "tanh": f"torch.tanh({a})",
             "product": f"{a} * {b}", "add": f"{a} + {b}", "linear": f"self.one({a})", "view": f"{a}.flip(-1)",
         }.get(kind, f"{a} - 0.5")  # fmt: skip
-        lines.append(f"{new} = {made}")
+        lines.append(f"{new} = {expression}")
         pool.append(new)
         if kind in ("linear", "add", "view"):
             fresh.append(new)
@@ -404,4 +407,4 @@ def inner_base(inner: Inner) -> nn.Module:
 
 def inner_by_hand(base: nn.Module, inner: Inner, seed: int) -> nn.Module:
     lines = ["def forward(self, x):", *[f"    {line}" for line in inner.edited()]]
-    return _made(base, type(base), lines, [seed] * len(inner.edits))
+    return _build_program(base, type(base), lines, [seed] * len(inner.edits))

@@ -167,10 +167,10 @@ def ordered(mask: Tensor) -> Tensor:
     return torch.tensor(rows)
 
 
-def text_of(made: Tensor, mask: Tensor) -> Tensor:
+def text_of(output: Tensor, mask: Tensor) -> Tensor:
     """What a model returns for `ordered` columns, at the text's."""
     columns = ordered(mask).argsort(1)[:, N:]
-    return made.gather(1, columns.unsqueeze(-1).expand(-1, -1, made.shape[-1]))
+    return output.gather(1, columns.unsqueeze(-1).expand(-1, -1, output.shape[-1]))
 
 
 def logits(model: Any, *args: Any, **inputs: Any) -> Tensor:
@@ -188,10 +188,10 @@ def in_peft(model: Any, kind: str, task: str, **fields: Any) -> Any:
         warnings.simplefilter("ignore")
         peft = pytest.importorskip("peft", reason="compares with PEFT")
         config = getattr(peft, kind)(task_type=task, num_virtual_tokens=N, **fields)
-        made = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    for tensor in made.prompt_encoder.parameters():
+        peft_model = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    for tensor in peft_model.prompt_encoder.parameters():
         nn.init.normal_(tensor)
-    return made
+    return peft_model
 
 
 def take_over(theirs: Any, ours: Any) -> None:

@@ -15,12 +15,12 @@ LAYERS = 2 if ALL_ONNX else 1  # of a tiny model that is exported: a second laye
 
 def sample(cases: Iterable[T], every: int) -> list[T]:
     """Every n-th case, beginning with the first; all cases if the whole grid is requested."""
-    found = list(cases)
-    return found if os.environ.get("ALL_REWRITES") else found[::every]
+    all_cases = list(cases)
+    return all_cases if os.environ.get("ALL_REWRITES") else all_cases[::every]
 
 
 def onnx_cases(cases: Iterable[T], *left: T) -> list[T]:
     """The cases of a test that exports a model, without those `left` to `make onnx`."""
-    found = list(cases)
-    assert set(left) < set(found), left
-    return found if ALL_ONNX else [case for case in found if case not in left]
+    all_cases = list(cases)
+    assert set(left) < set(all_cases), left
+    return all_cases if ALL_ONNX else [case for case in all_cases if case not in left]

@@ -104,36 +104,38 @@ class Shadow:
     # What it computes -------------------------------------------------------------------------------------------
 
     def live(self) -> dict[str, float]:
-        return {name: held.weight for name, held in self.adapters.items() if held.live}
+        return {name: adapter.weight for name, adapter in self.adapters.items() if adapter.live}
 
     def output(self, ids: Tensor, weights: Weights | None = None, leaves: Mapping[int, Tensor] | None = None) -> Tensor:
         """With these adapters; without, with the live ones and those that are merged."""
         if weights is None:
             weights = {**dict.fromkeys(self.merged, 1.0), **self.live()}
-        entries = [(e, weights[name]) for name, held in self.adapters.items() if name in weights for e in held.entries]
+        entries = [
+            (e, weights[name]) for name, adapter in self.adapters.items() if name in weights for e in adapter.entries
+        ]
         parts = {}
         for path in SITES:
-            here = [(e, weight) for e, weight in entries if e.path == path]
-            parts[path] = lambda x, path=path, here=here: self._site(path, here, x, leaves or {})
+            pairs = [(e, weight) for e, weight in entries if e.path == path]
+            parts[path] = lambda x, path=path, pairs=pairs: self._site(path, pairs, x, leaves or {})
         return flow(SimpleNamespace(**parts), ids)
 
-    def _site(self, path: str, here: list[tuple[Entry, float]], x: Tensor, leaves: Mapping[int, Tensor]) -> Tensor:
+    def _site(self, path: str, pairs: list[tuple[Entry, float]], x: Tensor, leaves: Mapping[int, Tensor]) -> Tensor:
         module: Any = self.plain.get_submodule(path)
         parameters: dict[str, Tensor] = dict(module.named_parameters())
         moved = {n: self.moved[f"{path}.{n}"] for n in parameters if f"{path}.{n}" in self.moved}
         own = {name: tensor.detach().double() for name, tensor in {**parameters, **moved}.items()}
-        held = {id(e): {n: leaves.get(id(t), t.double()) for n, t in e.tensors.items()} for e, _ in here}
-        for entry, weight in here:
+        tensors = {id(e): {n: leaves.get(id(t), t.double()) for n, t in e.tensors.items()} for e, _ in pairs}
+        for entry, weight in pairs:
             if entry.kind == "train":
-                own = {name: t + weight * (held[id(entry)][name] - t) for name, t in own.items()}
+                own = {name: t + weight * (tensors[id(entry)][name] - t) for name, t in own.items()}
             if entry.kind == "ia3" and entry.fed:
-                scale = held[id(entry)]["scale"]
+                scale = tensors[id(entry)]["scale"]
                 scale = scale[:, None] if path == "conv" else scale
                 x = x + weight * (x * scale - x)
         y = _run(module, x, own["weight"], own.get("bias"))
         plain = y if own.get("bias") is None or path not in LINEAR else y - own["bias"]
-        for entry, weight in here:
-            t = held[id(entry)]
+        for entry, weight in pairs:
+            t = tensors[id(entry)]
             if entry.kind == "lora":
                 branch = entry.scale * _branch(module, x, t["A"], t["B"])
                 if "B_bias" in t:
@@ -157,9 +159,9 @@ class Shadow:
     def merged_paths(self) -> set[str]:
         return {path for name in self.merged for path in self.adapters[name].paths}
 
-    def cannot_switch(self, live: Weights, asked: bool = True) -> str:
+    def cannot_switch(self, live: Weights, explicit: bool = True) -> str:
         before = self.live()
-        if asked and any(not self.adapters[name].live for name in self.merged):
+        if explicit and any(not self.adapters[name].live for name in self.merged):
             return "merged, and not to be live"
         changing = [name for name in self.adapters if before.get(name) != live.get(name)]
         if any(self.adapters[name].paths & self.merged_paths() for name in changing):
@@ -179,7 +181,9 @@ class Shadow:
         if any(entry.start and entry.path in ("embed", "head") and self.tied for entry in entries):
             return "shared"
         trained = {entry.path for entry in entries if entry.kind == "train"}
-        others = {e.path for held in self.adapters.values() if held.live for e in held.entries if e.kind == "train"}
+        others = {
+            e.path for adapter in self.adapters.values() if adapter.live for e in adapter.entries if e.kind == "train"
+        }
         return "hidden" if trained & others and not idle else ""
 
     def cannot_merge(self, names: Sequence[str], untie: bool) -> str:
@@ -189,9 +193,9 @@ class Shadow:
             chosen = [e for name in names for e in self.adapters[name].entries if e.path == path]
             beside = [
                 e
-                for name, held in self.adapters.items()
-                if held.live and name not in names
-                for e in held.entries
+                for name, adapter in self.adapters.items()
+                if adapter.live and name not in names
+                for e in adapter.entries
                 if e.path == path
             ]
             if any(e.kind == "bottleneck" for e in chosen):
@@ -208,8 +212,8 @@ class Shadow:
         if self.merged_paths() & {path for name in names for path in self.adapters[name].paths}:
             return "merged"
         staying: set[str] = set()
-        for name, held in reversed(self.adapters.items()):
-            mine = {entry.path for entry in held.entries if entry.start}
+        for name, adapter in reversed(self.adapters.items()):
+            mine = {entry.path for entry in adapter.entries if entry.start}
             if name in names and mine & staying:
                 return "a later one is on top of it"
             if name not in names:
@@ -217,12 +221,12 @@ class Shadow:
         return ""
 
     def cannot_route(self, names: Sequence[str | None]) -> str:
-        given = {name for name in names if name is not None}
-        touched = [name for name, held in self.adapters.items() if name in given or held.live]
+        requested = {name for name in names if name is not None}
+        touched = [name for name, adapter in self.adapters.items() if name in requested or adapter.live]
         if any(self.adapters[name].paths & self.merged_paths() for name in [*touched, *self.merged]):
             return "merged"
-        for name, held in self.adapters.items():
-            if held.changed and not (len(set(names)) == 1 and name in given):
+        for name, adapter in self.adapters.items():
+            if adapter.changed and not (len(set(names)) == 1 and name in requested):
                 return "its start is in the base"
         return ""
 
@@ -235,17 +239,17 @@ class Shadow:
         if any(self.adapters[name].changed for name in weights):
             return "its start is in the base"
         for entry in entries:
-            found = self.shares(weights, entry)
-            alone = len(found) == 1 and found[0][0] == 1 and method in ("linear", "cat")
-            lora = [e for _, e in found if e.kind == "lora"]
+            shares = self.shares(weights, entry)
+            alone = len(shares) == 1 and shares[0][0] == 1 and method in ("linear", "cat")
+            lora = [e for _, e in shares if e.kind == "lora"]
             if any(e.dora for e in lora) and not alone and method != "svd":
                 return "DoRA"
             if lora and not (alone and lora[0].dora) and method == "linear" and len({e.rank for e in lora}) > 1:
                 return "ranks"
             if entry.kind == "ia3" and not (alone and not self._absent(weights, entry)):
-                if len({e.fed for _, e in found}) > 1:
+                if len({e.fed for _, e in shares}) > 1:
                     return "scales"
-            if entry.kind == "bottleneck" and not alone and (method == "cat" or len({e.fed for _, e in found}) > 1):
+            if entry.kind == "bottleneck" and not alone and (method == "cat" or len({e.fed for _, e in shares}) > 1):
                 return "averages"
         return ""
 
@@ -262,9 +266,9 @@ class Shadow:
     def shares(self, weights: Weights, like: Entry) -> list[tuple[float, Entry]]:
         return [
             (weights[name], entry)
-            for name, held in self.adapters.items()
+            for name, adapter in self.adapters.items()
             if name in weights
-            for entry in held.entries
+            for entry in adapter.entries
             if (entry.kind, entry.path) == (like.kind, like.path)
         ]
 
@@ -277,28 +281,30 @@ class Shadow:
 
     def combined_entries(self, weights: Weights) -> list[Entry]:
         """One for each kind and site, in the order in which the adapters' own are at the sites; without tensors."""
-        found: dict[tuple[str, str], Entry] = {}
-        for name, held in self.adapters.items():
-            for entry in held.entries if name in weights else []:
-                found.setdefault((entry.kind, entry.path), replace(entry, tensors={}, flags={}))
-        return list(found.values())
+        entries: dict[tuple[str, str], Entry] = {}
+        for name, adapter in self.adapters.items():
+            for entry in adapter.entries if name in weights else []:
+                entries.setdefault((entry.kind, entry.path), replace(entry, tensors={}, flags={}))
+        return list(entries.values())
 
     def sums(self, weights: Weights, entry: Entry, method: str) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Checks of a combined entry's tensors: (name, actual value, expected value)."""
-        found, t = self.shares(weights, entry), {n: t.double() for n, t in entry.tensors.items()}
+        shares, t = self.shares(weights, entry), {n: t.double() for n, t in entry.tensors.items()}
         if entry.kind == "lora" and not entry.dora:
             if method == "linear":
                 for name in "AB":
-                    roots = [math.copysign(abs(w * e.scale) ** 0.5, w if name == "A" else 1) for w, e in found]
-                    terms = [root * e.tensors[name].double() for root, (_, e) in zip(roots, found, strict=True)]
+                    roots = [math.copysign(abs(w * e.scale) ** 0.5, w if name == "A" else 1) for w, e in shares]
+                    terms = [root * e.tensors[name].double() for root, (_, e) in zip(roots, shares, strict=True)]
                     yield name, t[name], torch.stack(terms).sum(0)
-            elif not any(e.dora for _, e in found) and (method == "cat" or entry.rank >= sum(e.rank for _, e in found)):
+            elif not any(e.dora for _, e in shares) and (
+                method == "cat" or entry.rank >= sum(e.rank for _, e in shares)
+            ):
                 module = self.plain.get_submodule(entry.path)
                 eye = _inputs(module)
-                terms = [w * e.scale * _branch(module, eye, e.tensors["A"], e.tensors["B"]).double() for w, e in found]
+                terms = [w * e.scale * _branch(module, eye, e.tensors["A"], e.tensors["B"]).double() for w, e in shares]
                 yield "ΔW", _branch(module, eye, t["A"], t["B"]), torch.stack(terms).sum(0)
             if "B_bias" in t:
-                terms = [w * e.scale * e.tensors["B_bias"].double() for w, e in found if "B_bias" in e.tensors]
+                terms = [w * e.scale * e.tensors["B_bias"].double() for w, e in shares if "B_bias" in e.tensors]
                 yield "bias", t["B_bias"], torch.stack(terms).sum(0)
         elif entry.kind == "train":
             for name, p in self.plain.get_submodule(entry.path).named_parameters():
@@ -306,16 +312,16 @@ class Shadow:
                 yield (
                     name,
                     t[name],
-                    base + torch.stack([w * (e.tensors[name].double() - base) for w, e in found]).sum(0),
+                    base + torch.stack([w * (e.tensors[name].double() - base) for w, e in shares]).sum(0),
                 )
         elif entry.kind == "ia3":
-            scales = torch.stack([w * e.tensors["scale"].double() for w, e in found])
-            sum_of_changes = 1 - sum(w for w, _ in found)  # 1 + Σ w (s − 1); "linear" is PEFT's Σ w s
+            scales = torch.stack([w * e.tensors["scale"].double() for w, e in shares])
+            sum_of_changes = 1 - sum(w for w, _ in shares)  # 1 + Σ w (s − 1); "linear" is PEFT's Σ w s
             more = self._absent(weights, entry) if method == "linear" else sum_of_changes
             yield "scale", t["scale"], scales.sum(0) + more
         elif entry.kind == "bottleneck":
             for name, tensor in t.items():
-                yield name, tensor, torch.stack([w * e.tensors[name].double() for w, e in found]).sum(0)
+                yield name, tensor, torch.stack([w * e.tensors[name].double() for w, e in shares]).sum(0)
 
 
 def clash(entries: Sequence[Entry]) -> bool:

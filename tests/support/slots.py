@@ -43,29 +43,29 @@ class Exported:
         names = {value.name for value in self.session.get_inputs()}
         names |= {value.name for value in self.session.get_overridable_initializers()}
         assert not set(tensors or {}) - names, set(tensors or {}) - names
-        found = self.session.run(None, {n: t.detach().numpy() for n, t in fed.items() if n in names})
-        return [np.asarray(one) for one in found]
+        outputs = self.session.run(None, {n: t.detach().numpy() for n, t in fed.items() if n in names})
+        return [np.asarray(output) for output in outputs]
 
     def tensors(self, adapter: str, model: nn.Module | None = None) -> dict[str, Tensor]:
-        found = slot_arrays(self.model if model is None else model, adapter, Manifest.read(self.report.path))
-        return {name: torch.from_numpy(array) for name, array in found.items()}
+        arrays = slot_arrays(self.model if model is None else model, adapter, Manifest.read(self.report.path))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def nodes(self) -> dict[str, str]:
         """The rules in the marks of nodes, by site."""
         import onnx
 
-        found: dict[str, set[str]] = {}
+        rules_of_site: dict[str, set[str]] = {}
         for node in onnx.load(str(self.report.path)).graph.node:
             said = {prop.key: prop.value for prop in node.metadata_props}
             if "surgery.rule" in said:
-                found.setdefault(said["surgery.site"], set()).add(said["surgery.rule"])
-        return {site: "; ".join(sorted(rules)) for site, rules in found.items()}
+                rules_of_site.setdefault(said["surgery.site"], set()).add(said["surgery.rule"])
+        return {site: "; ".join(sorted(rules)) for site, rules in rules_of_site.items()}
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> Wanted[np.ndarray]:
     def call(model: nn.Module, wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        found = model(**{name: wide(value) if isinstance(value, Tensor) else value for name, value in inputs.items()})
-        return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        result = model(**{name: wide(value) if isinstance(value, Tensor) else value for name, value in inputs.items()})
+        return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
     return Wanted(model, call, lambda leaf: leaf.numpy())
 
@@ -87,11 +87,11 @@ def adapted(model: nn.Module, named: Mapping[str, Sequence[Rule] | Rule], exampl
     return shaken(model)
 
 
-def same(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: float = TOLERANCE) -> None:
-    assert len(found) == len(wanted)
-    for index, (have, want) in enumerate(zip(found, wanted, strict=True)):
+def same(actual: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: float = TOLERANCE) -> None:
+    assert len(actual) == len(wanted)
+    for index, (have, want) in enumerate(zip(actual, wanted, strict=True)):
         assert have.shape == want.shape, f"output {index}: {have.shape}, not {want.shape}"
-        assert (told := off(have, want, wanted, index, tolerance)) is None, told
+        assert (message := off(have, want, wanted, index, tolerance)) is None, message
 
 
 def check_slots(

@@ -67,23 +67,23 @@ class Build:
     ) -> dict[str, str]:  # fmt: skip
         """Slots of a rule at a site: tensor → shape, or (shape, dtype), or a default array. Gives their names."""
         named = {}
-        for tensor, told in tensors.items():
-            dtype, default, held = "float32", "zeros", np.zeros(0)
-            if isinstance(told, np.ndarray):
-                shape, held, default = list(told.shape), told, "base"
+        for tensor, spec in tensors.items():
+            dtype, default, value = "float32", "zeros", np.zeros(0)
+            if isinstance(spec, np.ndarray):
+                shape, value, default = list(spec.shape), spec, "base"
             else:
-                shape, dtype, default = (*told, default)[:3] if isinstance(told, tuple) else (told, dtype, default)
+                shape, dtype, default = (*spec, default)[:3] if isinstance(spec, tuple) else (spec, dtype, default)
                 free = [axis for axis, size in enumerate(shape) if size is None]
                 default = "empty" if free else default
-                size: Any = [(0 if self.empty == "rank0" else 1) if one is None else one for one in shape]
-                held = (np.ones if default == "ones" else np.zeros)(size, np.float32)
+                size: Any = [(0 if self.empty == "rank0" else 1) if extent is None else extent for extent in shape]
+                value = (np.ones if default == "ones" else np.zeros)(size, np.float32)
             free = [axis for axis, size in enumerate(shape) if size is None]
             name = ".".join(filter(None, (path, "adapters.slot", tensor)))
             word = "length" if tensor in ("key", "value") else (words or {}).get(tensor, tensor[:-1] + "rank")
             dim = f"{path}.{word}" if free else None
-            self.input(name, dtype, [dim if one is None else one for one in shape])
+            self.input(name, dtype, [dim if extent is None else extent for extent in shape])
             if default == "base" or not self.required:
-                self.defaults[name] = held.astype(onnx.helper.tensor_dtype_to_np_dtype(ELEMENTS[dtype]))
+                self.defaults[name] = value.astype(onnx.helper.tensor_dtype_to_np_dtype(ELEMENTS[dtype]))
             self.slots.append({"name": name, "site": path, "module": module, "rule": rule, "tensor": tensor,
                                "shape": shape, "free": free, "dim": dim, "dtype": dtype,
                                "default": default})  # fmt: skip
@@ -100,10 +100,10 @@ class Build:
         out, size = weight.shape
         y = self.node("MatMul", x, self.node("Transpose", self.weight(f"{path}.weight", weight), perm=[1, 0]))
         if slots:
-            asked = {"A": [None, size], "B": [out, None]}
-            asked |= {"gain": ([out], "float32", "ones")} if slots.get("gain") else {}  # type: ignore[dict-item]
-            asked |= {"B_bias": [out]} if slots.get("b_bias") else {}
-            named = self.site(path, "lora", asked)
+            slot_shapes = {"A": [None, size], "B": [out, None]}
+            slot_shapes |= {"gain": ([out], "float32", "ones")} if slots.get("gain") else {}  # type: ignore[dict-item]
+            slot_shapes |= {"B_bias": [out]} if slots.get("b_bias") else {}
+            named = self.site(path, "lora", slot_shapes)
             down = self.node("MatMul", x, self.node("Transpose", named["A"], perm=[1, 0]))
             branch = self.node("MatMul", down, self.node("Transpose", named["B"], perm=[1, 0]))
             branch = self.node("Add", branch, named["B_bias"]) if "B_bias" in named else branch
@@ -117,17 +117,17 @@ class Build:
             "format": "model-surgery/onnx", "version": 1, "adapters": "slots" if slots else "merged",
             "slots_as": "inputs" if self.required else "overridable", "empty": self.empty, "slot": "slot",
             "slots": self.slots, "sites": self.sites, "rules": self.rules, "base": self.base, "opset": 20,
-            "inputs": [one.name for one in self.inputs if one.name not in slots],
-            "outputs": [one.name for one in self.outputs], "cache": self.cache, "versions": {},
+            "inputs": [value.name for value in self.inputs if value.name not in slots],
+            "outputs": [value.name for value in self.outputs], "cache": self.cache, "versions": {},
         }  # fmt: skip
 
     def save(self, path: Path) -> Path:
-        held = {**self.weights, **self.defaults}
-        tensors = [numpy_helper.from_array(array, name) for name, array in held.items()]
+        arrays = {**self.weights, **self.defaults}
+        tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
         graph = helper.make_graph(self.nodes, "main", self.inputs, self.outputs, tensors)
         for name in self.turned:
-            told = graph.value_info.add(name=name)
-            told.metadata_props.add(key="surgery.layout", value="transposed")
+            info = graph.value_info.add(name=name)
+            info.metadata_props.add(key="surgery.layout", value="transposed")
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
         model.metadata_props.add(key="surgery.manifest", value=json.dumps(self.manifest()))
         onnx.checker.check_model(model)
@@ -169,21 +169,21 @@ def slot(path: str, tensor: str) -> str:
 
 def adapter(seed: int, first: int | None = 2, second: int | None = 3) -> Arrays:
     """Tensors for the net with these ranks; None: no tensors for this site."""
-    found = {}
+    arrays = {}
     for path, rank, (out, size) in (("first", first, W1.shape), ("second", second, W2.shape)):
         if rank is not None:
-            found[slot(path, "A")] = random(seed, rank, size)
-            found[slot(path, "B")] = random(seed + 1, out, rank)
-    return found
+            arrays[slot(path, "A")] = random(seed, rank, size)
+            arrays[slot(path, "B")] = random(seed + 1, out, rank)
+    return arrays
 
 
 def identities(path: Path, build: Build) -> Path:
     """A file that returns the tensors in its slots."""
     build.input("x", "float32", [1])
     build.output("x", "same", "float32", [1])
-    for one in build.slots:
-        shape = [f"{one['name']}_{axis}" if size is None else size for axis, size in enumerate(one["shape"])]
-        build.output(one["name"], f"out:{one['name']}", one["dtype"], shape)
+    for entry in build.slots:
+        shape = [f"{entry['name']}_{axis}" if size is None else size for axis, size in enumerate(entry["shape"])]
+        build.output(entry["name"], f"out:{entry['name']}", entry["dtype"], shape)
     return build.save(path)
 
 
@@ -210,8 +210,8 @@ def decoder(
     ids = build.input("input_ids", "int64", ["batch", "sequence"])
     total = "sequence" if not cached else "total"
     mask = build.input("attention_mask", "int64", ["batch", total]) if masked else None
-    held = [f"past_key_values.0.{name}" for name in ("key", "value") if cached]
-    past = [build.input(name, "float32", ["batch", 1, "past", SIZE]) for name in held]
+    past_names = [f"past_key_values.0.{name}" for name in ("key", "value") if cached]
+    past = [build.input(name, "float32", ["batch", 1, "past", SIZE]) for name in past_names]
     length = build.node("Shape", ids, start=1, end=2)
     before = build.node("Shape", past[0], start=2, end=3) if cached else build.number([0])
     one, zero = build.number(np.int64(1)), build.number(np.int64(0))
@@ -235,11 +235,11 @@ def decoder(
     seen = build.node("LessOrEqual", keys, build.node("Unsqueeze", queries, build.number([1])))
     seen = build.node("Unsqueeze", seen, build.number([0, 1]))
     if mask is not None:
-        held = build.node("Unsqueeze", build.node("Cast", mask, to=TensorProto.BOOL), build.number([1, 2]))
-        seen = build.node("And", seen, held)
+        unmasked = build.node("Unsqueeze", build.node("Cast", mask, to=TensorProto.BOOL), build.number([1, 2]))
+        seen = build.node("And", seen, unmasked)
     scores = build.node("Where", seen, scores, build.number(np.float32(-1e9)))
-    found = build.node("MatMul", build.node("Softmax", scores, axis=-1), v)
-    x = build.node("Add", x, build.linear(build.node("Squeeze", found, build.number([1])), "out", OUT))
+    context = build.node("MatMul", build.node("Softmax", scores, axis=-1), v)
+    x = build.node("Add", x, build.linear(build.node("Squeeze", context, build.number([1])), "out", OUT))
     logits = build.node("MatMul", x, build.node("Transpose", "embed.weight", perm=[1, 0]))
     build.output(logits, "logits", "float32", ["batch", "sequence", VOCABULARY])
     return build.save(path)
