@@ -234,7 +234,7 @@ TWICE = (
     "of `out_proj`, to which PEFT adds its change twice: B is doubled when it is read, halved when it is written. The "
     "reference is plain arithmetic: W + 2Δ there, W + Δ elsewhere"
 )
-DOUBLE: dict[str, Any] = {"note": TWICE, "by_hand": twice, "held": "✓ W + 2Δ"}
+DOUBLE: dict[str, Any] = {"note": TWICE, "by_hand": twice, "cell": "✓ W + 2Δ"}
 
 
 def _lora() -> Iterator[Row]:
