@@ -22,6 +22,7 @@ from surgery.peft.configuration import on_tensors
 from surgery.peft.defaults import with_defaults
 from surgery.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning, pefts_errors
 from surgery.peft.facade import inside
+from surgery.peft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.method_configs import *  # noqa: F403
 from surgery.peft.model import LoadResult, PeftMixedModel, PeftModel
@@ -50,7 +51,9 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "inject_adapter_in_model",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
