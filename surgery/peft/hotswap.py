@@ -55,7 +55,7 @@ def hotswap_adapter(
     Notes:
         A larger rank makes new Parameters, except in a compiled model: `prepare_model_for_compiled_hotswap` first.
     """
-    place = {name: options.get(name) for name in ("subfolder", "revision")}
+    place: dict[str, Any] = {name: options.get(name) for name in ("subfolder", "revision")}
     compiled, base = _is_compiled(model), inside(getattr(model, "_orig_mod", model))
     with pefts_errors():
         config = PeftConfig.from_pretrained(model_name_or_path, **place)

@@ -18,7 +18,7 @@ from surgery.peft.facade import Facade, inside
 from surgery.peft_format.methods import PeftMethod, part_of
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_tensors import tensors_of
-from surgery.state.records import Applied, SiteState, sites
+from surgery.state.records import Applied, ModelState, SiteState, sites
 
 __all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
 
@@ -195,15 +195,23 @@ def _targeted(model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
         return []
     root, state = rewritten(model)
     names: dict[str, dict[tuple[str, tuple[str, ...]], None]] = {name: {} for name in state.adapters}
+    alone = _without_method(state)
     for path, module, site in sites(root):
         for applied in site.applied:
             part, tensors = part_of(applied.rule), tensors_of(module, applied.adapter)
             stacks = tuple(
                 name for name in module._parameters if f"{name}_A" in tensors and f"{name}_A" in applied.tensors
             )
-            if _has_layers(part) or (part is not None and part.layer == "ParamWrapper"):
-                names[applied.adapter][path, () if _has_layers(part) else stacks] = None
+            module_itself = _has_layers(part) or applied.adapter in alone
+            if module_itself or (part is not None and part.layer == "ParamWrapper"):
+                names[applied.adapter][path, () if module_itself else stacks] = None
     return list(dict.fromkeys(key for keys in names.values() for key in keys))
+
+
+def _without_method(state: ModelState) -> set[str]:
+    """The adapters whose rules are a method of PEFT's only where nothing is beside them, such as rows of tokens."""
+    parts = {name: [part_of(rule) for rule in rules] for name, rules in state.adapters.items()}
+    return {name for name, all_ in parts.items() if all(part is not None and part.alone for part in all_)}
 
 
 def _has_layers(part: Any) -> bool:
@@ -216,19 +224,21 @@ def _has_layers(part: Any) -> bool:
 
 def _layers(model: nn.Module) -> Iterator[tuple[tuple[str, str], _Layer]]:
     """Yields the layers by name and kind."""
-    for path, module, site in sites(rewritten(model)[0]):
+    root, state = rewritten(model)
+    alone = _without_method(state)
+    for path, module, site in sites(root):
         layers: dict[tuple[str, str], _Layer] = {}
         for applied in site.applied:
             tensors = tensors_of(module, applied.adapter)
             own = {name: tensors[name] for name in applied.tensors if name in tensors}
-            for key, names in _keys(path, module, applied, own):
+            for key, names in _keys(path, module, applied, own, applied.adapter in alone):
                 layer = layers.setdefault(key, _Layer(module, site))
                 layer.tensors.setdefault(applied.adapter, []).extend(own[name] for name in names)
         yield from layers.items()
 
 
 def _keys(
-    path: str, module: nn.Module, applied: Applied, tensors: Mapping[str, Tensor]
+    path: str, module: nn.Module, applied: Applied, tensors: Mapping[str, Tensor], alone: bool
 ) -> Iterator[tuple[tuple[str, str], list[str]]]:
     """Yields the name and the kind of each layer that PEFT would make for a rule, with the names of its tensors."""
     part = part_of(applied.rule)
@@ -244,7 +254,7 @@ def _keys(
             inner = path + ".base_layer" * place
             yield (inner, f"{method}.ParamWrapper"), [name for name in tensors if name.startswith(f"{stack}_")]
     elif part.layer == "TrainableTokensLayer":
-        yield (f"{path}.token_adapter", part.layer), list(tensors)
+        yield (path if alone else f"{path}.token_adapter", part.layer), list(tensors)
     elif part.layer:
         yield (path, part.layer), list(tensors)
 

@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "BOFTConfig": {"boft_block_size": 4}, "HRAConfig": {"r": 2}, "RoadConfig": {"group_size": 4},
     "RandLoraConfig": {"r": 2}, "FourierFTConfig": {"n_frequency": 4}, "ShiraConfig": {"r": 1},
     "C3AConfig": {"block_size": 4}, "LNTuningConfig": {"target_modules": ["norm"]}, "MissConfig": {"r": 2},
+    "TrainableTokensConfig": {"target_modules": ["emb"], "token_indices": [1, 3]},
 }  # fmt: skip
 
 
