@@ -31,10 +31,12 @@ from surgery.peft.prompt_configs import *  # noqa: F403
 from surgery.peft.prompt_modules import PromptEmbedding, PromptEncoder
 from surgery.peft.status import get_layer_status, get_model_status
 from surgery.peft.tasks import *  # noqa: F403
+from surgery.peft.tensor_options import materialise
 from surgery.peft_format.writing import from_peft, to_peft
 from surgery.rewritten_model.state_dict import load_adapter_state_dict
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_naming import adapter_names
+from surgery.transaction.undo_log import Journal
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -102,7 +104,7 @@ def get_peft_model(
         mixed: whether the façade is a `PeftMixedModel`; default False. Adapters of several methods go together in any
             façade.
         options: `example_inputs` as in `apply_rules`, which prefixes need on models that are not of transformers;
-            `revision`; PEFT's `autocast_adapter_dtype` and others.
+            `revision`; `autocast_adapter_dtype` and `low_cpu_mem_usage`, as in `PeftModel`.
 
     Returns:
         A PeftModel, or its subclass for the configuration's task type.
@@ -144,7 +146,7 @@ def inject_adapter_in_model(
         adapter_name: default "default".
         state_dict: tensors under PEFT's keys; the adapter then goes on the modules that these are of, and not on the
             configuration's targets. Their values are not used. Default None.
-        options: accepted and ignored.
+        options: `low_cpu_mem_usage`, as in `get_peft_model`.
 
     Returns:
         The same model.
@@ -159,7 +161,7 @@ def inject_adapter_in_model(
             raise SurgeryError(what, fix="call get_peft_model(model, config)")
         if state_dict is not None:
             peft_config = on_tensors(with_defaults(peft_config, base), base, state_dict)
-        return PeftModel(base, peft_config, adapter_name).get_base_model()
+        return PeftModel(base, peft_config, adapter_name, **options).get_base_model()
 
 
 def get_peft_model_state_dict(
@@ -204,7 +206,8 @@ def set_peft_model_state_dict(
     base = inside(model)
     with pefts_errors(KeyError):
         adapter_names(rewritten(base)[1], adapter_name)
-    with pefts_errors(RuntimeError):
+    with pefts_errors(RuntimeError), Journal() as journal:
         tensors, missing, unexpected = from_peft(base, adapter_name, peft_model_state_dict)
+        materialise(base, adapter_name, tensors, journal)
         load_adapter_state_dict(base, tensors, adapter_name)
     return LoadResult(missing, unexpected)

@@ -28,6 +28,7 @@ from surgery.peft.facade import facade, inside, whole
 from surgery.peft.notices import check_fields, fields_for_rules, warn_of_fields
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder, write_card
+from surgery.peft.tensor_options import keep_base_dtype, move_to_meta
 from surgery.peft.training import add_to_loss, allocation_of
 from surgery.peft_format.methods import rules_by
 from surgery.peft_format.writing import to_peft
@@ -37,6 +38,7 @@ from surgery.state.in_use import check_free
 from surgery.state.records import merged_adapters, model_state
 from surgery.storage.hub_upload import card_of, upload
 from surgery.tracing.example_call import dummy
+from surgery.transaction.undo_log import Journal
 
 __all__ = ["LoadResult", "PeftMixedModel", "PeftModel"]
 
@@ -65,7 +67,8 @@ class PeftModel(FacadeProperties):
         model: the model.
         peft_config: a configuration of this module or of PEFT.
         adapter_name: default "default".
-        options: PEFT's. Those that only change where tensors are made are ignored.
+        options: PEFT's. `autocast_adapter_dtype` (default True): tensors in float32 beside half precision; False: in
+            the dtype of their module. `low_cpu_mem_usage` (default False): True makes tensors on the device meta.
 
     Raises:
         SurgeryError: an adapter is unknown, or a configuration can't be held exactly; the model is unchanged.
@@ -145,9 +148,6 @@ class PeftModel(FacadeProperties):
         if adapter_name in self._configs:
             fix = "choose another name, or delete_adapter first; a cell that runs again begins with model.unload()"
             raise as_builtin(SurgeryError(f"Adapter with name '{adapter_name}' already exists.", fix=fix))
-        half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._base.parameters())
-        if half and not options.get("autocast_adapter_dtype", True):
-            warnings.warn("adapters are kept in float32 beside half precision", SurgeryWarning, stacklevel=3)
         config = with_defaults(peft_config, self._base, self._task)
         check_targets(config, self._base)
         check_fields(config, self._base)
@@ -156,7 +156,17 @@ class PeftModel(FacadeProperties):
         with new_adapters_idle(self._base):
             example = self._example(config, options)
             surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example, freeze=True)
+        self._place(adapter_name, options)
+        if options.get("low_cpu_mem_usage"):
+            with Journal() as journal:
+                move_to_meta(self._base, adapter_name, journal)
         self._configs[adapter_name] = completed(peft_config, config)
+
+    def _place(self, adapter_name: str, options: dict[str, Any]) -> None:
+        """Follow PEFT's option for the dtype of an adapter's tensors."""
+        if not options.get("autocast_adapter_dtype", True):
+            with Journal() as journal:
+                keep_base_dtype(self._base, adapter_name, journal)
 
     @whole
     def load_adapter(self, model_id: Any, adapter_name: str, is_trainable: bool = False, **options: Any) -> LoadResult:
@@ -180,6 +190,7 @@ class PeftModel(FacadeProperties):
             arguments["freeze"] = True  # PEFT freezes the base with any adapter
             with new_adapters_idle(self._base):
                 report = surgery.load_adapter(self._base, model_id, adapter_name, **arguments)
+            self._place(adapter_name, options)
             self._configs[adapter_name] = completed(options["config"], config) if settings else config
         if not is_trainable:
             self._base.eval()

@@ -1,0 +1,69 @@
+"""PEFT's options for an adapter's tensors: `autocast_adapter_dtype` and `low_cpu_mem_usage`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from surgery.patterns.module_walk import tensor_key
+from surgery.rewritten_model.verb_root import root_of
+from surgery.state.adapter_tensors import AdapterTensors, box_of
+from surgery.state.records import base_parameters, sites
+from surgery.transaction.undo_log import Journal
+
+__all__ = ["keep_base_dtype", "materialise", "move_to_meta"]
+
+
+def keep_base_dtype(model: nn.Module, adapter: str, journal: Journal) -> None:
+    """Give an adapter's tensors the dtype of their module's weights (`autocast_adapter_dtype=False`).
+
+    Integer and quantised weights have no dtype for an adapter: its tensors keep theirs there.
+    """
+    for _, module, box in _boxes(model, adapter):
+        dtype = next((weight.dtype for _, weight in base_parameters(module) if weight.is_floating_point()), None)
+        if dtype is None:
+            continue
+        _keep(box, journal)
+        for name, parameter in box._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                box._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+        for name, buffer in box._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                box._buffers[name] = buffer.to(dtype)
+
+
+def move_to_meta(model: nn.Module, adapter: str, journal: Journal) -> None:
+    """Move an adapter's parameters to the device meta, where they take no memory (`low_cpu_mem_usage=True`).
+
+    `set_peft_model_state_dict` puts real tensors in their places. Buffers stay: they are constants, which a state dict
+    may not have.
+    """
+    for _, _, box in _boxes(model, adapter):
+        _keep(box, journal)
+        for name, parameter in box._parameters.items():
+            if parameter is not None:
+                box._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
+def materialise(model: nn.Module, adapter: str, keys: Iterable[str], journal: Journal) -> None:
+    """Make parameters of these keys that are on the device meta on the device of their module, without values."""
+    wanted = set(keys)
+    for path, module, box in _boxes(model, adapter):
+        device = next((weight.device for _, weight in base_parameters(module)), torch.device("cpu"))
+        _keep(box, journal)
+        for name, tensor in box.tensors().items():
+            if tensor.is_meta and tensor_key(path, name) in wanted:
+                empty = torch.empty_like(tensor, device=device)
+                box._parameters[name] = nn.Parameter(empty, tensor.requires_grad)
+
+
+def _boxes(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, AdapterTensors]]:
+    for path, module, _ in sites(root_of(model)):
+        if (box := box_of(module, adapter)) is not None:
+            yield path, module, box
+
+
+def _keep(box: AdapterTensors, journal: Journal) -> None:
+    journal.keep(box._parameters, box._buffers)

@@ -1,0 +1,119 @@
+"""PEFT's options for an adapter's tensors: `autocast_adapter_dtype` and `low_cpu_mem_usage`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError
+from surgery.peft import (
+    BOFTConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+
+TARGETS = ["0", "2"]
+CONFIGS = [
+    LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False),
+    LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
+    LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]),
+    LoHaConfig(r=2, target_modules=TARGETS),
+    LoKrConfig(r=2, target_modules=TARGETS),
+    IA3Config(target_modules=TARGETS, feedforward_modules=["2"]),
+    OFTConfig(r=2, oft_block_size=0, target_modules=TARGETS),
+    BOFTConfig(boft_block_size=2, target_modules=TARGETS),
+    HRAConfig(r=2, target_modules=TARGETS),
+    MissConfig(r=2, target_modules=TARGETS),
+    VeraConfig(r=2, target_modules=TARGETS),
+]
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config.peft_type.value))
+
+
+def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).to(dtype)
+
+
+def adapter_tensors(model: Any, adapter: str = "default") -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.named_parameters() if f".adapters.{adapter}." in name}
+
+
+@each_config
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_have_the_dtype_that_is_asked_for(config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    x = torch.randn(4, 8, dtype=dtype)
+    get_peft_model(model_of(), config).save_pretrained(tmp_path)
+    for autocast, expected in ((True, torch.float32), (False, dtype)):
+        model = get_peft_model(model_of(dtype), config, autocast_adapter_dtype=autocast)
+        model.add_adapter("other", config, autocast_adapter_dtype=autocast)
+        loaded = PeftModel.from_pretrained(model_of(dtype), tmp_path, autocast_adapter_dtype=autocast)
+        loaded.load_adapter(tmp_path, "other", autocast_adapter_dtype=autocast)
+        for façade in (model, loaded):
+            for name in ("default", "other"):
+                dtypes = {
+                    tensor.dtype
+                    for key, tensor in adapter_tensors(façade, name).items()
+                    if key.rpartition(".")[2] not in ("weight", "bias")
+                }
+                assert dtypes <= {expected}
+            output = façade(x)
+            assert output.dtype == dtype and output.isfinite().all()
+        output = model(x)
+        output.float().pow(2).sum().backward()
+        gradients = [tensor.grad for tensor in adapter_tensors(model).values() if tensor.requires_grad]
+        assert gradients and all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_product_of_lora_is_computed_in_the_dtype_of_its_tensors() -> None:
+    config, x = CONFIGS[0], torch.randn(4, 8, dtype=torch.bfloat16)
+    base = model_of(torch.bfloat16)
+    model = get_peft_model(model_of(torch.bfloat16), config, autocast_adapter_dtype=False)
+    tensors = adapter_tensors(model)
+    hidden = x
+    for index in (0, 2):
+        A, B = (tensors[f"{index}.adapters.default.{name}"] for name in "AB")
+        expected = base[index](hidden) + (hidden @ A.T) @ B.T * (config.lora_alpha / config.r)
+        hidden = base[1](expected) if index == 0 else expected
+    torch.testing.assert_close(model(x), hidden, rtol=2**-6, atol=2**-6)  # a few roundings of bfloat16, 2**-8 each
+
+
+@each_config
+def test_tensors_on_meta_are_filled_by_a_state_dict(config: Any) -> None:
+    source = get_peft_model(model_of(), config)
+    with torch.no_grad():
+        for tensor in adapter_tensors(source).values():
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    model = model_of()
+    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    tensors = adapter_tensors(model)
+    assert tensors and all(tensor.is_meta for tensor in tensors.values())
+    result = set_peft_model_state_dict(model, get_peft_model_state_dict(source), low_cpu_mem_usage=True)
+    assert not result.unexpected_keys
+    x = torch.randn(4, 8)
+    assert not any(tensor.is_meta for tensor in adapter_tensors(model).values())
+    assert torch.equal(model.eval()(x), source.eval()(x))
+
+
+def test_a_state_dict_that_does_not_fit_leaves_tensors_on_meta() -> None:
+    model = model_of()
+    inject_adapter_in_model(CONFIGS[0], model, low_cpu_mem_usage=True)
+    state = get_peft_model_state_dict(get_peft_model(model_of(), CONFIGS[0]))
+    state["base_model.model.0.lora_A.weight"] = torch.zeros(3, 8)
+    with pytest.raises(SurgeryError):
+        set_peft_model_state_dict(model, state)
+    assert all(tensor.is_meta for tensor in adapter_tensors(model).values())
