@@ -36,6 +36,11 @@ def escape(text: str) -> str:
     return "`".join(parts).replace("|", "\\|")
 
 
+def short(name: str) -> str:
+    """The name of one of PEFT's tests or files as the page has it, so that it does not pass for one of this project."""
+    return f"`{name.removeprefix('test_').removesuffix('.py')}`"
+
+
 def by_method(facade: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Counter[str]]]:
     """The same numbers by the configuration among a test's parameters."""
     rows: dict[str, Counter[str]] = defaultdict(Counter)
@@ -52,7 +57,7 @@ def differing(facade: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = ["| | reason | tests | |", "|---|---|---:|---|"]
     for cause in classes.causes(facade):
         functions = Counter(re.sub(r"_\d+$", "", test.rpartition("::")[2].partition("[")[0]) for test in cause.tests)
-        names = ", ".join(f"`{name}`" + (f" × {n}" if n > 1 else "") for name, n in functions.most_common())
+        names = ", ".join(short(name) + (f" × {n}" if n > 1 else "") for name, n in functions.most_common())
         lines.append(f"| {cause.verdict.kind} | {escape(cause.verdict.reason)} | {len(cause.tests)} | {names} |")
     return lines
 
@@ -62,8 +67,8 @@ def section() -> str:
     facade = {test: result for test, result in facade.items() if base.get(test, {}).get("outcome") == "passed"}
     outcomes = Counter(result["outcome"] for result in base.values())
     files = classes.count(base, facade)
-    not_run = ", ".join(f"`{name}` ({why})" for name, why in run.NOT_RUN.items())
-    absent = ", ".join(f"`{name}` ({what})" for name, what in run.ABSENT.items())
+    not_run = ", ".join(f"{short(name)} ({why})" for name, why in run.NOT_RUN.items())
+    absent = ", ".join(f"{short(name)} ({what})" for name, what in run.ABSENT.items())
     total = sum(files.values(), Counter[str]())
     every = max((line["every"] for line in run.lines("facade") if "every" in line), default=1)
     paragraphs = [
@@ -73,7 +78,8 @@ def section() -> str:
         f"{outcomes['absent']:,} tests of configurations that the façade does not have are not run.",
         f"Files that need what a test machine may lack are not run: {not_run}. The files of what the façade does not "
         f"have are not run: {absent}.",
-        "The share is of the tests that are not of (a), (b) or (f):",
+        "Names of PEFT's tests and of their files stand here without `test_`. The share is of the tests that are "
+        "not of (a), (b) or (f):",
     ]
     if every > 1:
         paragraphs.insert(
@@ -84,7 +90,7 @@ def section() -> str:
     head = "\n\n".join(textwrap.fill(text, 120, break_on_hyphens=False) for text in paragraphs)
     kinds = [f"- ({kind}) {words}" for kind, words in classes.KINDS.items()]
     tables = [
-        *numbers([*sorted((f"`{name}`", row) for name, row in files.items() if row["run"]), ("all", total)], "file"),
+        *numbers([*sorted((short(name), row) for name, row in files.items() if row["run"]), ("all", total)], "file"),
         "",
         *numbers(by_method(facade), "method"),
         "",
