@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import SurgeryError, SurgeryWarning, near_misses
+from surgery.errors import SiteError, SurgeryError, SurgeryWarning, near_misses
 from surgery.lifecycle.switching import set_trained
 from surgery.merging.merge import ensure_unmerged
 from surgery.merging.site_merge import NotFiniteError
@@ -43,6 +43,7 @@ from surgery.transaction.undo_log import Journal
 __all__ = ["LoadResult", "PeftMixedModel", "PeftModel"]
 
 Names = str | Sequence[str]
+_WRAPPERS = {"TrainRule": "ModulesToSaveWrapper", "TokensRule": "TrainableTokensWrapper"}  # PEFT's classes for them
 LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 
 
@@ -135,7 +136,14 @@ class PeftModel(FacadeProperties):
             surgery.activate(self._base)
 
     def _enter(self, names: Names, disabled: bool, train: bool | None = None) -> None:
-        surgery.activate(self._base, names, train=train)
+        try:
+            surgery.activate(self._base, names, train=train)
+        except SiteError as error:
+            wrapper = next((_WRAPPERS[rule] for rule in _WRAPPERS if error.what.startswith(f"{rule} [")), None)
+            if wrapper is None:
+                raise
+            what = f"Only one adapter can be set at a time for {wrapper}: {error.what}"
+            raise as_builtin(SiteError(what, where=error.where, why=error.why, fix=error.fix)) from None
         if disabled:
             surgery.deactivate(self._base)
 

@@ -333,11 +333,17 @@ def test_two_adapters_for_one_row_are_not_live_together() -> None:
         fields = {"r": 2, "target_modules": ["q_proj"]}
         model = library.get_peft_model(llama()[0], library.LoraConfig(trainable_token_indices=[1, 2], **fields))
         model.add_adapter("other", library.LoraConfig(trainable_token_indices=[2, 3], **fields))
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="Only one adapter can be set at a time for TrainableTokensWrapper"):
             model.base_model.set_adapter(["default", "other"])
     assert model.active_adapters == ["default"]
     model.add_adapter("third", ours.LoraConfig(trainable_token_indices=[5], **fields))
     model.base_model.set_adapter(["default", "third"])  # no row in common
+    for library in (peft, ours):
+        fields = {"r": 2, "target_modules": ["0"], "modules_to_save": ["3"]}
+        model = library.get_peft_model(plain(), library.LoraConfig(**fields))
+        model.add_adapter("other", library.LoraConfig(**fields))
+        with pytest.raises(ValueError, match="Only one adapter can be set at a time for ModulesToSaveWrapper"):
+            model.base_model.set_adapter(["default", "other"])
 
 
 # Layers -------------------------------------------------------------------------------------------------------------
