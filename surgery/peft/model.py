@@ -28,7 +28,7 @@ from surgery.peft.facade import facade, inside, whole
 from surgery.peft.notices import check_fields, fields_for_rules, warn_of_fields
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder, write_card
-from surgery.peft.tensor_options import keep_base_dtype, move_to_meta
+from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_gradients
 from surgery.peft.training import add_to_loss, allocation_of
 from surgery.peft_format.methods import rules_by
 from surgery.peft_format.writing import to_peft
@@ -111,6 +111,9 @@ class PeftModel(FacadeProperties):
         self._check_known(adapter_name, "Adapter {} not found.")
         self._unmerge_first("Adapter cannot be set when the model is merged. Unmerging the model first.")
         self._enter(adapter_name, self._disabled, train=not inference_mode)
+        with Journal() as journal:
+            for name in set(self._configs).difference(self.active_adapters):
+                require_gradients(self._base, name, False, journal)
 
     @whole
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
@@ -200,6 +203,9 @@ class PeftModel(FacadeProperties):
                 report = surgery.load_adapter(self._base, model_id, adapter_name, **arguments)
             self._place(adapter_name, options)
             self._configs[adapter_name] = completed(options["config"], config) if settings else config
+            if is_trainable and adapter_name not in self.active_adapters:
+                with Journal() as journal:
+                    require_gradients(self._base, adapter_name, True, journal)
         if not is_trainable:
             self._base.eval()
         return LoadResult(report.missing, report.unexpected)

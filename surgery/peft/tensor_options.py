@@ -1,4 +1,4 @@
-"""PEFT's options for an adapter's tensors: `autocast_adapter_dtype` and `low_cpu_mem_usage`."""
+"""PEFT's options for an adapter's tensors: `autocast_adapter_dtype`, `low_cpu_mem_usage` and `is_trainable`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from surgery.patterns.module_walk import tensor_key
-from surgery.rewritten_model.verb_root import root_of
+from surgery.rewritten_model.verb_root import rewritten, root_of
 from surgery.state.adapter_tensors import AdapterTensors, box_of
 from surgery.state.records import base_parameters, sites
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["keep_base_dtype", "materialise", "move_to_meta"]
+__all__ = ["keep_base_dtype", "materialise", "move_to_meta", "require_gradients"]
 
 
 def keep_base_dtype(model: nn.Module, adapter: str, journal: Journal) -> None:
@@ -57,6 +57,19 @@ def materialise(model: nn.Module, adapter: str, keys: Iterable[str], journal: Jo
             if tensor.is_meta and tensor_key(path, name) in wanted:
                 empty = torch.empty_like(tensor, device=device)
                 box._parameters[name] = nn.Parameter(empty, tensor.requires_grad)
+
+
+def require_gradients(model: nn.Module, adapter: str, required: bool, journal: Journal) -> None:
+    """Let the trained tensors of an idle adapter require gradients (`is_trainable=True`), or not."""
+    state = rewritten(model)[1]
+    for module, rules in state.places[adapter] if adapter in state.places else ():
+        if (box := box_of(module, adapter)) is None:
+            continue
+        tensors = box.tensors()
+        for name in {name for applied in rules for name in applied.trained}:
+            if tensors[name].requires_grad != required:
+                journal.undo(tensors[name].requires_grad_, not required)
+                tensors[name].requires_grad_(required)
 
 
 def _boxes(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, AdapterTensors]]:

@@ -1,4 +1,4 @@
-"""PEFT's options for an adapter's tensors: `autocast_adapter_dtype` and `low_cpu_mem_usage`."""
+"""PEFT's options for an adapter's tensors: `autocast_adapter_dtype`, `low_cpu_mem_usage` and `is_trainable`."""
 
 from __future__ import annotations
 
@@ -117,3 +117,21 @@ def test_a_state_dict_that_does_not_fit_leaves_tensors_on_meta() -> None:
     with pytest.raises(SurgeryError):
         set_peft_model_state_dict(model, state)
     assert all(tensor.is_meta for tensor in adapter_tensors(model).values())
+
+
+@each_config
+@pytest.mark.parametrize("first", [False, True])
+def test_a_loaded_adapter_that_is_not_active_is_trainable_if_asked_for(
+    config: Any, first: bool, tmp_path: Path
+) -> None:
+    get_peft_model(model_of(), config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(model_of(), tmp_path, is_trainable=first)
+    model.load_adapter(tmp_path, "same", is_trainable=first)
+    model.load_adapter(tmp_path, "opposite", is_trainable=not first)
+    for name, trainable in {"default": first, "same": first, "opposite": not first}.items():
+        flags = {tensor.requires_grad for tensor in adapter_tensors(model, name).values()}
+        assert (True in flags) == trainable
+    assert model.active_adapters == ["default"]
+    model.set_adapter("same")  # which freezes the others
+    assert not any(tensor.requires_grad for tensor in adapter_tensors(model, "opposite").values())
+    assert any(tensor.requires_grad for tensor in adapter_tensors(model, "same").values())
