@@ -21,6 +21,8 @@ from surgery.peft_format.targets import Modules, chosen_by
 __all__ = ["check_fields", "fields_for_rules", "warn_of_fields", "warn_of_names"]
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT knows a tied module
+_LOW_RANK = ("LORA", "ADALORA", "RANDLORA")
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
 _HARM = (
     "This can lead to complications, for example when merging the adapter or converting your model to other formats."
@@ -33,15 +35,20 @@ def check_fields(config: PeftConfig, model: nn.Module) -> None:
     bias = data.get("bias")
     if not (bias in (None, "none", "all") or (isinstance(bias, str) and bias.endswith("_only"))):
         raise as_builtin(PlanError([RuleError(f"Requested bias: {bias}, is not implemented.")]), NotImplementedError)
-    problem_of = _PROBLEMS.get(str(config.method))
-    if problem_of is None or not data.get("target_modules"):
-        return
     modules = Modules.of(model)
-    chosen = chosen_by(data, modules)
+    chosen = chosen_by(data, modules) if data.get("target_modules") else set[str]()
+    problem_of, parameters = _PROBLEMS.get(str(config.method)), data.get("target_parameters")
+    wrapped = {name.rpartition(".")[0] for name in targeted_parameters(parameters, modules)}
     problems: list[SurgeryError] = []
     for path in (path for path in modules.by_path if path in chosen):
-        rank = _value(data, "rank_pattern", path, data.get("r"))
-        what = problem_of(data, modules.by_path[path], rank if isinstance(rank, int) else 0)
+        module, rank = modules.by_path[path], _value(data, "rank_pattern", path, data.get("r"))
+        what = _of_mamba(config, model, path)
+        if problem_of is not None and what is None:
+            what = problem_of(data, module, rank if isinstance(rank, int) else 0)
+        if path in wrapped:
+            kind = class_of(module).__name__
+            what = f"Trying to wrap an `nn.Parameter` of layer '{path}' of type {kind}, which is not a valid target. "
+            what += "`target_modules` names it, too: with `target_modules=[]`, or without this name, it does not."
         if what is not None:
             problems.append(RuleError(what, where=path))
     if problems:
@@ -172,6 +179,15 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return (weight.shape[1], weight.shape[0]) if class_of(module).__name__ == "Conv1D" else None
+
+
+def _of_mamba(config: PeftConfig, model: Any, path: str) -> str | None:
+    """Kernels of these models read the parameters of two modules without calling the modules."""
+    kind, name = getattr(getattr(model, "config", None), "model_type", None), path.rpartition(".")[2]
+    if config.method not in _LOW_RANK or kind not in _MAMBA or name not in ("out_proj", "conv1d"):
+        return None
+    text = f"[PEFT:{config.method}] Module '{name}' is incompatible with Mamba-based models (model_type='{kind}'). "
+    return f"{text}Please remove it from `target_modules`: a fused kernel reads its weight and does not call it."
 
 
 def _of_lora(data: Mapping[str, Any], module: nn.Module, rank: int) -> str | None:

@@ -37,7 +37,8 @@ def save_folder(
     if path_initial_model_for_weight_conversion is not None:
         why = "an adapter that changed the base's weights can't be converted here into one that does not"
         fix = "save it as it is; load_adapter changes the base's weights again"
-        raise as_builtin(SurgeryError("path_initial_model_for_weight_conversion is not supported", why=why, fix=fix))
+        what = "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported"
+        raise as_builtin(SurgeryError(what, why=why, fix=fix))
     if not safe_serialization:
         warnings.warn("pickle files are not written: safetensors it is", SurgeryWarning, stacklevel=4)
     unknown = sorted({*(selected_adapters or ())} - configs.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -67,7 +68,7 @@ def told(library: Any, make: Any) -> tuple[Any, list[tuple[type, str]]]:
             error = None
         except Exception as raised:
             error = raised
-    kinds = (RuntimeWarning, UserWarning)
+    kinds = (RuntimeWarning, UserWarning, Warning)
     found = [(next(k for k in kinds if issubclass(each.category, k)), str(each.message)) for each in record]
     return error, [(kind, text) for kind, text in found if "exclude has" not in text]
 
@@ -80,6 +81,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("LoraConfig", {"target_modules": ["first"], "bias": "some"}),
     ("LoraConfig", {"target_parameters": ["absent.weight"]}),
     ("LoraConfig", {"target_parameters": ["first"], "target_modules": []}),
+    ("LoraConfig", {"target_parameters": ["first.weight"], "target_modules": ["first", "bare"]}),
     ("MissConfig", {"target_modules": ["first"], "r": 9}),
     ("C3AConfig", {"target_modules": ["first"], "block_size": 3}),
     ("C3AConfig", {"target_modules": ["first"], "block_size": 8}),
@@ -99,8 +101,29 @@ def test_what_peft_refuses_is_refused_in_its_words(name: str, fields: dict[str, 
     theirs, mine = told(peft, make)[0], told(ours, make)[0]
     assert isinstance(mine, SurgeryError)
     kind = next(k for k in (NotImplementedError, ValueError) if isinstance(theirs, k))
-    assert isinstance(mine, kind) and str(theirs).partition(". Curr")[0] in str(mine)
+    assert isinstance(mine, kind) and re.split(r"\. (?:Curr|Make)", str(theirs))[0] in str(mine)
     assert {key: id(value) for key, value in base.named_parameters()} == before
+
+
+@pytest.mark.parametrize(("name", "target"), [
+    ("LoraConfig", "in_proj"), ("LoraConfig", "out_proj"), ("LoraConfig", "conv1d"), ("RandLoraConfig", "out_proj"),
+    ("IA3Config", "in_proj"),
+])  # fmt: skip
+def test_modules_that_mambas_kernels_bypass_are_refused(name: str, target: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.MambaConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=2, intermediate_size=16, time_step_rank=1
+    )
+    fields = {"feedforward_modules": []} if name == "IA3Config" else {"r": 2}
+
+    def make(library: Any) -> None:
+        model = transformers.MambaForCausalLM(settings)
+        library.get_peft_model(model, getattr(library, name)(target_modules=[target], **fields))
+
+    theirs, mine = told(peft, make)[0], told(ours, make)[0]
+    refused = "Mamba-based models" in str(theirs)
+    assert refused == (target != "in_proj")
+    assert (isinstance(mine, ValueError) and "Mamba-based models" in str(mine)) if refused else mine is theirs is None
 
 
 def test_a_problem_at_many_sites_is_one_line() -> None:
