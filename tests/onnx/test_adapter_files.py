@@ -113,7 +113,7 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda t: t.update({slot("first", "B"): np.ones((6, 3), np.float32)}), "different ranks"),
         (lambda t: t[slot("first", "A")].__setitem__((0, 0), np.nan), "not finite"),
@@ -264,7 +264,7 @@ def test_what_is_no_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda d: d.update(adapters="some"), "adapters='some' is not one of"),
         (lambda d: d.update(slots={}), "slots is"),
@@ -636,7 +636,7 @@ def test_all_that_the_file_has_no_place_for_is_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "is a pickle"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678" * 4), "damaged"),

@@ -123,7 +123,7 @@ def test_slots_of_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "told"),
+    ("inputs", "message"),
     [
         ({}, "x is missing.*it takes x float32.batch, 4."),
         ({"X": X, "x": X}, "there is no input 'X'"),
