@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 import surgery
+from surgery.adapter_files.entry import OLD, PEFT
 from surgery.errors import SurgeryError, SurgeryWarning, near_misses
 from surgery.peft.errors import as_builtin
 from surgery.peft.facade import Facade
@@ -39,8 +45,6 @@ def save_folder(
         fix = "save it as it is; load_adapter changes the base's weights again"
         what = "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported"
         raise as_builtin(SurgeryError(what, why=why, fix=fix))
-    if not safe_serialization:
-        warnings.warn("pickle files are not written: safetensors it is", SurgeryWarning, stacklevel=4)
     unknown = sorted({*(selected_adapters or ())} - configs.keys())
     if unknown:
         there = f"current supported adapter names are {list(configs)} - got {list(selected_adapters)}"
@@ -55,6 +59,8 @@ def save_folder(
         arguments["save_embedding_layers"] = save_embedding_layers
         try:
             surgery.save_adapter(model, place, name, format="peft", **arguments)
+            if not safe_serialization:
+                _pickle_tensors(place)
         except SurgeryError as error:
             why = f"{error.what}: {error.why}; it is written in a format of its own"
             warnings.warn(why, SurgeryWarning, stacklevel=4)
@@ -66,6 +72,16 @@ def save_folder(
         from surgery.trainer import save_trained
 
         save_trained(model, folder, tensors)
+
+
+def _pickle_tensors(folder: Path) -> None:
+    """Replace the adapter's safetensors file by a file of `torch.save`, as `safe_serialization=False` asks."""
+    tensors = load_file(folder / PEFT[0])
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+        torch.save(tensors, file)
+    os.chmod(file.name, (folder / PEFT[0]).stat().st_mode)
+    os.replace(file.name, folder / OLD)
+    (folder / PEFT[0]).unlink()
 
 
 def write_card(facade: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,3 +136,18 @@ def test_a_loaded_adapter_that_is_not_active_is_trainable_if_asked_for(
     model.set_adapter("same")  # which freezes the others
     assert not any(tensor.requires_grad for tensor in adapter_tensors(model, "opposite").values())
     assert any(tensor.requires_grad for tensor in adapter_tensors(model, "same").values())
+
+
+def test_safe_serialization_false_writes_a_file_of_torch_save(tmp_path: Path) -> None:
+    model, x = get_peft_model(model_of(), CONFIGS[0]), torch.randn(4, 8)
+    model.add_adapter("other", CONFIGS[0])
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, safe_serialization=False)  # in the place of the other file
+    for folder in (tmp_path, tmp_path / "other"):
+        files = {file.name for file in folder.iterdir() if file.name.startswith("adapter_")}
+        assert files == {"adapter_model.bin", "adapter_config.json"}
+    written = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+    expected = get_peft_model_state_dict(model)
+    assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
+    assert torch.equal(PeftModel.from_pretrained(model_of(), tmp_path)(x), model.eval()(x))
+    assert torch.equal(peft.PeftModel.from_pretrained(model_of(), tmp_path)(x), model(x))
