@@ -25,7 +25,7 @@ from surgery.peft.configuration import check_targets, completed
 from surgery.peft.defaults import with_defaults
 from surgery.peft.errors import as_builtin, pefts_errors
 from surgery.peft.facade import facade, inside, whole
-from surgery.peft.notices import check_fields, fields_for_rules, warn_of_fields
+from surgery.peft.notices import check_fields, check_together, fields_for_rules, warn_of_fields
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder, write_card
 from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_gradients
@@ -109,6 +109,7 @@ class PeftModel(FacadeProperties):
     def set_adapter(self, adapter_name: Names, inference_mode: bool = False) -> None:
         """Make only these adapters live, and trainable unless `inference_mode`."""
         self._check_known(adapter_name, "Adapter {} not found.")
+        check_together(self._base, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         self._unmerge_first("Adapter cannot be set when the model is merged. Unmerging the model first.")
         self._enter(adapter_name, self._disabled, train=not inference_mode)
         with Journal() as journal:

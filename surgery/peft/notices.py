@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import PlanError, RuleError, SurgeryError, SurgeryWarning
+from surgery.errors import PlanError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.patterns.module_class import class_of
 from surgery.patterns.paths import select_targets
+from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
 from surgery.peft.configuration import targeted_parameters
 from surgery.peft.errors import PeftRuntimeWarning, as_builtin
-from surgery.peft_format.methods import method_of
+from surgery.peft_format.methods import method_of, part_of
 from surgery.peft_format.targets import Modules, chosen_by
+from surgery.rewritten_model.verb_root import records_in, rewritten
+from surgery.state.records import sites
 
-__all__ = ["check_fields", "fields_for_rules", "warn_of_fields", "warn_of_names"]
+__all__ = ["check_fields", "check_together", "fields_for_rules", "warn_of_fields", "warn_of_names"]
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT knows a tied module
 _LOW_RANK = ("LORA", "ADALORA", "RANDLORA")
@@ -53,6 +56,23 @@ def check_fields(config: PeftConfig, model: nn.Module) -> None:
             problems.append(RuleError(what, where=path))
     if problems:
         raise as_builtin(PlanError(problems))
+
+
+def check_together(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Raises PEFT's error where several adapters have a copy of the same module, of which one can be in its place."""
+    names = set(adapters)
+    if len(names) < 2 or not records_in(unwrap(model)):
+        return
+    for path, _, site in sites(rewritten(model)[0]):
+        copies = {
+            applied.adapter: None
+            for applied in site.applied
+            if applied.adapter in names and (part := part_of(applied.rule)) and part.layer == "ModulesToSaveWrapper"
+        }
+        if len(copies) > 1:
+            what = f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {len(copies)}"
+            why = f"each has a copy of the module: {', '.join(copies)}"
+            raise as_builtin(SiteError(what, where=path, why=why, fix="combine them into one adapter"))
 
 
 def fields_for_rules(config: PeftConfig, model: nn.Module) -> dict[str, Any]:

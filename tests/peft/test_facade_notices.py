@@ -213,6 +213,23 @@ def test_a_second_time_is_warned_of() -> None:
     assert ours.get_peft_model(transformer, config).peft_config["default"].base_model_name_or_path == "a/base"
 
 
+def test_two_copies_of_a_module_are_not_live_together() -> None:
+    def make(library: Any) -> None:
+        fields = {"target_modules": ["first"], "modules_to_save": ["bare"]}
+        model = library.get_peft_model(Net(), library.LoraConfig(**fields), mixed=True)
+        model.add_adapter("other", library.LoHaConfig(**fields))
+        model.add_adapter("plain", library.LoHaConfig(target_modules=["first"]))
+        model.set_adapter(["default", "plain"])
+        with pytest.raises(ValueError, match="Only one adapter can be set at a time for ModulesToSaveWrapper"):
+            model.set_adapter(["default", "other"])
+        if library is ours:  # PEFT has changed a part of the layers
+            assert model.active_adapters == ["default", "plain"]
+
+    for library in (peft, ours):
+        error = told(library, make)[0]
+        assert error is None, error
+
+
 def test_a_mixed_model_deletes_several_adapters_or_none() -> None:
     model: Any = ours.get_peft_model(Net(), ours.LoraConfig(target_modules=["first"]), mixed=True)
     for name in ("a", "b"):
