@@ -96,8 +96,8 @@ def flat(setting: Setting) -> Iterator[Row]:
             beside_one, other = (_cycles(model, folder, 1) for model in (few, full))
             for verb in beside_one:
                 spent.setdefault(verb, []).append(other[verb] / beside_one[verb])
-    for verb, said in (("add", "add an adapter"), ("load", "load one from PEFT's files"), ("remove", "remove one")):
-        work = f"{said} beside {many} others on {layers * 7} Linears, to beside one"
+    for verb, label in (("add", "add an adapter"), ("load", "load one from PEFT's files"), ("remove", "remove one")):
+        work = f"{label} beside {many} others on {layers * 7} Linears, to beside one"
         yield Row(work, "one", 1.1, median(spent[verb]))
 
 
@@ -286,15 +286,15 @@ def _merging(setting: Setting, dtype: torch.dtype) -> Iterator[Row]:
     times = interleaved(
         setting, {"copy": partial(cycle, "copy"), "record": partial(cycle, "record"), "peft": inexact}, 1
     )
-    assert _changed(mine, base) == 0.0, "unmerging lost bits"
-    lost = f"(PEFT: {100 * _changed(their, base):.0f} % of the entries changed)"
+    assert _share_of_changes(mine, base) == 0.0, "unmerging lost bits"
+    lost = f"(PEFT: {100 * _share_of_changes(their, base):.0f} % of the entries changed)"
     for keep, aim in (("copy", 0.3), ("record", 4.0)):
         work = f"merge + unmerge to the bit, keep={keep!r}: {name} {lost}"
         yield Row(work, "PEFT", aim, times.ratio(keep, "peft"), 1.0, times.seconds(keep))
     yield Row(f"bytes an entry of the record, ‖ΔW‖/‖W‖ 3 %: {name}", "", 0.15, sizes["record"])
 
 
-def _changed(model: nn.Module, base: nn.Module) -> float:
+def _share_of_changes(model: nn.Module, base: nn.Module) -> float:
     """The share of the entries of adapted weights that are not the base's."""
     before = dict(base.named_parameters())
     differing = total = 0

@@ -642,13 +642,13 @@ def test_all_that_the_file_has_no_place_for_is_listed(tmp_path: Path) -> None:
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678" * 4), "damaged"),
         (lambda f: (f / "adapter_config.json").unlink(), "can't be read"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "not a PEFT configuration"),
-        (lambda f: changed(f, peft_type="BOFT"), "'BOFT' can't be converted"),
-        (lambda f: changed(f, lora_alpha="x"), "lora_alpha='x' is not a number"),
-        (lambda f: changed(f, alpha_pattern={"(": 3}), "can't be read"),
-        (lambda f: changed(f, rank_pattern=[1]), "not a mapping"),
-        (lambda f: changed(f, use_rslora="yes"), "neither true nor false"),
-        (lambda f: changed(f, without="first.lora_B"), "a part of a LoRA"),
-        (lambda f: changed(f, without="second."), "no tensors for a target"),
+        (lambda f: change_checkpoint(f, peft_type="BOFT"), "'BOFT' can't be converted"),
+        (lambda f: change_checkpoint(f, lora_alpha="x"), "lora_alpha='x' is not a number"),
+        (lambda f: change_checkpoint(f, alpha_pattern={"(": 3}), "can't be read"),
+        (lambda f: change_checkpoint(f, rank_pattern=[1]), "not a mapping"),
+        (lambda f: change_checkpoint(f, use_rslora="yes"), "neither true nor false"),
+        (lambda f: change_checkpoint(f, without="first.lora_B"), "a part of a LoRA"),
+        (lambda f: change_checkpoint(f, without="second."), "no tensors for a target"),
     ],
 )
 def test_a_checkpoint_that_is_damaged_or_of_another_kind(tmp_path: Path, change: Any, message: str) -> None:
@@ -673,18 +673,18 @@ def test_a_converter_for_another_method_is_registered(tmp_path: Path, monkeypatc
     file = slotted.net(tmp_path / "net.onnx")
     manifest = Manifest.read(file)
     positive = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), manifest)
-    changed(tmp_path / "peft", peft_type="NEGATED_LORA")
+    change_checkpoint(tmp_path / "peft", peft_type="NEGATED_LORA")
     negative = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "b.onnx_adapter"), manifest)
     for name, array in positive.items():
         assert np.array_equal(negative[name], -array if name.endswith(".B") else array)
     with pytest.raises(SurgeryError, match="'LORA' already has the converter .*convert_lora"):
         converters.converter("LORA")(convert_negated)
-    changed(tmp_path / "peft", peft_type="LORRA")
+    change_checkpoint(tmp_path / "peft", peft_type="LORRA")
     with pytest.raises(LoadError, match="IA3, LORA, NEGATED_LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING; .*LORA"):
         convert_peft(tmp_path / "peft", file, tmp_path / "c.onnx_adapter")
 
 
-def changed(folder: Path, without: str = "\n", **fields: Any) -> None:
+def change_checkpoint(folder: Path, without: str = "\n", **fields: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
@@ -695,7 +695,7 @@ def changed(folder: Path, without: str = "\n", **fields: Any) -> None:
 # With files of export_onnx ----------------------------------------------------------------------------------------
 
 
-def exported(model: nn.Module, rules: Any, inputs: dict[str, torch.Tensor], folder: Path) -> Path:
+def export_slots(model: nn.Module, rules: Any, inputs: dict[str, torch.Tensor], folder: Path) -> Path:
     """A file with slots for such rules, or for those of several adapters."""
     pytest.importorskip("onnxscript")
     from surgery import apply_rules
@@ -728,7 +728,7 @@ def test_convolutions_with_groups_of_an_exported_model(tmp_path: Path, rank: int
     from surgery.rules import LoraRule
 
     model, x = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), torch.randn(2, 4, 6, 6)
-    file = exported(model, [LoraRule("0", rank=rank)], {"input": x}, tmp_path)
+    file = export_slots(model, [LoraRule("0", rank=rank)], {"input": x}, tmp_path)
     adapted = apply_rules(model.eval(), [LoraRule("0", rank=2 * rank, init="random")])
     runner = OnnxRunner(file)
     runner.load("a", export_adapter(adapted, "default", file, tmp_path / "a.onnx_adapter"))
@@ -766,7 +766,7 @@ def test_dora_heads_and_tokens_for_an_exported_gpt2(tmp_path: Path) -> None:
         TrainRule("score"),
         TokensRule("wte", tokens=[1]),
     ]
-    check_peft(peft_model, exported(model, rules, inputs, tmp_path), inputs, tmp_path)
+    check_peft(peft_model, export_slots(model, rules, inputs, tmp_path), inputs, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -777,7 +777,7 @@ def test_trained_biases_for_slots_of_whole_modules(tmp_path: Path) -> None:
     model, inputs = tiny_gpt2(LAYERS)
     peft_model = peft_on(copy.deepcopy(model), lora(target_modules=["c_fc"], bias="lora_only"), tmp_path / "peft")
     rules = {"one": LoraRule("c_fc", rank=3), "other": TrainRule("c_fc")}
-    file = exported(model, rules, inputs, tmp_path)
+    file = export_slots(model, rules, inputs, tmp_path)
     assert {slot.tensor for slot in Manifest.read(file).slots} == {"A", "B", "weight", "bias"}
     check_peft(peft_model, file, inputs, tmp_path)
 
@@ -801,7 +801,7 @@ def test_prefixes_for_exported_decoders(tmp_path: Path, family: str) -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     rules = [PrefixRule(length=2, shift="wpe" if family == "gpt2" else None)]
-    file = exported(model.eval(), rules, inputs, tmp_path)
+    file = export_slots(model.eval(), rules, inputs, tmp_path)
     with torch.no_grad():
         peft_model = peft_on(model, config, tmp_path / "peft")
     check_peft(peft_model, file, inputs, tmp_path)

@@ -17,7 +17,7 @@ pytest.importorskip("onnxscript")
 onnxruntime: Any = pytest.importorskip("onnxruntime")
 
 
-def exported(folder: Path, slots_as: Any = "inputs", **how: Any) -> tuple[nn.Module, torch.Tensor, Any]:
+def export_net(folder: Path, slots_as: Any = "inputs", **how: Any) -> tuple[nn.Module, torch.Tensor, Any]:
     from surgery import export_onnx
 
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def exported(folder: Path, slots_as: Any = "inputs", **how: Any) -> tuple[nn.Mod
 def test_the_base_runs_from_the_file_beside(empty: Any, tmp_path: Path) -> None:
     from surgery.onnx import OnnxRunner, export_adapter, read_adapter
 
-    model, x, report = exported(tmp_path, empty=empty)
+    model, x, report = export_net(tmp_path, empty=empty)
     assert report.parity.ok and {comparison.adapter for comparison in report.parity.compared} == {"base", "red"}
     file = tmp_path / "m.onnx.defaults.onnx_adapter"
     runner = OnnxRunner(report.path)
@@ -56,7 +56,7 @@ def test_the_base_runs_from_the_file_beside(empty: Any, tmp_path: Path) -> None:
 def test_without_that_file_it_needs_an_adapter(tmp_path: Path) -> None:
     from surgery.onnx import OnnxRunner
 
-    _, x, report = exported(tmp_path)
+    _, x, report = export_net(tmp_path)
     file = tmp_path / "m.onnx.defaults.onnx_adapter"
     content = file.read_bytes()
     file.unlink()
@@ -68,6 +68,6 @@ def test_without_that_file_it_needs_an_adapter(tmp_path: Path) -> None:
 
 
 def test_none_is_written_where_slots_are_optional_and_an_old_one_goes(tmp_path: Path) -> None:
-    exported(tmp_path, verify=False)
-    exported(tmp_path, slots_as="overridable", verify=False)
+    export_net(tmp_path, verify=False)
+    export_net(tmp_path, slots_as="overridable", verify=False)
     assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.manifest.json"}

@@ -34,7 +34,7 @@ def body() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
 
 
-def rewritten() -> nn.Sequential:
+def build_adapted() -> nn.Sequential:
     model = apply_rules(body(), LoraRule(["0", "2"], rank=2, init="random"), adapter="red")
     return apply_rules(model, LoraRule("0", rank=4, init="random"), adapter="blue").eval()
 
@@ -56,7 +56,7 @@ AROUND: dict[str, Callable[[nn.Module], Any]] = {
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 
-def ran(path: Path) -> np.ndarray:
+def run_file(path: Path) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]  # type: ignore[return-value]
 
@@ -68,11 +68,11 @@ def live(outer: Any, *names: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind, how", [(kind, "merged") for kind in AROUND] + [("module", "constant")])
 def test_names_are_heard(kind: str, how: Any, tmp_path: Path) -> None:
-    outer = AROUND[kind](rewritten()).eval()
+    outer = AROUND[kind](build_adapted()).eval()
     for names, wanted in (("red", ["red"]), (None, ["red", "blue"])):
         report = export_onnx(outer, tmp_path / "a.onnx", X, adapters=how, names=names, dynamic=False, verify=False)
         # float32 sums of numbers of this size in another order
-        np.testing.assert_allclose(ran(report.path), live(outer, *wanted), atol=1e-5)
+        np.testing.assert_allclose(run_file(report.path), live(outer, *wanted), atol=1e-5)
         assert (how == "merged") != any(".adapters." in name for name in weights(report.path))
     assert verify_onnx(report.path, outer, X).ok
     with pytest.raises(SurgeryError, match="no adapter 'nonsense'"):
@@ -88,7 +88,7 @@ def weights(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["module", "compile"])
 def test_slots(kind: str, tmp_path: Path) -> None:
-    outer = AROUND[kind](rewritten()).eval()
+    outer = AROUND[kind](build_adapted()).eval()
     report = export_onnx(outer, tmp_path / "a.onnx", X, adapters="slots")
     begin = "inner." if kind == "module" else ""
     assert [slot["name"] for slot in report.manifest["slots"]][0] == f"{begin}0.adapters.slot.A"
@@ -105,12 +105,12 @@ def test_slots(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["merged", "constant"])
 @pytest.mark.parametrize("names", [None, "red"])
 def test_live_adapters_have_their_weights(how: Any, names: str | None, tmp_path: Path) -> None:
-    outer = Around(model := rewritten()).eval()
+    outer = Around(model := build_adapted()).eval()
     activate(model, ["red", "blue"], weights := {"red": 0.25, "blue": -2.0})
     report = export_onnx(outer, tmp_path / "a.onnx", X, adapters=how, names=names, dynamic=False)
     assert active(model) == ("red", "blue") and adapters(model)["blue"].weight == -2.0
     assert report.parity is not None and report.parity.ok
-    actual = ran(report.path)
+    actual = run_file(report.path)
     with torch.no_grad():  # plain arithmetic
         x = X
         for layer in model:
@@ -127,16 +127,16 @@ def test_live_adapters_have_their_weights(how: Any, names: str | None, tmp_path:
 
 
 def test_what_is_merged_or_idle_is_seen(tmp_path: Path) -> None:
-    inner = rewritten()
+    inner = build_adapted()
     outer = Around(inner).eval()
     activate(inner, "blue")
     np.testing.assert_allclose(
-        ran(export_onnx(outer, tmp_path / "a.onnx", X, dynamic=False).path), live(outer, "blue"), atol=1e-5
+        run_file(export_onnx(outer, tmp_path / "a.onnx", X, dynamic=False).path), live(outer, "blue"), atol=1e-5
     )
     merge(inner, "blue")
     with torch.no_grad():
         np.testing.assert_allclose(
-            ran(export_onnx(outer, tmp_path / "b.onnx", X, dynamic=False).path), outer(X).numpy(), atol=1e-5
+            run_file(export_onnx(outer, tmp_path / "b.onnx", X, dynamic=False).path), outer(X).numpy(), atol=1e-5
         )
     assert inner[0].weight.requires_grad is False
 
@@ -144,7 +144,7 @@ def test_what_is_merged_or_idle_is_seen(tmp_path: Path) -> None:
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.text, self.image = rewritten(), rewritten()
+        self.text, self.image = build_adapted(), build_adapted()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.text(x) + 2 * self.image(x)
@@ -158,7 +158,7 @@ def test_several_rewritten_parts(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = model(X).numpy()
     path = export_onnx(model, tmp_path / "a.onnx", X, dynamic=False).path
-    np.testing.assert_allclose(ran(path), wanted, atol=1e-5)
+    np.testing.assert_allclose(run_file(path), wanted, atol=1e-5)
     assert not any(".adapters." in name for name in weights(path))
     assert all(torch.equal(a, b) for a, b in zip(copies, model.state_dict().values(), strict=True))
     for how, names in (("merged", "red"), ("constant", "red"), ("slots", None), ("slots", "red")):
@@ -173,23 +173,23 @@ def test_a_part_that_was_rewritten_by_itself_is_folded_too(tmp_path: Path) -> No
     with torch.no_grad():
         wanted = outer(X).numpy()
     path = export_onnx(outer, tmp_path / "a.onnx", X, dynamic=False).path
-    np.testing.assert_allclose(ran(path), wanted, atol=1e-5)
+    np.testing.assert_allclose(run_file(path), wanted, atol=1e-5)
     assert not any(".adapters." in name for name in weights(path))
 
 
 def test_a_block_of_route_on_the_part_is_told(tmp_path: Path) -> None:
-    inner = rewritten()
+    inner = build_adapted()
     outer = Around(inner).eval()
     with route(inner, ["red", None, "blue"]):
         report = export_onnx(outer, tmp_path / "a.onnx", X, dynamic=False, verify=False)
     assert any("routes nothing" in note for note in report.notices)
-    np.testing.assert_allclose(ran(report.path), live(outer, "red", "blue"), atol=1e-5)
+    np.testing.assert_allclose(run_file(report.path), live(outer, "red", "blue"), atol=1e-5)
 
 
 def test_names_for_a_model_without_rules(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="no rules were applied"):
         export_onnx(body(), tmp_path / "a.onnx", X, names="red")
-    model = nn.Sequential(rewritten())
+    model = nn.Sequential(build_adapted())
     with pytest.raises(SurgeryError, match="a part of a rewritten model"):
         export_onnx(model[0][0], tmp_path / "a.onnx", X, names="red")  # type: ignore[index]
 
@@ -204,7 +204,9 @@ def test_a_part_of_a_rewritten_model(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = part(X).numpy()
     np.testing.assert_allclose(
-        ran(export_onnx(part, tmp_path / "b.onnx", X, adapters="constant", dynamic=False).path), wanted, atol=1e-5
+        run_file(export_onnx(part, tmp_path / "b.onnx", X, adapters="constant", dynamic=False).path), wanted, atol=1e-5
     )
     merge(whole)
-    np.testing.assert_allclose(ran(export_onnx(part, tmp_path / "c.onnx", X, dynamic=False).path), wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        run_file(export_onnx(part, tmp_path / "c.onnx", X, dynamic=False).path), wanted, atol=1e-5
+    )

@@ -44,7 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, torch
     return model, x, path
 
 
-def changed(path: Path, folder: Path, change: Any) -> Path:
+def change_file(path: Path, folder: Path, change: Any) -> Path:
     """A copy of a file with its graph changed."""
     loaded = onnx.load(str(path))
     change(loaded.graph)
@@ -70,7 +70,7 @@ def test_one_bit_of_a_weight(name: str, exported: Any, tmp_path: Path) -> None:
         set_array(initializer(graph, name), array)
 
     with pytest.raises(ParityError, match="other weights than the model") as caught:
-        verify_onnx(changed(path, tmp_path, change), model, x)
+        verify_onnx(change_file(path, tmp_path, change), model, x)
     assert caught.value.where == name
 
 
@@ -85,7 +85,7 @@ def test_a_weight_under_another_name_changes_outputs(exported: Any, tmp_path: Pa
             node.input[:] = ["hidden" if name == "b.bias" else name for name in node.input]
 
     with pytest.raises(ParityError, match="does not compute what the model does") as caught:
-        verify_onnx(changed(path, tmp_path, change), model, x)
+        verify_onnx(change_file(path, tmp_path, change), model, x)
     worst = caught.value.report.worst
     assert worst.output == "output" and worst.difference > 100 * worst.tolerance
     assert {comparison.adapter for comparison in caught.value.report.compared if not comparison.ok} == {
@@ -102,7 +102,7 @@ def test_an_operation_that_was_exchanged(exported: Any, tmp_path: Path) -> None:
         next(node for node in graph.node if node.op_type == "Relu").op_type = "Tanh"
 
     with pytest.raises(ParityError, match="does not compute"):
-        verify_onnx(changed(path, tmp_path, change), model, x)
+        verify_onnx(change_file(path, tmp_path, change), model, x)
 
 
 def test_a_slot_that_was_renamed(exported: Any, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_slot_that_was_renamed(exported: Any, tmp_path: Path) -> None:
             node.input[:] = ["a.lora_A" if name == "a.adapters.slot.A" else name for name in node.input]
 
     with pytest.raises(ParityError, match="lacks slots that its manifest names") as caught:
-        verify_onnx(changed(path, tmp_path, change), model, x)
+        verify_onnx(change_file(path, tmp_path, change), model, x)
     assert caught.value.why == "a.adapters.slot.A"
 
 
@@ -128,7 +128,7 @@ def test_a_slot_that_became_a_constant(exported: Any, tmp_path: Path) -> None:
         graph.input.extend(remaining)
 
     with pytest.raises(ParityError, match="lacks slots"):
-        verify_onnx(changed(path, tmp_path, change), model, x)
+        verify_onnx(change_file(path, tmp_path, change), model, x)
 
 
 def test_default_that_is_no_base(exported: Any, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_default_that_is_no_base(exported: Any, tmp_path: Path) -> None:
             set_array(initializer(graph, f"a.adapters.slot.{key}"), array)
 
     with pytest.raises(ParityError, match="adapter base"):
-        verify_onnx(changed(path, tmp_path, change), model, x)
+        verify_onnx(change_file(path, tmp_path, change), model, x)
 
 
 def test_adapters_that_were_exchanged(exported: Any, tmp_path: Path) -> None:

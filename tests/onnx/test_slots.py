@@ -129,9 +129,9 @@ def test_adapters_that_differ_where_a_slot_has_one_word(tmp_path: Path) -> None:
     exported = Exported(model, ids(3, 7), tmp_path)
     assert {(site["site"], site["rule"]) for site in exported.manifest["sites"]} == {("head", "lora")}
     assert len(exported.report.notices) == 9 and all("left out" in notice for notice in exported.report.notices)
-    said = " ".join(exported.report.notices)
-    assert "IA3Rule of 'c' (1 sites) can't be a slot: the adapters have their rules in contradictory orders" in said
-    assert "IA3Rule of 'a' (1 sites) can't be a slot: in some adapters it scales the module's input" in said
+    notices = " ".join(exported.report.notices)
+    assert "IA3Rule of 'c' (1 sites) can't be a slot: the adapters have their rules in contradictory orders" in notices
+    assert "IA3Rule of 'a' (1 sites) can't be a slot: in some adapters it scales the module's input" in notices
     with pytest.raises(SurgeryError, match="needs slots that the file does not have") as caught:
         exported.tensors("c")
     assert "IA3Rule at up, LoraRule at up" in str(caught.value)

@@ -13,7 +13,7 @@ import torch
 from surgery import LoadError, Rule, SiteError, SurgeryError, apply_rules, load_adapter, using
 from surgery.onnx import OnnxRunner, convert_peft, export_adapter, export_onnx, import_adapter
 from surgery.rules import LoraRule, MultitaskPromptRule, PromptRule, TrainRule
-from tests.onnx.test_adapter_files import check_peft, exported, peft_of, peft_on, quietly
+from tests.onnx.test_adapter_files import check_peft, export_slots, peft_of, peft_on, quietly
 from tests.onnx.test_slots_prefix import longer, moved
 from tests.support import tiny
 from tests.support.sampling import LAYERS, onnx_cases
@@ -238,7 +238,7 @@ def test_prompts_of_pefts_checkpoints(method: str, tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(1, 30, (3, 6))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    file = exported(model, PromptRule(length=2, after=0), inputs, tmp_path)
+    file = export_slots(model, PromptRule(length=2, after=0), inputs, tmp_path)
     peft_config = getattr(peft, method)(num_virtual_tokens=4, task_type="CAUSAL_LM")
     peft_model = peft_on(copy.deepcopy(model), peft_config, tmp_path / "peft")
     runner = OnnxRunner(file)
@@ -258,9 +258,9 @@ def test_a_classifiers_prompt_of_pefts(tmp_path: Path) -> None:
     ids = torch.randint(1, 30, (3, 6))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     rules = [PromptRule(length=2, after=0, whole=True), TrainRule("classifier")]
-    file = exported(model, rules, inputs, tmp_path)
+    file = export_slots(model, rules, inputs, tmp_path)
     config = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS")
     check_peft(peft_on(copy.deepcopy(model), config, tmp_path / "peft"), file, inputs, tmp_path)
-    other = exported(model, [PromptRule(length=2, after=0), TrainRule("classifier")], inputs, tmp_path)
+    other = export_slots(model, [PromptRule(length=2, after=0), TrainRule("classifier")], inputs, tmp_path)
     with pytest.raises(LoadError, match="PromptRule's `whole`"):
         convert_peft(tmp_path / "peft", other, tmp_path / "b.onnx_adapter")

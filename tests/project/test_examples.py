@@ -77,8 +77,8 @@ def run(name: str, folder: Path, packaged: Callable[[str], Path], *words: str) -
     code = f"import json, {name}; print('RESULT', json.dumps({name}.main({list(words)!r})))"
     done = python("-c", code, folder=folder) if ALL or not hasattr(os, "fork") else forks().run(code, folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    said, _, result = done.stdout.rpartition("RESULT ")
-    return json.loads(result), said
+    printed, _, result = done.stdout.rpartition("RESULT ")
+    return json.loads(result), printed
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,9 +100,9 @@ def test_a_missing_package_is_one_sentence(name: str, tmp_path: Path) -> None:
 
 
 def test_custom_rule(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
-    results, said = run("custom_rule", tmp_path, packaged, "--steps", "30")
+    results, printed = run("custom_rule", tmp_path, packaged, "--steps", "30")
     assert results["same"] and results["difference"] < 1e-4 and results["after"] < results["before"] - 0.5
-    assert "# ScaleRule [default]" in said and "keeps" in said
+    assert "# ScaleRule [default]" in printed and "keeps" in printed
 
 
 def test_the_custom_rule_is_short_and_public() -> None:
@@ -122,9 +122,9 @@ def test_the_custom_rule_is_short_and_public() -> None:
 
 def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ("--limit", "40", "--epochs", "1", "--tokens", "8", "--batch", "10", "--out", str(tmp_path / "out"))
-    results, said = run("topics", tmp_path, packaged, *words)
+    results, printed = run("topics", tmp_path, packaged, *words)
     assert results["same"] and results["difference"] < 1e-3 and results["onnx"] == results["after"]
-    assert "the same bits" in said and "equal" in said and "DIFFERS" not in said
+    assert "the same bits" in printed and "equal" in printed and "DIFFERS" not in printed
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"adapter", "topics.onnx", "topics.svg"} <= written
     saved = {file.name: file.stat().st_mode & 0o077 for file in (tmp_path / "out" / "adapter").iterdir()}
@@ -141,19 +141,19 @@ def test_many(peft: bool, tmp_path: Path, packaged: Callable[[str], Path], monke
     elif find_spec("peft") is None:
         pytest.skip("needs peft")
     words = ["--steps", "2", "--batch", "4", "--texts", "12", "--tokens", "8", "--rounds", "1", "--threads", "1"]
-    results, said = run("many", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
+    results, printed = run("many", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
     assert results["same"] and results["as_saved"] and results["apart"] < 1e-5 and results["swapped"] < 1e-5
     assert len(results["right"]) == 5 and (results["peft"] < 1e-5 if peft else results["peft"] is None)
-    assert "the same bits" in said and ("PEFT is not installed" in said) is not peft
+    assert "the same bits" in printed and ("PEFT is not installed" in printed) is not peft
     assert {"business", "tech"} <= {folder.name for folder in (tmp_path / "out" / "adapters").iterdir()}
 
 
 def test_ship(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ["--steps", "1", "--batch", "2", "--texts", "3", "--tokens", "8", "--clients", "2"]
-    results, said = run("ship", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
+    results, printed = run("ship", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
     assert results["ok"] and results["refused"] == [400, 400] and results["asked"] == {"one": 3, "several": 18}
     assert len(results["sizes"]) == 5 and max(results["sizes"].values()) < 0.02 * results["nbytes"]
-    assert "DIFFERS" not in said and all(f"{name} " in said for name in ("base", *results["sizes"]))
+    assert "DIFFERS" not in printed and all(f"{name} " in printed for name in ("base", *results["sizes"]))
 
 
 def test_the_server_is_short_and_needs_no_torch(tmp_path: Path) -> None:
@@ -169,17 +169,17 @@ def test_the_server_is_short_and_needs_no_torch(tmp_path: Path) -> None:
 @LONG
 def test_style(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ("--steps", "1", "--batch", "1", "--tokens", "24", "--length", "4", "--sample", "4", "--threads", "1")
-    results, said = run("style", tmp_path, packaged, *words)
+    results, printed = run("style", tmp_path, packaged, *words)
     assert results["same"] and results["again"] == results["frozen"] == pytest.approx(51.5, abs=0.1)
     assert len({results[name] for name in ("frozen", "prefix", "lora", "both")}) == 4
-    assert "the same bits, the same logits" in said
+    assert "the same bits, the same logits" in printed
 
 
 def test_vision(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ("--limit", "40", "--epochs", "1", "--pixels", "32", "--batch", "10", "--out", str(tmp_path / "out"))
-    results, said = run("vision", tmp_path, packaged, *words)
+    results, printed = run("vision", tmp_path, packaged, *words)
     assert results["same"] and results["difference"] < 1e-2  # a few hundred roundings of float32 deep
-    assert "the same bits" in said
+    assert "the same bits" in printed
     assert {"adapter", "vision.svg"} <= {file.name for file in (tmp_path / "out").iterdir()}
     assert len(list((tmp_path / "out" / "adapter").iterdir())) == 2  # tensors and rules
 
@@ -187,13 +187,13 @@ def test_vision(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("mean", [False, True], ids=["every head", "mean"])
 def test_inspect_attention(mean: bool, tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ["--text", "The mice ate, and it cost $5 or $6.", "--out", str(tmp_path / "out"), *["--mean"] * mean]
-    results, said = run("inspect_attention", tmp_path, packaged, *words)
+    results, printed = run("inspect_attention", tmp_path, packaged, *words)
     assert results["right"] and results["same"]
     tokens = results["tokens"]
     assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and [row[0] for row in results["looks"]] == tokens
     for token, (most, share), (word, share_of_word) in results["looks"]:
         assert most in tokens and 1 >= share >= share_of_word > 0 and word not in ("[CLS]", "[SEP]")
         assert tokens.count(token) > 1 or word != token
-    assert "the same bits, the same classes" in said
+    assert "the same bits, the same classes" in printed
     drawing = (tmp_path / "out" / "attention.svg").read_text(encoding="utf-8")
     assert drawing.count("<image") == (6 if mean else 6 * 12)  # a map each

@@ -58,7 +58,7 @@ def _files() -> list[Path]:
     return sorted({file.resolve() for folder in ("surgery", "rules") for file in (ROOT / folder).rglob("*.py")})
 
 
-def _imported(file: Path) -> Iterator[Path]:
+def _imports(file: Path) -> Iterator[Path]:
     """The files of the project that a file imports from; imports for types and in functions count, too."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -73,7 +73,7 @@ def _imported(file: Path) -> Iterator[Path]:
 
 def test_no_files_import_each_other() -> None:
     """Not through any number of others, and not for types or in functions either."""
-    graph = networkx.DiGraph((file, other) for file in _files() for other in _imported(file))
+    graph = networkx.DiGraph((file, other) for file in _files() for other in _imports(file))
     circles = [ring for ring in networkx.strongly_connected_components(graph) if len(ring) > 1]
     assert not circles, [sorted(str(file.relative_to(ROOT)) for file in ring) for ring in circles]
 
@@ -89,7 +89,7 @@ def _place(file: Path) -> int | None:
 
 
 def test_packages_import_in_one_direction() -> None:
-    places = [(file, _place(file), other, _place(other)) for file in _files() for other in _imported(file)]
+    places = [(file, _place(file), other, _place(other)) for file in _files() for other in _imports(file)]
     assert not [(file, other) for file, at, other, to in places if at is not None and to is not None and to > at]
 
 

@@ -30,11 +30,11 @@ def node() -> str:
 def test_the_page_gives_the_scores_of_the_live_model(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     node()
     words = ["--steps", "1", "--batch", "2", "--texts", "3", "--tokens", "8", "--check"]
-    results, said = run("page", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
+    results, printed = run("page", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
     if "skipped" in results:
         pytest.skip(results["skipped"])
-    assert results["ok"] and results["asked"] == 3 * 6, said
-    assert "Chrome/" in results["browser"] and "asked of other machines: nothing" in said
+    assert results["ok"] and results["asked"] == 3 * 6, printed
+    assert "Chrome/" in results["browser"] and "asked of other machines: nothing" in printed
     scores = [results["expected"][name] for name in results["expected"]]
     assert np.ptp(scores, axis=0).min() > 100 * results["apart"]  # the adapters say different things
 

@@ -27,12 +27,12 @@ def table(results: Mapping[int, Mapping[str, str]]) -> str:
         if row.refused:
             cells, note = ["refused"] * len(CELLS), f"`{row.refused[0]}`: {row.refused[1]}"
         else:
-            said = {cell: "✓" if cell in ("removed", "trained") else row.cell for cell in CELLS}
+            texts = {cell: "✓" if cell in ("removed", "trained") else row.cell for cell in CELLS}
             if row.unmerged:
-                said["merged"] = "–"
+                texts["merged"] = "–"
             if row.untrained:
-                said["trained"] = f"– {row.untrained}"
-            cells, note = [f"✗ {failures[cell]}" if failures.get(cell) else said[cell] for cell in CELLS], row.note
+                texts["trained"] = f"– {row.untrained}"
+            cells, note = [f"✗ {failures[cell]}" if failures.get(cell) else texts[cell] for cell in CELLS], row.note
         if any(failures.values()) and row.refused:
             cells = ["✗"] * len(CELLS)
         name = row.name.replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")

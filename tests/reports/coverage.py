@@ -41,7 +41,7 @@ silero-vad comes compiled (TorchScript). There is no Python forward in it that c
 (`tests/support/others.py`) give the compiled model's output and graphs for all of it."""
 
 
-def measured(model: nn.Module, inputs: Any) -> dict[str, Coverage]:
+def measure_coverage(model: nn.Module, inputs: Any) -> dict[str, Coverage]:
     coverages = {"evaluation": coverage(model.eval(), inputs)}
     coverages["training"] = coverage(model.train(), inputs)
     return coverages
@@ -50,13 +50,13 @@ def measured(model: nn.Module, inputs: Any) -> dict[str, Coverage]:
 def of_family(family: Family) -> dict[str, Coverage]:
     torch.manual_seed(0)
     model = family.make()
-    return measured(model, family.inputs())
+    return measure_coverage(model, family.inputs())
 
 
 def of_other(name: str) -> dict[str, Coverage] | None:
     torch.manual_seed(0)
     try:
-        return measured(*OTHERS[name]())
+        return measure_coverage(*OTHERS[name]())
     except ModuleNotFoundError as missing:
         print(f"{name}: left out, {missing}")
         return None

@@ -52,7 +52,7 @@ def packaged(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def written(rows: Sequence[Sequence[str]], partial: bool) -> None:
+def write_page(rows: Sequence[Sequence[str]], partial: bool) -> None:
     """Rewrite the page's table; rows that were not requested stay."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     old, _, after = rest.partition(MARKS[1])
@@ -82,7 +82,7 @@ def main(words: Sequence[str]) -> int:
                 outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
                 rows.append([row.name, str(dict(row.how)), "", "", "", f"✗ {outcome}".replace("|", "\\|"), ""])
                 wrong += 1
-        written(rows, bool(words))
+        write_page(rows, bool(words))
         print(f"{row}: {outcome}, {time.perf_counter() - started:.0f} s", flush=True)
     print(f"{len(rows)} comparisons, {wrong} rows that do not hold")
     return int(wrong > 0)

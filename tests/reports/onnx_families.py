@@ -97,7 +97,7 @@ def _row(name: str, process: Any, results: Any, started: float) -> list[str] | N
     return row
 
 
-def written(rows_by_name: dict[str, list[str]]) -> None:
+def write_page(rows_by_name: dict[str, list[str]]) -> None:
     """The page's table with these rows replaced."""
     text = PAGE.read_text(encoding="utf-8")
     before, _, table = text.partition(MARK)
@@ -119,7 +119,7 @@ def main(names: Sequence[str]) -> int:
     for row in apart([name for name in FAMILIES if not names or name in names], int(os.environ.get("JOBS", "2"))):
         rows_by_name[row[0]] = row
         print(" | ".join(row), flush=True)
-        written(rows_by_name)
+        write_page(rows_by_name)
     return 0
 
 

@@ -29,7 +29,7 @@ def _homes() -> dict[str, str]:
 HOMES = _homes()
 
 
-def imported(file: Path) -> Iterator[Path]:
+def imports(file: Path) -> Iterator[Path]:
     """The files of the project that a file imports from; imports for types and in functions count, too."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -57,7 +57,7 @@ def arrows() -> nx.DiGraph:
     graph: nx.DiGraph = nx.DiGraph()
     for file in files():
         source = package(file)
-        for other in imported(file):
+        for other in imports(file):
             target = package(other)
             if source and target and source != target:
                 graph.add_edge(source, target)

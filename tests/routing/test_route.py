@@ -51,7 +51,7 @@ from tests.support import tiny
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def disturbed(model: nn.Module) -> nn.Module:
+def disturb(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "adapters." in name:
@@ -91,7 +91,7 @@ def test_each_row_as_if_alone(kind: str, names: list[str | None]) -> None:
     before = Snapshot(model)
     for name, rules in zip("ab", RULES[kind], strict=True):
         apply_rules(model, rules, adapter=name)
-    disturbed(model)
+    disturb(model)
     x = torch.randn(len(names), 8)
     expected = alone(model, x, names)
     for live in (["a", "b"], ["a"], []):
@@ -219,7 +219,7 @@ MODELS = {
 
 
 def rows_of(example: dict[str, Any], count: int) -> dict[str, Any]:
-    def grown(value: Any) -> Any:
+    def repeat_rows(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         many = value[:1].repeat(count, *[1] * (value.dim() - 1))
@@ -228,7 +228,8 @@ def rows_of(example: dict[str, Any], count: int) -> dict[str, Any]:
         return (many + torch.arange(count).view(-1, *[1] * (value.dim() - 1))) % max(2, int(value.max()))
 
     return {
-        name: grown(value) if "mask" not in name else value[:1].expand(count, -1) for name, value in example.items()
+        name: repeat_rows(value) if "mask" not in name else value[:1].expand(count, -1)
+        for name, value in example.items()
     }
 
 
@@ -265,7 +266,7 @@ def test_generate(family: str, beams: int, length: int) -> None:
     model: Any = getattr(tiny, family)()[0].eval()
     for name in ("a", "b"):
         apply_rules(model, LoraRule("all-linear", rank=2, init="random"), adapter=name)
-    disturbed(model)
+    disturb(model)
     ids = torch.randint(3, 60, (3, length))
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
     names: list[str | None] = ["a", None, "b"]
@@ -432,13 +433,13 @@ def test_others_wait_while_a_block_is_open() -> None:
     unmerge(model)
     errors = []
     with using(model, "a"):
-        thread = threading.Thread(target=lambda: _noted(errors, model))
+        thread = threading.Thread(target=lambda: _note_error(errors, model))
         thread.start()
         thread.join()
     assert "another thread is using" in errors[0]
 
 
-def _noted(errors: list[str], model: nn.Module) -> None:
+def _note_error(errors: list[str], model: nn.Module) -> None:
     try:
         with route(model, ["a"]):
             pass
@@ -472,15 +473,15 @@ def test_copies_made_inside_have_nothing_of_the_block(how: str) -> None:
     for name in ("a", "b"):
         apply_rules(model, LoraRule(["0", "2"], rank=2, init="random"), adapter=name)
     activate(model, "a")
-    outside = copied(model, how)
+    outside = duplicate_model(model, how)
     with route(model, ["a", "b"]):
         assert model[0].adapters.b.A.requires_grad
-        inside, site = copied(model, how), copied(model[0], how)
+        inside, site = duplicate_model(model, how), duplicate_model(model[0], how)
         assert model[0].adapters.b.A.requires_grad
     deactivate(model)
-    bare = copied(model, how)
+    bare = duplicate_model(model, how)
     with route(model, ["a", "b"]):  # at sites with the base's class outside the block
-        bare_inside = copied(model, how)
+        bare_inside = duplicate_model(model, how)
     for duplicate, wanted in ((inside, outside), (bare_inside, bare)):
         assert not unlike(duplicate, wanted)
         activate(duplicate, "b")
@@ -490,7 +491,7 @@ def test_copies_made_inside_have_nothing_of_the_block(how: str) -> None:
     assert type(site) is type(outside[0]) and not site.adapters.b.A.requires_grad
 
 
-def copied(model: Any, how: str) -> Any:
+def duplicate_model(model: Any, how: str) -> Any:
     if how == "deepcopy":
         return copy.deepcopy(model)
     buffer = io.BytesIO()
@@ -571,7 +572,7 @@ def test_embeddings_norms_and_convolutions() -> None:
         rules: list[Rule] = [LoraRule(["embed", "conv"], rank=2, init="random")]
         apply_rules(model, [*rules, NormRule("norm")] if name == "a" else rules, adapter=name)
     apply_rules(model, TokensRule("embed", tokens=[1, 2]), adapter="c")
-    disturbed(model)
+    disturb(model)
     names: list[str | None] = ["a", "c", "b", None]
     for length in (4, 7):
         ids = torch.randint(0, 9, (4, length))
@@ -696,7 +697,7 @@ def test_prefixes(family: str, kind: str, implementation: str) -> None:
     before = Snapshot(model)
     for name, rules in zip("ab", PREFIXES[kind], strict=True):
         apply_rules(model, rules, adapter=name, example_inputs=example)
-    disturbed(model)
+    disturb(model)
     names: list[str | None] = ["a", None, "b", "b"]
     inputs = rows_of(example, len(names))
     if family != "t5":
@@ -720,7 +721,7 @@ def test_prefixes_are_trained_and_generate() -> None:
     ids = torch.randint(3, 60, (3, 5))
     for name, length in (("a", 3), ("b", 5)):
         apply_rules(model, PrefixRule(length=length), adapter=name, example_inputs={"input_ids": ids})
-    disturbed(model)
+    disturb(model)
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None}
     names: list[str | None] = ["a", None, "b"]
     with route(model, names):
@@ -740,7 +741,7 @@ def test_prefixes_in_attention_that_is_written_out_are_refused() -> None:
             route(model, names).__enter__()
 
 
-def checked_rows(model: Any, inputs: dict[str, Any], names: list[str | None]) -> None:
+def check_rows(model: Any, inputs: dict[str, Any], names: list[str | None]) -> None:
     with torch.no_grad():
         with route(model, names):
             mixed = _first(model(**inputs))
@@ -762,7 +763,7 @@ def test_prompts(family: str, padding: str) -> None:
     before = Snapshot(model)
     apply_rules(model, PromptRule(length=3), adapter="a")
     apply_rules(model, PromptRule(length=5, encoder="mlp"), adapter="b")
-    disturbed(model)
+    disturb(model)
     names: list[str | None] = ["a", None, "b", "b"]
     inputs = {"input_ids": rows_of(example, len(names))["input_ids"]}
     if padding != "none":
@@ -773,7 +774,7 @@ def test_prompts(family: str, padding: str) -> None:
         inputs["attention_mask"][:, 0] = 1  # its head reads the first token
     if family == "bert" and padding == "left":
         inputs["attention_mask"][:, 0] = 1
-    checked_rows(model, inputs, names)
+    check_rows(model, inputs, names)
     assert not before.differences(remove(model))
 
 
@@ -782,7 +783,7 @@ def test_prompts_of_equal_length_in_an_encoder_decoder() -> None:
     model.eval()
     for name in ("a", "b"):
         apply_rules(model, PromptRule(length=3), adapter=name)
-    disturbed(model)
+    disturb(model)
     inputs = rows_of(example, 3)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["attention_mask"][1, -2:] = 0
@@ -821,9 +822,9 @@ def test_adaption_prompts_and_their_limits() -> None:
     model.eval()
     for name, length in (("a", 3), ("b", 5)):
         apply_rules(model, AdaptionRule("self_attn", length=length), adapter=name)
-    disturbed(model)
+    disturb(model)
     inputs = {"input_ids": rows_of(example, 3)["input_ids"]}
-    checked_rows(model, inputs, ["a", None, "b"])
+    check_rows(model, inputs, ["a", None, "b"])
     other, example = tiny.gpt2()
     for name in ("a", "b"):
         apply_rules(other, AdaptionRule("attn", length=3, mapped=False), adapter=name)

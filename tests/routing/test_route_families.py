@@ -40,7 +40,7 @@ ROWS = 3
 def test_each_row_as_if_alone_or_refused(name: str) -> None:
     torch.manual_seed(0)
     model, example = FAMILIES[name].make().eval(), FAMILIES[name].inputs()
-    inputs = widened(example)
+    inputs = repeat_rows(example)
     if inputs == {} or not any(isinstance(value, Tensor) for value in inputs.values()):
         pytest.skip("its example holds no batch")
     try:
@@ -75,7 +75,7 @@ def test_each_row_as_if_alone_or_refused(name: str) -> None:
     assert before.differences(remove(model)) == []
 
 
-def widened(example: dict[str, Any]) -> dict[str, Any]:
+def repeat_rows(example: dict[str, Any]) -> dict[str, Any]:
     """A batch of different rows, derived from the example's first row."""
     size = next((len(value) for value in example.values() if isinstance(value, Tensor) and value.dim()), 0)
 

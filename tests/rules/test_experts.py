@@ -64,7 +64,7 @@ def build(name: str) -> tuple[Any, dict[str, Any]]:
     return model, inputs
 
 
-def applied(model: Any, rule: ExpertLoraRule | None = None, adapter: str = "default") -> Any:
+def add_expert_lora(model: Any, rule: ExpertLoraRule | None = None, adapter: str = "default") -> Any:
     apply_rules(model, [rule or ExpertLoraRule("experts", rank=RANK, alpha=ALPHA)], adapter=adapter)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,7 +73,7 @@ def applied(model: Any, rule: ExpertLoraRule | None = None, adapter: str = "defa
     return model
 
 
-def changed(model: nn.Module, scale: float = ALPHA / RANK) -> dict[str, Tensor]:
+def expected_weights(model: nn.Module, scale: float = ALPHA / RANK) -> dict[str, Tensor]:
     """Every expert's W_e + scale · B_e A_e, one after the other, by name of the parameter."""
     adapters, result = dict(model.named_parameters()), {}
     for name in [name for name in adapters if name.endswith("_A")]:
@@ -98,9 +98,9 @@ def test_forward_and_gradients_are_those_of_changed_experts(
 ) -> None:
     model, inputs = build(name)
     base = copy.deepcopy(model)
-    applied(model)
+    add_expert_lora(model)
     model.set_experts_implementation(code)
-    reference = torch.func.functional_call(base, changed(model), (), inputs).logits
+    reference = torch.func.functional_call(base, expected_weights(model), (), inputs).logits
     trained = {key: params for key, params in model.named_parameters() if params.requires_grad}
     assert trained and all("_A" in key or "_B" in key for key in trained)
     gradients = torch.autograd.grad(loss(reference), list(trained.values()))
@@ -126,7 +126,7 @@ def test_bfloat16(name: str) -> None:
     model.to(torch.bfloat16)
     before = Snapshot(model)
     plain = model(**inputs).logits
-    applied(model)
+    add_expert_lora(model)
     params = model.model.layers[0].mlp.experts.adapters.default
     assert params.gate_up_proj_A.dtype == params.gate_up_proj_B.dtype == torch.float32
     live = model(**inputs).logits
@@ -148,8 +148,8 @@ def test_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_is_every_experts_sum(name: str) -> None:
     model, inputs = build(name)
-    applied(model)
-    expected, live = changed(model), model(**inputs).logits
+    add_expert_lora(model)
+    expected, live = expected_weights(model), model(**inputs).logits
     merge(model)
     for path, tensor in expected.items():
         torch.testing.assert_close(model.get_parameter(path), tensor.detach(), rtol=1e-6, atol=1e-6)
@@ -191,7 +191,7 @@ def test_given_the_same_tensors_it_is_pefts(name: str) -> None:
         r=RANK, lora_alpha=ALPHA, target_modules=[], target_parameters=names, init_lora_weights=False
     )
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
-    ours = applied(model)
+    ours = add_expert_lora(model)
     layers = [layer for _, layer in theirs.named_modules() if type(layer).__name__ == "ParamWrapper"]
     assert len(layers) == 4
     pairs = []
@@ -228,13 +228,13 @@ def test_given_the_same_tensors_it_is_pefts(name: str) -> None:
 def test_experts_without_a_token(name: str, code: str) -> None:
     model, _ = build(name)
     base = copy.deepcopy(model.model.layers[0].mlp.experts)
-    applied(model)
+    add_expert_lora(model)
     model.set_experts_implementation(code)
     experts = model.model.layers[0].mlp.experts
     states, chosen = torch.randn(5, 32), torch.tensor([[0, 2]] * 4 + [[2, 0]])
     weights = torch.rand(5, 2)
     actual = experts(states, chosen, weights)
-    expected = {key.rpartition(".")[2]: params for key, params in changed(model).items() if ".0.mlp" in key}
+    expected = {key.rpartition(".")[2]: params for key, params in expected_weights(model).items() if ".0.mlp" in key}
     torch.testing.assert_close(actual, torch.func.functional_call(base, expected, (states, chosen, weights)))
     actual.sum().backward()
     for params in experts.adapters.default.parameters():
@@ -248,7 +248,7 @@ def test_experts_without_a_token(name: str, code: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_generate(name: str) -> None:
     model, inputs = build(name)
-    applied(model)
+    add_expert_lora(model)
     ids = inputs["input_ids"][:1]
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     cached, uncached = (model.generate(ids, use_cache=use, **settings) for use in (True, False))
@@ -260,7 +260,7 @@ def test_generate(name: str) -> None:
 @pytest.mark.parametrize("code", ["grouped_mm", "batched_mm"])
 def test_compiles_as_one_graph(code: str) -> None:
     model, inputs = build("mixtral")
-    applied(model)
+    add_expert_lora(model)
     model.set_experts_implementation(code)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     actual, reference = compiled(**inputs).logits, model(**inputs).logits
@@ -272,7 +272,7 @@ def test_compiles_as_one_graph(code: str) -> None:
 
 def test_autocast_and_gradient_checkpointing() -> None:
     model, inputs = build("qwen3_moe")
-    applied(model)
+    add_expert_lora(model)
     plain = model(**inputs).logits
     with torch.autocast("cpu", torch.bfloat16):
         assert (model(**inputs).logits - plain).abs().max() < 0.05 * plain.abs().max()
@@ -289,9 +289,9 @@ def test_adapters_add_up_and_come_out_in_any_order() -> None:
     model, inputs = build("mixtral")
     before = Snapshot(model)
     plain = model(**inputs).logits
-    applied(model)
+    add_expert_lora(model)
     first = model(**inputs).logits
-    applied(model, ExpertLoraRule("experts", parameters=["down_proj"], rank=2), adapter="second")
+    add_expert_lora(model, ExpertLoraRule("experts", parameters=["down_proj"], rank=2), adapter="second")
     assert (model(**inputs).logits - first).abs().max() > 1e-4
     both = model(**inputs).logits
     merge(model)
@@ -306,7 +306,7 @@ def test_adapters_add_up_and_come_out_in_any_order() -> None:
 
 def test_copies_and_names() -> None:
     model, inputs = build("gpt_oss")
-    applied(model)
+    add_expert_lora(model)
     names = {key.rpartition(".")[2] for key in adapter_state_dict(model)}
     assert names == {"gate_up_proj_A", "gate_up_proj_B", "down_proj_A", "down_proj_B"}
     live = model(**inputs).logits

@@ -90,7 +90,7 @@ TARGETS = ["word", "linear", "grouped", "depth", "attention"]
 IDS = torch.arange(14).view(2, 7) % 11
 
 
-def changed(model: nn.Module, targets: list[str] = TARGETS, adapter: str = "default", **fields: Any) -> nn.Module:
+def adapt(model: nn.Module, targets: list[str] = TARGETS, adapter: str = "default", **fields: Any) -> nn.Module:
     """Returns the model with an adapter whose tensors differ from their initial values."""
     return shaken(apply_rules(model, SizedLoraRule(targets, **fields), adapter=adapter))
 
@@ -121,7 +121,7 @@ def near(actual: Tensor, expected: Tensor) -> None:
 def test_the_branch_and_the_merged_weights_are_the_formula() -> None:
     torch.manual_seed(0)
     base = Maps()
-    model = changed(copy.deepcopy(base))
+    model = adapt(copy.deepcopy(base))
     expected = reference(base, dict(model.named_parameters()), 4, 2.0)(IDS)
     assert not torch.allclose(expected, base(IDS), atol=1e-2)
     near(model(IDS), expected)
@@ -139,7 +139,7 @@ def test_it_starts_as_the_base_and_leaves_it_to_the_bit() -> None:
 
 def test_all_of_its_tensors_train() -> None:
     torch.manual_seed(0)
-    model = changed(Maps())
+    model = adapt(Maps())
     model(IDS).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for name, p in model.named_parameters() if "adapters" in name)
 
@@ -148,8 +148,8 @@ def test_all_of_its_tensors_train() -> None:
 def test_a_combination_is_the_weighted_sum(method: Any) -> None:
     torch.manual_seed(0)
     model, names = Maps(), {"a": 0.7, "b": -0.4}
-    changed(model, adapter="a", rank=2, alpha=3)
-    changed(model, adapter="b", rank=4)
+    adapt(model, adapter="a", rank=2, alpha=3)
+    adapt(model, adapter="b", rank=4)
     expected = activate(model, list(names), weights=list(names.values()))(IDS)
     combine(model, names, "c", method)
     near(activate(model, "c")(IDS), expected)
@@ -161,15 +161,15 @@ def test_a_combination_is_the_weighted_sum(method: Any) -> None:
 def test_a_padded_adapter_takes_smaller_and_larger_ones_with_other_scales(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Maps()
-    model = changed(copy.deepcopy(base), rank=8, alpha=4)
+    model = adapt(copy.deepcopy(base), rank=8, alpha=4)
     before = model(IDS)
     near(pad_rank(model, "default", 16)(IDS), before)
     for rank, alpha in ((16, 3), (8, 4), (8, 5)):
-        other = changed(copy.deepcopy(base), rank=rank, alpha=alpha)
+        other = adapt(copy.deepcopy(base), rank=rank, alpha=alpha)
         save_adapter(other, tmp_path / f"{rank}-{alpha}")
         hotswap(model, "default", tmp_path / f"{rank}-{alpha}")
         near(model(IDS), other(IDS))
-    large = changed(copy.deepcopy(base), rank=32)
+    large = adapt(copy.deepcopy(base), rank=32)
     save_adapter(large, tmp_path / "large")
     with pytest.raises(LoadError, match="no room for rank 32"):
         hotswap(model, "default", tmp_path / "large")
@@ -210,7 +210,7 @@ def test_exported_slots_hold_it(tmp_path: Path) -> None:
     model = Maps()
     base = plain(model)
     for name, rank in (("a", 8), ("b", 16)):
-        changed(model, adapter=name, rank=rank, alpha=5)
+        adapt(model, adapter=name, rank=rank, alpha=5)
     exported = Exported(model, {"ids": IDS}, tmp_path)
     check_slots(exported, base, [{"ids": torch.randint(0, 11, (3, 9))}])
     file = export_adapter(model, "b", exported.report.path, tmp_path / "b.onnx_adapter")

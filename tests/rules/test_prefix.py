@@ -99,7 +99,7 @@ def box(module: Any) -> Any:
     return module.adapters.default
 
 
-def adapted(model: Any, **fields: Any) -> Any:
+def adapt(model: Any, **fields: Any) -> Any:
     """With prefixes moved from where they start."""
     apply_rules(model, [PrefixRule(length=5, **fields)], example_inputs={"input_ids": IDS})
     with torch.no_grad():
@@ -143,7 +143,7 @@ def logits(model: Any, **inputs: Any) -> Tensor:
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_attention_with_more_keys(name: str, kind: str, side: str, gate: bool) -> None:
-    model = adapted(MODELS[name](attn_implementation=kind), gate=gate)
+    model = adapt(MODELS[name](attn_implementation=kind), gate=gate)
     assert len(attentions_of(model)) == 2
     inputs = {"input_ids": IDS, **masks(side)}
     expected, actual = logits(reference(model), **inputs), logits(model, **inputs)
@@ -157,7 +157,7 @@ def test_it_is_attention_with_more_keys(name: str, kind: str, side: str, gate: b
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_generating_with_and_without_a_cache(name: str) -> None:
-    model: Any = adapted(MODELS[name]())
+    model: Any = adapt(MODELS[name]())
     plain_model = reference(model)
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **masks("left")}
     actual = [
@@ -172,7 +172,7 @@ def test_generating_with_and_without_a_cache(name: str) -> None:
 def test_removal_is_exact_and_copies_work(name: str) -> None:
     model = MODELS[name]().eval()
     before, expected = Snapshot(model), logits(model, input_ids=IDS)
-    adapted(model)
+    adapt(model)
     live = logits(model, input_ids=IDS)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other, input_ids=IDS), live)
@@ -185,7 +185,7 @@ def test_removal_is_exact_and_copies_work(name: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_checkpointing_reaches_every_tensor(name: str, reentrant: bool) -> None:
-    model: Any = adapted(MODELS[name]()).train()
+    model: Any = adapt(MODELS[name]()).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -216,7 +216,7 @@ def test_a_gate_changes_nothing_at_the_start() -> None:
 
 
 def test_beside_lora_and_other_prefixes() -> None:
-    model = adapted(llama())
+    model = adapt(llama())
     item = logits(model, input_ids=IDS)
     rules = [LoraRule(["q_proj", "v_proj"], rank=2, init="random"), PrefixRule(length=2, gate=True)]
     apply_rules(model, rules, adapter="second", example_inputs={"input_ids": IDS})
@@ -251,13 +251,13 @@ def test_cross_attention_is_passed_over_unless_named() -> None:
 
 
 def test_half_precision_and_autocast() -> None:
-    model = adapted(llama().to(torch.bfloat16))
+    model = adapt(llama().to(torch.bfloat16))
     assert box(attentions_of(model)[0]).key.dtype is torch.float32
     expected = logits(copy.deepcopy(model).float(), input_ids=IDS)
     actual = logits(model, input_ids=IDS)
     assert actual.dtype is torch.bfloat16
     torch.testing.assert_close(actual.float(), expected, rtol=0.1, atol=0.3)  # bfloat16 has 8 bits
-    model = adapted(llama())
+    model = adapt(llama())
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(
             logits(model, input_ids=IDS).float(), logits(reference(model), input_ids=IDS).float(), rtol=0.1, atol=0.3
@@ -265,7 +265,7 @@ def test_half_precision_and_autocast() -> None:
 
 
 def test_compile_and_export() -> None:
-    model = adapted(llama())
+    model = adapt(llama())
     model.config.use_cache = False
     expected = logits(model, input_ids=IDS)
     torch._dynamo.reset()
@@ -293,7 +293,7 @@ def test_refusals() -> None:
         with pytest.raises(RuleError):
             PrefixRule(**bad)
     assert before.differences(model) == []
-    adapted(model)
+    adapt(model)
     attention: Any = attentions_of(model)[0]
     x = torch.randn(2, 6, 32)
     places = model.model.rotary_emb(x, torch.arange(6)[None])

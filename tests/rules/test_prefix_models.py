@@ -134,7 +134,7 @@ def batch(name: str, rows: int = 2) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in actual]) for key in actual[0]}
 
 
-def adapted(name: str, targets: str | None = None, model: Any = None, **fields: Any) -> Any:
+def adapt(name: str, targets: str | None = None, model: Any = None, **fields: Any) -> Any:
     """With prefixes that are moved from where they start."""
     model = KINDS[name].make().eval() if model is None else model
     where = () if targets is None else (targets,)
@@ -205,7 +205,7 @@ def test_it_is_attention_with_more_keys(name: str, targets: str | None, kind: st
     model.set_attn_implementation(kind)
     inputs = batch(name)
     before, expected = Snapshot(model), logits(model, inputs)
-    adapted(name, targets, model)
+    adapt(name, targets, model)
     places = [key for key in adapter_state_dict(model) if key.endswith("adapters.key")]
     assert len(places) == (KINDS[name].places if targets is None else KINDS[name].targets[targets])
     if targets is None:
@@ -257,7 +257,7 @@ def test_trainer_with_and_without_gradient_checkpointing(name: str, targets: str
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     base = KINDS[name].make().eval()
     before = Snapshot(base)
-    model = adapted(name, targets, base)
+    model = adapt(name, targets, base)
     other = copy.deepcopy(model)
     start = {key: tensor.clone() for key, tensor in adapter_state_dict(model).items()}
     losses = [train(item, name, tmp_path, checkpointing) for item, checkpointing in ((model, False), (other, True))]
@@ -309,7 +309,7 @@ def prompt(name: str) -> dict[str, Tensor]:
     ("name", "targets"), generating, ids=[f"{name} {targets or ''}" for name, targets in generating]
 )
 def test_generating_with_and_without_a_cache(name: str, targets: str | None, beams: int) -> None:
-    model = adapted(name, targets)
+    model = adapt(name, targets)
     inputs = prompt(name)
     settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
     with warnings.catch_warnings():

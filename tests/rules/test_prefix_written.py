@@ -33,7 +33,7 @@ class Base(nn.Module):
         return x.view(x.shape[0], -1, HEADS, SIZE).transpose(1, 2)
 
 
-def merged(context: Tensor) -> Tensor:
+def merge_heads(context: Tensor) -> Tensor:
     return context.transpose(1, 2).reshape(context.shape[0], -1, WIDTH)
 
 
@@ -44,7 +44,7 @@ class Plain(Base):
         if mask is not None:
             scores = scores + mask
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        return self.out(merged(self.drop(weights) @ v)), weights
+        return self.out(merge_heads(self.drop(weights) @ v)), weights
 
 
 class ScaledQueries(Base):
@@ -53,7 +53,7 @@ class ScaledQueries(Base):
         scores = torch.matmul(q, k.transpose(-1, -2))
         if mask is not None:
             scores = torch.max(scores + mask, torch.tensor(torch.finfo(scores.dtype).min))
-        return self.out(merged(F.dropout(nn.Softmax(dim=-1)(scores), 0.0, self.training) @ v))
+        return self.out(merge_heads(F.dropout(nn.Softmax(dim=-1)(scores), 0.0, self.training) @ v))
 
 
 class Flat(Base):
@@ -66,7 +66,7 @@ class Flat(Base):
         if mask is not None:
             scores = (scores.view(b, HEADS, n, n) + mask).view(b * HEADS, n, n)
         context = torch.bmm(self.drop(torch.softmax(scores, -1)), v)
-        return self.out(merged(context.view(b, HEADS, n, SIZE)))
+        return self.out(merge_heads(context.view(b, HEADS, n, SIZE)))
 
 
 class Biased(Base):
@@ -80,7 +80,7 @@ class Biased(Base):
         if mask is not None:
             scores = scores.masked_fill(mask < 0, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1).view(b * HEADS, n, n)
-        return self.out(merged(torch.bmm(weights, v).view(b, HEADS, n, SIZE)))
+        return self.out(merge_heads(torch.bmm(weights, v).view(b, HEADS, n, SIZE)))
 
 
 class Shifted(Base):
@@ -91,13 +91,13 @@ class Shifted(Base):
         scores = q @ k.mT / SIZE**0.5 - 1.5 + x[:, None, :, :1]
         if mask is not None:
             scores = scores + mask
-        return self.out(merged(scores.softmax(-1) @ v))
+        return self.out(merge_heads(scores.softmax(-1) @ v))
 
 
 class Called(Base):
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
-        return self.out(merged(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)))
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)))
 
 
 def expected(model: Base, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -111,7 +111,7 @@ def expected(model: Base, x: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         wide[..., key.shape[-2] :] = mask
     scores = torch.cat([q / unit @ key.mT * scale, q @ k.mT / SIZE**0.5], -1) + wide
-    return model.out(merged(scores.softmax(-1) @ torch.cat([value, v], -2)))
+    return model.out(merge_heads(scores.softmax(-1) @ torch.cat([value, v], -2)))
 
 
 def first(output: Any) -> Tensor:
@@ -123,7 +123,7 @@ X = torch.randn(2, 5, WIDTH)
 CAUSAL = torch.full((5, 5), -1e9).triu(1)
 
 
-def stirred(model: nn.Module) -> nn.Module:
+def disturb(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -136,7 +136,7 @@ def stirred(model: nn.Module) -> nn.Module:
 def test_it_is_attention_with_more_keys(form: type[Base]) -> None:
     model = form()
     before = first(model(X))
-    stirred(apply_rules(model, PrefixRule(length=3), example_inputs=X))
+    disturb(apply_rules(model, PrefixRule(length=3), example_inputs=X))
     assert model.adapters.default.key.shape == (HEADS, 3, SIZE)  # type: ignore[union-attr]
     for training in (True, False):
         model.train(training)
@@ -159,7 +159,7 @@ def test_prefixes_stack_and_leave_in_any_order(form: type[Base]) -> None:
     before, snapshot = first(model(X)), Snapshot(model)
     apply_rules(model, PrefixRule(length=3), adapter="default", example_inputs=X)
     apply_rules(model, PrefixRule(length=2), adapter="b", example_inputs=X)
-    stirred(model)
+    disturb(model)
     both = first(model(X, CAUSAL))
     joined = form().eval()
     joined.load_state_dict(model.state_dict(), strict=False)
@@ -182,21 +182,21 @@ def test_a_gate_has_a_softmax_of_its_own(form: type[Base]) -> None:
     before = first(model(X, CAUSAL))
     apply_rules(model, PrefixRule(length=3, gate=True), example_inputs=X)
     assert torch.equal(first(model(X, CAUSAL)), before)
-    stirred(model)
+    disturb(model)
     params: Any = model.adapters.default  # type: ignore[union-attr]
     q = model.heads(model.q(X)) / SIZE**0.5
     beside = (q @ params.key.mT).softmax(-1) @ params.value * params.gate.tanh().view(-1, 1, 1)
-    added = F.linear(merged(beside), model.out.weight)
+    added = F.linear(merge_heads(beside), model.out.weight)
     torch.testing.assert_close(first(model(X, CAUSAL)), before + added, **CLOSE)
 
 
 def test_a_causal_call_of_torch_s_own_function() -> None:
-    model = stirred(apply_rules(Called(), PrefixRule(length=3), example_inputs=X)).eval()
+    model = disturb(apply_rules(Called(), PrefixRule(length=3), example_inputs=X)).eval()
     torch.testing.assert_close(model(X, causal=True), expected(model, X, CAUSAL), **CLOSE)  # type: ignore[arg-type]
 
 
 def test_weights_that_are_returned_are_those_of_the_text() -> None:
-    model = stirred(apply_rules(Plain(), PrefixRule(length=3), example_inputs=X)).eval()
+    model = disturb(apply_rules(Plain(), PrefixRule(length=3), example_inputs=X)).eval()
     weights = model(X)[1]
     assert weights.shape == (2, HEADS, 5, 5) and bool((weights.sum(-1) < 1).all())
 
@@ -222,7 +222,7 @@ def test_cross_attention_is_passed_over_unless_named() -> None:
         def forward(self, x: Tensor, mask: Tensor | None = None, other: Tensor | None = None) -> Any:
             assert other is not None
             q, k, v = self.heads(self.q(x)), self.heads(self.k(other)), self.heads(self.v(other))
-            return (self.out(merged((q @ k.mT).softmax(-1) @ v)),)
+            return (self.out(merge_heads((q @ k.mT).softmax(-1) @ v)),)
 
     model = Both()
     model.theirs.attention = KeysFromOther()
@@ -240,17 +240,17 @@ def other_ways() -> dict[str, Callable[[], nn.Module]]:
     class Einsum(Base):
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
-            return self.out(merged(torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1) @ v))
+            return self.out(merge_heads(torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1) @ v))
 
     class PerKey(Base):
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
-            return self.out(merged((q @ k.mT * torch.ones(x.shape[1])).softmax(-1) @ v))
+            return self.out(merge_heads((q @ k.mT * torch.ones(x.shape[1])).softmax(-1) @ v))
 
     class Twice(Base):
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
-            return self.out(merged((q @ k.mT).softmax(-1) @ v + (k @ q.mT).softmax(-1) @ v))
+            return self.out(merge_heads((q @ k.mT).softmax(-1) @ v + (k @ q.mT).softmax(-1) @ v))
 
     class Interleaved(Base):
         """Heads before the batch: no shape tells them apart, so the plan refuses them."""
@@ -259,7 +259,7 @@ def other_ways() -> dict[str, Callable[[], nn.Module]]:
             b, n, _ = x.shape
             q, k, v = (self.heads(p(x)).transpose(0, 1).reshape(b * HEADS, n, SIZE) for p in (self.q, self.k, self.v))
             context = torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).view(HEADS, b, n, SIZE).transpose(0, 1)
-            return self.out(merged(context))
+            return self.out(merge_heads(context))
 
     return {"einsum": Einsum, "a factor for each key": PerKey, "two": Twice, "heads first": Interleaved}
 
@@ -313,7 +313,7 @@ MODELS: dict[str, Callable[[], Any]] = {"gptj": gptj, "bloom": bloom, "falcon": 
 
 def test_deberta_beside_its_own_forward_with_a_wider_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     model = deberta().eval()
-    stirred(apply_rules(model, PrefixRule("layer.0.attention.self", length=3), example_inputs={"input_ids": IDS}))
+    disturb(apply_rules(model, PrefixRule("layer.0.attention.self", length=3), example_inputs={"input_ids": IDS}))
     site: Any = model.encoder.layer[0].attention.self
     inputs: dict[str, Any] = {"input_ids": IDS, "attention_mask": PADDED}
     actual = model(**inputs).last_hidden_state
@@ -343,7 +343,7 @@ def test_deberta_beside_its_own_forward_with_a_wider_softmax(monkeypatch: pytest
 def test_generating_with_and_without_a_cache(name: str) -> None:
     model = MODELS[name]().eval()
     before = model(IDS).logits
-    stirred(apply_rules(model, PrefixRule(length=3), example_inputs={"input_ids": IDS}))
+    disturb(apply_rules(model, PrefixRule(length=3), example_inputs={"input_ids": IDS}))
     inputs: dict[str, Any] = {"attention_mask": PADDED, "max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
     with_cache = model.generate(IDS, use_cache=True, **inputs)
     assert torch.equal(with_cache, model.generate(IDS, use_cache=False, **inputs))
@@ -361,7 +361,7 @@ def test_gradient_checkpointing_reaches_every_tensor(make: Callable[[], Any]) ->
         [PrefixRule(length=3), LoraRule("re:.*(query|key|value|q_proj|v_proj).*", rank=2)],
         example_inputs={"input_ids": IDS},
     )
-    stirred(model).train()
+    disturb(model).train()
     model.config.use_cache = False
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -64,7 +64,7 @@ def int8(optional: Load) -> tuple[nn.Module, list[Tensor]]:
         new.load_state_dict(old.state_dict())
         return new.to("cpu")  # quantises
 
-    model = converted(layer)
+    model = convert(layer)
     weights = [linear.weight.CB.float() * linear.weight.SCB[:, None] / 127 for linear in (model[0], model[2])]
     return model, weights
 
@@ -79,7 +79,7 @@ def nf4(optional: Load, quant_type: str = "nf4", dtype: torch.dtype = torch.floa
         new.load_state_dict(old.state_dict())
         return new.to("cpu")
 
-    model = converted(layer)
+    model = convert(layer)
     dequantise = optional("bitsandbytes.functional").dequantize_4bit
     weights = [dequantise(linear.weight.data, linear.weight.quant_state) for linear in (model[0], model[2])]
     return model, [weight.float().reshape(shape) for weight, shape in zip(weights, shapes(), strict=True)]
@@ -96,7 +96,7 @@ def torchao(optional: Load) -> tuple[nn.Module, list[Tensor]]:
     return model, [model[index].weight.dequantize().detach().clone() for index in (0, 2)]  # type: ignore[operator, union-attr]
 
 
-def converted(layer: Callable[[nn.Linear], nn.Module]) -> Any:
+def convert(layer: Callable[[nn.Linear], nn.Module]) -> Any:
     model = plain()
     for index in (0, 2):
         model[index] = layer(model[index])  # type: ignore[arg-type]
@@ -282,7 +282,7 @@ AFTER: dict[str, tuple[Rule, bool]] = {
 }
 
 
-def trained(chosen: Rule) -> Any:
+def build_trained(chosen: Rule) -> Any:
     torch.manual_seed(0)
     model = apply_rules(plain().eval(), chosen)
     with torch.no_grad():
@@ -296,7 +296,7 @@ def trained(chosen: Rule) -> Any:
 def test_a_base_that_is_quantised_after_a_rule_came(name: str, optional: Load) -> None:
     quantization: Any = optional("torchao.quantization")
     chosen, reads = AFTER[name]
-    model, x = trained(chosen), torch.randn(8, SIZES[0])
+    model, x = build_trained(chosen), torch.randn(8, SIZES[0])
     live = model(x).detach()
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     if reads:
@@ -326,7 +326,7 @@ def test_what_changed_the_weight_at_its_start_cant_be_taken_out_of_a_quantised_o
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", AFTER)
 def test_a_model_that_is_brought_to_another_precision_after_a_rule_came(name: str, dtype: torch.dtype) -> None:
-    model, x = trained(AFTER[name][0]), torch.randn(8, SIZES[0])
+    model, x = build_trained(AFTER[name][0]), torch.randn(8, SIZES[0])
     live = model(x).detach()
     actual = model.to(dtype)(x.to(dtype))
     assert actual.dtype == dtype
@@ -342,7 +342,7 @@ def test_a_model_that_is_brought_to_another_precision_after_a_rule_came(name: st
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @pytest.mark.parametrize("kind", ["weight_norm", "weight_norm hook", "spectral_norm", "prune"])
 def test_a_weight_that_is_computed_anew_at_each_call_after_a_rule_came(kind: str) -> None:
-    model, x = trained(LORA), torch.randn(8, SIZES[0])
+    model, x = build_trained(LORA), torch.randn(8, SIZES[0])
     params, (_, down) = model[0].adapters.default, (model[0].weight.detach().clone(), model[2])
     utils = torch.nn.utils
     reparametrize: dict[str, Callable[[nn.Module], Any]] = {

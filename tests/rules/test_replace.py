@@ -340,11 +340,11 @@ def test_a_cell_takes_the_place_of_a_cell() -> None:
     x, h = torch.randn(2, 4), torch.randn(2, 4)
     with pytest.raises(PlanError, match="can't tell whether Cell.forward is to get 'hx'"):
         apply_rules(Outer(nn.GRUCell(4, 4)), ReplaceRule("inner", by=Cell))
-    for said in ({"state": "hx"}, {"state": None}):
-        model: Any = apply_rules(Outer(nn.GRUCell(4, 4)), ReplaceRule("inner", by=Cell(), inputs=said))
+    for input_names in ({"state": "hx"}, {"state": None}):
+        model: Any = apply_rules(Outer(nn.GRUCell(4, 4)), ReplaceRule("inner", by=Cell(), inputs=input_names))
         plain: Any = Outer(Cell())
         copy_tensors(model, plain)
-        assert torch.equal(model(x, h), plain(x, h) if said["state"] else plain(x))
+        assert torch.equal(model(x, h), plain(x, h) if input_names["state"] else plain(x))
         assert torch.equal(model(x), plain(x))
     model = apply_rules(Outer(nn.GRUCell(4, 4)), ReplaceRule("inner", by=nn.RNNCell, kwargs=CELL))
     plain = Outer(nn.RNNCell(4, 4))

@@ -82,7 +82,7 @@ def train(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
-def trained(*rules: Rule, seed: int = 0, **kwargs: Any) -> Any:
+def build_trained(*rules: Rule, seed: int = 0, **kwargs: Any) -> Any:
     model = apply_rules(model_of(seed, **kwargs), [*rules])
     train(model)
     return model
@@ -110,7 +110,7 @@ EVERY: dict[str, list[Rule]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_rule_there_and_back(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    before = trained(*EVERY[name], dtype=dtype)
+    before = build_trained(*EVERY[name], dtype=dtype)
     folder = save_adapter(before, tmp_path / "a", format="surgery")
     assert sorted(file.name for file in folder.iterdir()) == ["adapter.safetensors", "rules.json"]
     model = model_of(dtype=dtype)
@@ -126,11 +126,11 @@ def test_every_rule_there_and_back(name: str, dtype: torch.dtype, tmp_path: Path
 
 
 def test_pefts_format_where_it_holds_the_adapter_and_else_the_own(tmp_path: Path) -> None:
-    save_adapter(trained(LoraRule("1", rank=2)), tmp_path / "peft")
-    save_adapter(trained(ReftRule("1", rank=2)), tmp_path / "own")
+    save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path / "peft")
+    save_adapter(build_trained(ReftRule("1", rank=2)), tmp_path / "own")
     assert (tmp_path / "peft/adapter_config.json").exists() and (tmp_path / "own/rules.json").exists()
     with pytest.raises(SurgeryError, match='ReftRule[\\s\\S]*format="surgery"'):
-        save_adapter(trained(ReftRule("1", rank=2)), tmp_path / "none", format="peft")
+        save_adapter(build_trained(ReftRule("1", rank=2)), tmp_path / "none", format="peft")
     assert not (tmp_path / "none").exists()
 
 
@@ -150,13 +150,13 @@ def test_pefts_format_where_it_holds_the_adapter_and_else_the_own(tmp_path: Path
 )
 def test_what_pefts_format_can_not_hold(rules: list[Rule], why: str, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match=why):
-        save_adapter(trained(*rules), tmp_path / "a", format="peft")
-    save_adapter(trained(*rules), tmp_path / "a")
+        save_adapter(build_trained(*rules), tmp_path / "a", format="peft")
+    save_adapter(build_trained(*rules), tmp_path / "a")
     assert (tmp_path / "a/rules.json").exists()
 
 
 def test_several_lora_rules_are_one_of_pefts(tmp_path: Path) -> None:
-    before = trained(LoraRule("1", rank=2, alpha=3), LoraRule("3", rank=4, alpha=5))
+    before = build_trained(LoraRule("1", rank=2, alpha=3), LoraRule("3", rank=4, alpha=5))
     load_adapter(model := model_of(), save_adapter(before, tmp_path / "a", format="peft"))
     assert torch.equal(model(X), before(X))
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
@@ -166,7 +166,7 @@ def test_several_lora_rules_are_one_of_pefts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_beside_lora_at_one_module(bias: Any, tmp_path: Path) -> None:
     """In PEFT's format, too, each rule writes its own tensors of a site that they share, and no other's."""
-    before = trained(LoraRule("1", rank=2, bias=bias))
+    before = build_trained(LoraRule("1", rank=2, bias=bias))
     load_adapter(model := model_of(), save_adapter(before, tmp_path / "a", format="peft"))
     assert torch.equal(model(X), before(X))
 
@@ -175,12 +175,12 @@ def test_metadata_and_licence(tmp_path: Path) -> None:
     metadata = {"accuracy": 0.97, "by": ["me"]}
     for format in ("peft", "surgery"):
         folder = save_adapter(
-            trained(LoraRule("1")), tmp_path / format, format=format, metadata=metadata, licence="apache-2.0"
+            build_trained(LoraRule("1")), tmp_path / format, format=format, metadata=metadata, licence="apache-2.0"
         )
         report = load_adapter(model_of(), folder)
         assert report.metadata == metadata and report.licence == "apache-2.0"
     with pytest.raises(SurgeryError, match="metadata can't be written"):
-        save_adapter(trained(LoraRule("1")), tmp_path / "a", metadata={"x": torch.ones(1)})
+        save_adapter(build_trained(LoraRule("1")), tmp_path / "a", metadata={"x": torch.ones(1)})
 
 
 def test_what_pefts_configuration_says_beside_the_rules(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_what_pefts_configuration_says_beside_the_rules(tmp_path: Path) -> None:
 
 
 def test_a_merged_adapter_is_saved_as_it_was_trained(tmp_path: Path) -> None:
-    before = trained(LoraRule("1", rank=2))
+    before = build_trained(LoraRule("1", rank=2))
     expected = before(X)
     merge(before)
     load_adapter(model := model_of(), save_adapter(before, tmp_path / "a"))
@@ -215,10 +215,10 @@ def test_a_merged_adapter_is_saved_as_it_was_trained(tmp_path: Path) -> None:
 
 def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
     (tmp_path / "optimizer.pt").write_bytes(b"mine")
-    save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
-    save_adapter(trained(ReftRule("1", rank=2)), tmp_path)
+    save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path)
+    save_adapter(build_trained(ReftRule("1", rank=2)), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"optimizer.pt", "adapter.safetensors", "rules.json"}
-    save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
+    save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
         "optimizer.pt", "adapter_model.safetensors", "adapter_config.json",
     }  # fmt: skip
@@ -226,7 +226,7 @@ def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
 
 def test_what_a_save_that_was_killed_leaves_is_read_whole(tmp_path: Path) -> None:
     """Builds each state between the renames by hand: a reader gets the old pair or the new one."""
-    old, new = trained(LoraRule("1", rank=2, alpha=4)), trained(LoraRule("1", rank=2, alpha=9), seed=0)
+    old, new = build_trained(LoraRule("1", rank=2, alpha=4)), build_trained(LoraRule("1", rank=2, alpha=9), seed=0)
     names = ("adapter_model.safetensors", "adapter_config.json")
     contents = {}
     for version, model in (("old", old), ("new", new)):
@@ -264,7 +264,7 @@ def spoilt(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     safetensors.torch.save_file(tensors, str(path), metadata)
 
 
-def refused(folder: Path, match: str, model: Any = None, **options: Any) -> LoadError:
+def check_refused(folder: Path, match: str, model: Any = None, **options: Any) -> LoadError:
     model = model_of() if model is None else model
     before = Snapshot(model)
     with pytest.raises(LoadError, match=match) as caught:
@@ -274,7 +274,7 @@ def refused(folder: Path, match: str, model: Any = None, **options: Any) -> Load
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
-    folder = save_adapter(trained(LoraRule(["1", "3"], rank=2)), tmp_path, format="surgery")
+    folder = save_adapter(build_trained(LoraRule(["1", "3"], rank=2)), tmp_path, format="surgery")
 
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors["1.adapters.A"]
@@ -283,25 +283,25 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         tensors["elsewhere"] = torch.zeros(1)
 
     spoilt(folder, change)
-    error = refused(folder, "one tensor is missing: 1.adapters.A")
+    error = check_refused(folder, "one tensor is missing: 1.adapters.A")
     message = str(error)
     assert len(error.problems) == 4 and "4 problems, the model is untouched" in message
     assert "one tensor is not of this adapter: elsewhere" in message
     assert re.search(r"3.adapters.B is \(5, 2\), which does not give the \(4, 2\)", message)
     assert "3.adapters.A holds NaN or infinity" in message
-    refused(folder, "3 problems", finite=False)
+    check_refused(folder, "3 problems", finite=False)
 
 
 def test_another_base(tmp_path: Path) -> None:
     for format in ("peft", "surgery"):
-        folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path / format, format=format)
-        refused(folder, "made on another base: . of . weights differ", model_of(seed=1))
+        folder = save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path / format, format=format)
+        check_refused(folder, "made on another base: . of . weights differ", model_of(seed=1))
         for dtype in (torch.bfloat16, torch.float16, torch.float64):
             assert load_adapter(model_of(dtype=dtype), folder)  # the same in another precision
 
 
 def test_another_base_can_be_allowed(tmp_path: Path) -> None:
-    folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
+    folder = save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path)
     model = model_of(seed=1)
     with pytest.warns(SurgeryWarning, match="made on another base"):
         report = load_adapter(model, folder, same_base=False)
@@ -313,7 +313,7 @@ def test_another_base_can_be_allowed(tmp_path: Path) -> None:
 
 def test_a_new_head_is_no_other_base(tmp_path: Path) -> None:
     """The base's own head was chance where the adapter was trained, and is another chance where it is loaded."""
-    before = trained(LoraRule("1", rank=2), TrainRule("3"))
+    before = build_trained(LoraRule("1", rank=2), TrainRule("3"))
     folder = save_adapter(before, tmp_path)
     model = model_of()
     nn.init.normal_(model[3].weight)
@@ -322,7 +322,7 @@ def test_a_new_head_is_no_other_base(tmp_path: Path) -> None:
 
 
 def test_a_rule_or_a_format_from_the_future(tmp_path: Path) -> None:
-    folder = save_adapter(trained(LoraRule("1", rank=2), ReftRule("3", rank=1)), tmp_path)
+    folder = save_adapter(build_trained(LoraRule("1", rank=2), ReftRule("3", rank=1)), tmp_path)
     settings = json.loads((folder / "rules.json").read_text())
     for change, match in (
         (lambda d: d["rules"][0].update(version=99), "version 99 is newer"),
@@ -337,15 +337,15 @@ def test_a_rule_or_a_format_from_the_future(tmp_path: Path) -> None:
         changed = copy.deepcopy(settings)
         change(changed)
         (folder / "rules.json").write_text(json.dumps(changed))
-        refused(folder, match)
+        check_refused(folder, match)
     two = copy.deepcopy(settings)
     two["rules"][0]["version"] = two["rules"][1]["version"] = 99
     (folder / "rules.json").write_text(json.dumps(two))
-    assert len(refused(folder, "2 problems").problems) == 2
+    assert len(check_refused(folder, "2 problems").problems) == 2
 
 
 def test_damaged_files(tmp_path: Path) -> None:
-    folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path / "a")
+    folder = save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path / "a")
     path = folder / "adapter_model.safetensors"
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
@@ -360,7 +360,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         (whole.replace(b'"shape":[2,8]', b'"shape":[9,9]', 1), "is damaged"),
     ):
         path.write_bytes(content)
-        refused(folder, match)
+        check_refused(folder, match)
     path.write_bytes(whole)
     config = folder / "adapter_config.json"
     for text, match in (
@@ -370,26 +370,26 @@ def test_damaged_files(tmp_path: Path) -> None:
         ("{}", "PEFT's 'None'"),
     ):
         config.write_text(text)
-        refused(folder, match)
+        check_refused(folder, match)
     config.write_bytes(b" " * (9 << 20))
-    refused(folder, "adapter_config.json is too large")
-    refused(tmp_path / "nowhere/at/all", "is not a folder, a file or a repository")
+    check_refused(folder, "adapter_config.json is too large")
+    check_refused(tmp_path / "nowhere/at/all", "is not a folder, a file or a repository")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no adapter in this folder")
+    check_refused(tmp_path / "empty", "no adapter in this folder")
 
 
 def test_what_the_plan_objects_to(tmp_path: Path) -> None:
-    folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
-    model = trained(LoraRule("1", rank=2))
-    refused(folder, "there is an adapter 'default' already", model)
-    refused(folder, "'a.b' can't name an adapter", adapter="a.b")
-    refused(folder, "matches nothing", nn.Sequential(nn.Linear(2, 2)))
+    folder = save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path)
+    model = build_trained(LoraRule("1", rank=2))
+    check_refused(folder, "there is an adapter 'default' already", model)
+    check_refused(folder, "'a.b' can't name an adapter", adapter="a.b")
+    check_refused(folder, "matches nothing", nn.Sequential(nn.Linear(2, 2)))
     merge(model)
-    refused(folder, "the model is merged", model, adapter="b")
+    check_refused(folder, "the model is merged", model, adapter="b")
 
 
 def test_what_fits_is_loaded_where_it_need_not_be_strict(tmp_path: Path) -> None:
-    folder = save_adapter(trained(LoraRule(["1", "3"], rank=2)), tmp_path, format="surgery")
+    folder = save_adapter(build_trained(LoraRule(["1", "3"], rank=2)), tmp_path, format="surgery")
     saved_tensors = {}
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -410,10 +410,10 @@ def test_what_fits_is_loaded_where_it_need_not_be_strict(tmp_path: Path) -> None
 
 
 def test_fields_of_tomorrow_are_passed_over_where_it_need_not_be_strict(tmp_path: Path) -> None:
-    folder = save_adapter(before := trained(LoraRule("1", rank=2)), tmp_path)
+    folder = save_adapter(before := build_trained(LoraRule("1", rank=2)), tmp_path)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "a_field_of_tomorrow": 3}))
-    refused(folder, "a_field_of_tomorrow='3' can't be held")
+    check_refused(folder, "a_field_of_tomorrow='3' can't be held")
     with pytest.warns(SurgeryWarning, match="a_field_of_tomorrow"):
         load_adapter(model := model_of(), folder, strict=False)
     assert torch.equal(model(X), before(X))
@@ -443,7 +443,7 @@ def test_lora_on_modules_and_on_experts_is_one_of_pefts(tmp_path: Path) -> None:
 
 
 def test_an_error_while_filling_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
+    folder = save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path)
     model = model_of()
     before = Snapshot(model)
     monkeypatch.setattr("surgery.storage.load.tensors_of", lambda *_: {})
@@ -453,9 +453,9 @@ def test_an_error_while_filling_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
 
 def test_loading_does_not_touch_the_random_numbers(tmp_path: Path) -> None:
-    folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
+    folder = save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path)
     state = torch.get_rng_state()
-    load_adapter(model := trained(HraRule("3", rank=2)), folder, "b")
+    load_adapter(model := build_trained(HraRule("3", rank=2)), folder, "b")
     torch.manual_seed(0)
     assert model and state is not None
     before = torch.get_rng_state()
@@ -467,20 +467,20 @@ def test_loading_does_not_touch_the_random_numbers(tmp_path: Path) -> None:
 def test_the_one_number_that_is_none_is_found(dtype: torch.dtype, tmp_path: Path) -> None:
     """Tensors of one dtype, which are checked all at once, or of several dtypes."""
     for mixed in (False, True):
-        folder = save_adapter(trained(LoraRule(["1", "3"], rank=2)), tmp_path / str(mixed), format="surgery")
+        folder = save_adapter(build_trained(LoraRule(["1", "3"], rank=2)), tmp_path / str(mixed), format="surgery")
 
         def change(tensors: dict[str, Tensor], mixed: bool = mixed) -> None:
             tensors.update({key: tensor.to(dtype) for key, tensor in tensors.items() if not mixed or key[0] == "3"})
             tensors["3.adapters.B"][-1, -1] = -torch.inf
 
         spoilt(folder, change)
-        assert len(refused(folder, "3.adapters.B holds NaN or infinity").problems) == 1
+        assert len(check_refused(folder, "3.adapters.B holds NaN or infinity").problems) == 1
         assert load_adapter(model := model_of(), folder, finite=False) and model[3].adapters.default.B[-1, -1].isinf()
 
 
 def test_tensors_stand_anywhere_in_a_file(tmp_path: Path) -> None:
     """One of an odd number of bytes is before one of eight-byte numbers: no view of the file is aligned for it."""
-    folder = save_adapter(trained(LoraRule(["1", "3"], rank=1)), tmp_path, format="surgery")
+    folder = save_adapter(build_trained(LoraRule(["1", "3"], rank=1)), tmp_path, format="surgery")
     (path,) = folder.glob("*.safetensors")
     with safetensors.safe_open(str(path), "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key).clone() for key in file.keys()}
@@ -501,7 +501,7 @@ def test_tensors_stand_anywhere_in_a_file(tmp_path: Path) -> None:
 
 def test_what_a_file_lacks_starts_from_what_its_rule_starts_with(tmp_path: Path) -> None:
     """DoRA's initial magnitude is computed from the initial A and B, not from the file's."""
-    folder = save_adapter(trained(LoraRule(["1", "3"], rank=2, dora=True)), tmp_path, format="surgery")
+    folder = save_adapter(build_trained(LoraRule(["1", "3"], rank=2, dora=True)), tmp_path, format="surgery")
 
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors["3.adapters.magnitude"]
@@ -514,21 +514,23 @@ def test_what_a_file_lacks_starts_from_what_its_rule_starts_with(tmp_path: Path)
 
 
 def test_a_value_that_is_no_start_is_refused(tmp_path: Path) -> None:
-    folder = save_adapter(trained(VeraRule("1", rank=2)), tmp_path, format="peft")
+    folder = save_adapter(build_trained(VeraRule("1", rank=2)), tmp_path, format="peft")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "d_initial": 1e308}))
-    refused(folder, "its rules can't be applied")
+    check_refused(folder, "its rules can't be applied")
 
 
 def test_names_in_a_file_are_no_paths(tmp_path: Path) -> None:
-    folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path / "a", format="surgery")
+    folder = save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path / "a", format="surgery")
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors["../../escaped"] = tensors.pop("1.adapters.A")
         tensors["/etc/passwd"] = torch.zeros(1)
 
     spoilt(folder, change)
-    refused(folder, "2 tensors are not of this adapter: ../../escaped, /etc/passwd|2 tensors are not of this adapter")
+    check_refused(
+        folder, "2 tensors are not of this adapter: ../../escaped, /etc/passwd|2 tensors are not of this adapter"
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
@@ -538,7 +540,7 @@ def test_names_in_a_file_are_no_paths(tmp_path: Path) -> None:
 def test_a_folder_of_many(tmp_path: Path) -> None:
     expected = {}
     for i, name in enumerate(("news", "mail", "code")):
-        before = trained(LoraRule("1", rank=2 + i))
+        before = build_trained(LoraRule("1", rank=2 + i))
         expected[name] = before(X)
         save_adapter(before, tmp_path / name, format="peft" if i else "surgery")
     (tmp_path / "notes").mkdir()
@@ -570,7 +572,7 @@ ON_META: list[Rule] = [
 def test_a_base_on_the_meta_device(rule: Rule, format: Any, tmp_path: Path) -> None:
     if rule.name == "tokens" and format == "peft":
         pytest.skip("PEFT needs a method beside tokens")
-    before = trained(rule)
+    before = build_trained(rule)
     folder = save_adapter(before, tmp_path, format=format)
     with torch.device("meta"):
         model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
@@ -582,7 +584,7 @@ def test_a_base_on_the_meta_device(rule: Rule, format: Any, tmp_path: Path) -> N
 
 def test_a_start_that_changed_the_base_is_made_again(tmp_path: Path) -> None:
     for format in ("peft", "surgery"):
-        before = trained(LoraRule("1", rank=2, init="pissa"))
+        before = build_trained(LoraRule("1", rank=2, init="pissa"))
         load_adapter(model := model_of(), save_adapter(before, tmp_path / format, format=format))
         assert torch.allclose(model(X), before(X), atol=1e-6)
 
@@ -593,7 +595,7 @@ class Bomb:
 
 
 def test_pickles_are_read_as_tensors_alone_and_never_written(tmp_path: Path) -> None:
-    before = trained(LoraRule("1", rank=2))
+    before = build_trained(LoraRule("1", rank=2))
     folder = save_adapter(before, tmp_path / "a")
     path = folder / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(str(path))
@@ -608,9 +610,9 @@ def test_pickles_are_read_as_tensors_alone_and_never_written(tmp_path: Path) -> 
         ({"a": torch.eye(3).to_sparse()}, "other things than tensors"),
     ):
         torch.save(content, folder / "adapter_model.bin")
-        refused(folder, match)
+        check_refused(folder, match)
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(tensors["base_model.model.1.lora_A.weight"].tolist()))
-    refused(folder, "before 1.6")
+    check_refused(folder, "before 1.6")
     save_adapter(before, folder)
     assert not list(folder.glob("*.bin"))
 
@@ -633,7 +635,7 @@ def write_checkpoint(
 
 
 def test_old_configurations_and_keys_without_a_prefix(tmp_path: Path) -> None:
-    before = trained(LoraRule(["1", "3"], rank=2, alpha=6))
+    before = build_trained(LoraRule(["1", "3"], rank=2, alpha=6))
     tensors = as_peft(before)
     config = {  # as PEFT 0.5.0 wrote it
         "auto_mapping": None, "base_model_name_or_path": "x", "bias": "none", "fan_in_fan_out": False,
@@ -721,7 +723,7 @@ def test_what_can_not_be_held_is_refused_by_its_name(config: dict[str, Any], mat
         "base_model.model.1.lora_A.weight": torch.zeros(2, 8),
         "base_model.model.1.lora_B.weight": torch.zeros(16, 2),
     }
-    refused(write_checkpoint(tmp_path / "a", tensors, config), match)
+    check_refused(write_checkpoint(tmp_path / "a", tensors, config), match)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -740,7 +742,7 @@ def test_a_model_with_pefts_layers_is_refused(tmp_path: Path) -> None:
 def test_code_is_not_taken_from_a_file(tmp_path: Path) -> None:
     before = apply_rules(model_of(), [ReplaceRule("2", by="torch.nn.RMSNorm", kwargs={"normalized_shape": 16})])
     folder = save_adapter(before, tmp_path)
-    refused(folder, "a ReplaceRule is not taken from a file")
+    check_refused(folder, "a ReplaceRule is not taken from a file")
     assert load_adapter(model := model_of(), folder, trust=True)
     assert torch.equal(model(X), before(X))
 
@@ -785,15 +787,15 @@ def test_a_merged_checkpoint_of_a_tied_head(tmp_path: Path) -> None:
 
 def test_a_model_that_can_not_save_itself(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="has no save_pretrained"):
-        merge_to(trained(LoraRule("1", rank=2)), tmp_path / "a")
+        merge_to(build_trained(LoraRule("1", rank=2)), tmp_path / "a")
     with pytest.raises(SurgeryError, match="no rules were applied"):
         save_adapter(model_of(), tmp_path / "a")
     with pytest.raises(SurgeryError, match="there is no format 'pickle'"):
-        save_adapter(trained(LoraRule("1", rank=2)), tmp_path / "a", format="pickle")  # type: ignore[arg-type]
+        save_adapter(build_trained(LoraRule("1", rank=2)), tmp_path / "a", format="pickle")  # type: ignore[arg-type]
     with pytest.raises(RuleError, match="can't be written"):
         from surgery import Pattern
 
-        save_adapter(trained(LoraRule(Pattern.where(lambda m: isinstance(m, nn.Linear)), rank=2)), tmp_path / "a",
+        save_adapter(build_trained(LoraRule(Pattern.where(lambda m: isinstance(m, nn.Linear)), rank=2)), tmp_path / "a",
                      format="surgery")  # fmt: skip
     assert not (tmp_path / "a").exists()
 

@@ -36,11 +36,13 @@ class Forks:
         """Run `code` in `folder`, as `python -c` does in a new process."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.TemporaryDirectory() as directory:
-            said = [Path(directory, name) for name in ("stdout", "stderr")]
-            job = {"code": code, "folder": str(folder), "said": [str(file) for file in said]}
+            output_files = [Path(directory, name) for name in ("stdout", "stderr")]
+            job = {"code": code, "folder": str(folder), "said": [str(file) for file in output_files]}
             print(json.dumps(job), file=self.process.stdin, flush=True)
             status = int(self.process.stdout.readline())
-            return subprocess.CompletedProcess(code, status, *(file.read_text(encoding="utf-8") for file in said))
+            return subprocess.CompletedProcess(
+                code, status, *(file.read_text(encoding="utf-8") for file in output_files)
+            )
 
     def close(self) -> None:
         self.process.communicate()

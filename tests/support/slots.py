@@ -56,9 +56,9 @@ class Exported:
 
         rules_of_site: dict[str, set[str]] = {}
         for node in onnx.load(str(self.report.path)).graph.node:
-            said = {prop.key: prop.value for prop in node.metadata_props}
-            if "surgery.rule" in said:
-                rules_of_site.setdefault(said["surgery.site"], set()).add(said["surgery.rule"])
+            metadata = {prop.key: prop.value for prop in node.metadata_props}
+            if "surgery.rule" in metadata:
+                rules_of_site.setdefault(metadata["surgery.site"], set()).add(metadata["surgery.rule"])
         return {site: "; ".join(sorted(rules)) for site, rules in rules_of_site.items()}
 
 

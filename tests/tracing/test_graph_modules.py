@@ -35,7 +35,7 @@ def symbolic(model: nn.Module, example: Tensor) -> fx.GraphModule:
     return fx.symbolic_trace(model)
 
 
-def exported(model: nn.Module, example: Tensor) -> Any:
+def export(model: nn.Module, example: Tensor) -> Any:
     return with_layers(torch.export.export(model, (example,)).module())  # type: ignore[arg-type]
 
 
@@ -49,7 +49,7 @@ def disturb(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-@pytest.mark.parametrize("graph_of", [symbolic, exported])
+@pytest.mark.parametrize("graph_of", [symbolic, export])
 @pytest.mark.parametrize("targets", ["up", "all-linear", ["block.0", "embed"], "conv"])
 def test_lora_on_a_graph_is_lora_on_the_model(graph_of: Any, targets: Any) -> None:
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_lora_on_a_graph_is_lora_on_the_model(graph_of: Any, targets: Any) -> No
     assert not before.differences(graph)
 
 
-@pytest.mark.parametrize("graph_of", [symbolic, exported])
+@pytest.mark.parametrize("graph_of", [symbolic, export])
 def test_other_rules_and_bits(graph_of: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)).eval()
     x = torch.randn(3, 4)
@@ -141,7 +141,7 @@ def test_a_weight_that_is_computed_stays_in_the_graph() -> None:
     assert not plan_rules(graph, [LoraRule("0")]) and plan_rules(graph, [LoraRule("1")])
 
 
-@pytest.mark.parametrize("graph_of", [symbolic, exported])
+@pytest.mark.parametrize("graph_of", [symbolic, export])
 def test_structures_in_a_users_graph(graph_of: Any) -> None:
     graph = graph_of(Net().eval(), TOKENS)
     mlp = Structure(lambda x, w, u, b, c: nn.functional.linear(nn.functional.linear(x, w, b).relu(), u, c))

@@ -37,7 +37,7 @@ def linear(bias: bool = True, dtype: torch.dtype = torch.float32, inner: int = 1
     return nn.Linear(inner, out, bias, dtype=dtype)
 
 
-def adapted(layer: nn.Linear | None = None, adapter: str = "default", **fields: Any) -> nn.Linear:
+def adapt(layer: nn.Linear | None = None, adapter: str = "default", **fields: Any) -> nn.Linear:
     """Returns a Linear with LoRA whose B is not zero."""
     layer = apply_rules(layer or linear(), [LoraRule(nn.Linear, **{"rank": 3, "alpha": 6, **fields})], adapter=adapter)
     with torch.no_grad():
@@ -101,7 +101,7 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", INPUTS)
 def test_values_gradients_and_draws_are_those_of_the_plain_form(shape: str, bias: bool, p: float) -> None:
-    layer, x = adapted(linear(bias), dropout=p), INPUTS[shape]().requires_grad_()
+    layer, x = adapt(linear(bias), dropout=p), INPUTS[shape]().requires_grad_()
     assert fast(layer, x)
     assert_same(results(layer, layer, x), results(layer, lambda x: by_hand(layer, x, p), x))
     layer.eval()
@@ -112,7 +112,7 @@ def test_values_gradients_and_draws_are_those_of_the_plain_form(shape: str, bias
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(shape: str, mode: Callable[[], Any]) -> None:
     for p in (0.0, 0.4):
-        layer, x = adapted(dropout=p), INPUTS[shape]()
+        layer, x = adapt(dropout=p), INPUTS[shape]()
         with mode():
             torch.manual_seed(2)
             y = layer(x)
@@ -140,7 +140,7 @@ def test_a_seed_draws_the_masks_of_torchs_dropout() -> None:
 
 @pytest.mark.parametrize("trained", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_any_part_may_be_frozen(trained: tuple[bool, ...]) -> None:
-    layer = adapted(dropout=0.3)
+    layer = adapt(dropout=0.3)
     for tensor, flag in zip((box(layer).A, box(layer).B, layer.weight, layer.bias), trained, strict=True):
         tensor.requires_grad_(flag)
     for needs_x in (False, True):
@@ -151,13 +151,13 @@ def test_any_part_may_be_frozen(trained: tuple[bool, ...]) -> None:
 
 
 def test_nothing_trained_gives_no_graph() -> None:
-    layer = adapted().requires_grad_(False)
+    layer = adapt().requires_grad_(False)
     assert layer(torch.randn(2, 12)).grad_fn is None
 
 
 @pytest.mark.parametrize("p", [(0.0, 0.0), (0.4, 0.0), (0.3, 0.2)])
 def test_stacked_adapters_are_one_call(p: tuple[float, float]) -> None:
-    layer = adapted(adapted(dropout=p[0]), "second", dropout=p[1])
+    layer = adapt(adapt(dropout=p[0]), "second", dropout=p[1])
     code = show(layer, generated=True)
     assert code.count("low_rank_linear(") == 1 and "LoraRule [default], LoraRule [second]" in code
     x = torch.randn(2, 5, 12, requires_grad=True)
@@ -174,7 +174,7 @@ def test_stacked_adapters_are_one_call(p: tuple[float, float]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(dtype: torch.dtype) -> None:
-    layer = adapted(linear(dtype=dtype), dtype=dtype)
+    layer = adapt(linear(dtype=dtype), dtype=dtype)
     x = torch.randn(4, 12, dtype=dtype, requires_grad=True)
     assert fast(layer, x) and layer(x).dtype == dtype
     actual, expected = results(layer, layer, x), results(layer, lambda x: by_hand(layer, x), x)
@@ -188,7 +188,7 @@ def test_other_precisions(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
 def test_mixed_precision_is_the_plain_arithmetic(base: torch.dtype) -> None:
-    layer = adapted(linear(dtype=base), dropout=0.4)
+    layer = adapt(linear(dtype=base), dropout=0.4)
     assert box(layer).A.dtype == torch.float32
     x = torch.randn(4, 12, dtype=base, requires_grad=True)
     assert layer(x).dtype == base and not fast(layer, x)
@@ -197,7 +197,7 @@ def test_mixed_precision_is_the_plain_arithmetic(base: torch.dtype) -> None:
 
 
 def test_autocast_is_the_plain_arithmetic() -> None:
-    layer, x = adapted(dropout=0.4), torch.randn(4, 12, requires_grad=True)
+    layer, x = adapt(dropout=0.4), torch.randn(4, 12, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = results(layer, layer, x), results(layer, lambda x: by_hand(layer, x, 0.4), x)
         with torch.no_grad():
@@ -208,7 +208,7 @@ def test_autocast_is_the_plain_arithmetic() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_backward_under_autocast(p: float) -> None:
-    layer, x = adapted(dropout=p), torch.randn(4, 12, requires_grad=True)
+    layer, x = adapt(dropout=p), torch.randn(4, 12, requires_grad=True)
     expected = results(layer, layer, x)
     torch.manual_seed(1)
     layer.zero_grad()
@@ -228,7 +228,7 @@ class Wrapped(nn.Parameter):
 
 
 def test_tensors_of_other_kinds() -> None:
-    layer, x = adapted(), torch.randn(4, 12)
+    layer, x = adapt(), torch.randn(4, 12)
     expected = by_hand(layer, x)
     marked = layer(x.as_subclass(Marked))  # type: ignore[arg-type]
     assert type(marked) is Marked and not fast(layer, x.as_subclass(Marked))
@@ -239,7 +239,7 @@ def test_tensors_of_other_kinds() -> None:
 
 
 def test_sparse_and_nested_inputs() -> None:
-    layer, x = adapted(), torch.randn(4, 12)
+    layer, x = adapt(), torch.randn(4, 12)
     sparse = (x * (x > 0)).to_sparse()
     torch.testing.assert_close(layer(sparse), by_hand(layer, sparse.to_dense()), **CLOSE)
     with warnings.catch_warnings():
@@ -261,7 +261,7 @@ def test_complex_numbers() -> None:
 
 
 def test_meta_tensors_and_default_devices() -> None:
-    layer = adapted().to("meta")
+    layer = adapt().to("meta")
     assert layer(torch.randn(2, 5, 12, device="meta")).shape == (2, 5, 10)
     with torch.device("meta"), torch.no_grad():
         assert layer(torch.randn(1, 12)).shape == (1, 10)
@@ -280,7 +280,7 @@ def compiled(run: Callable[..., Any], backend: Any = "aot_eager", **options: Any
     [("3d", True), ("3d", False), ("1d", False), ("no tokens", False), ("transposed", False), ("slice", False)],
 )
 def test_compiled(shape: str, train: bool) -> None:
-    layer, x = adapted(dropout=0.3).train(train), INPUTS[shape]().requires_grad_()
+    layer, x = adapt(dropout=0.3).train(train), INPUTS[shape]().requires_grad_()
     run = compiled(layer)
     # This backend draws its masks from torch's default generator, in the order of the plain form.
     assert_same(results(layer, run, x), results(layer, lambda x: by_hand(layer, x, 0.3), x))
@@ -290,7 +290,7 @@ def test_compiled(shape: str, train: bool) -> None:
 
 @pytest.mark.parametrize("factors", ["float32", "bfloat16"])
 def test_compiled_in_half_precision(factors: str) -> None:
-    layer = adapted(linear(dtype=torch.bfloat16), dtype=factors)
+    layer = adapt(linear(dtype=torch.bfloat16), dtype=factors)
     x = torch.randn(3, 4, 12, dtype=torch.bfloat16, requires_grad=True)
     actual, expected = results(layer, compiled(layer), x), results(layer, lambda x: by_hand(layer, x), x)
     for name in expected:
@@ -299,7 +299,7 @@ def test_compiled_in_half_precision(factors: str) -> None:
 
 
 def test_compiled_under_autocast() -> None:
-    layer, x = adapted(), torch.randn(3, 4, 12)
+    layer, x = adapt(), torch.randn(3, 4, 12)
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = compiled(layer)(x), by_hand(layer, x)
     assert actual.dtype == expected.dtype
@@ -307,13 +307,13 @@ def test_compiled_under_autocast() -> None:
 
 
 def test_compiled_inside_of_vmap() -> None:
-    layer, x = adapted(), torch.randn(3, 4, 12)
+    layer, x = adapt(), torch.randn(3, 4, 12)
     mapped = torch.func.vmap(lambda x: layer(x))
     torch.testing.assert_close(compiled(mapped, "eager")(x), by_hand(layer, x), **CLOSE)
 
 
 def test_compiled_gradients_of_gradients() -> None:
-    layer, x = adapted(), torch.randn(6, 12, requires_grad=True)
+    layer, x = adapt(), torch.randn(6, 12, requires_grad=True)
     gradients = {}
     for name, run in (("ours", compiled(layer, "eager")), ("plain", lambda x: by_hand(layer, x))):
         (grad,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
@@ -323,7 +323,7 @@ def test_compiled_gradients_of_gradients() -> None:
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_compiled_for_an_unknown_number_of_tokens(requires_grad: bool) -> None:
-    layer, x = adapted(), torch.randn(6, 12)
+    layer, x = adapt(), torch.randn(6, 12)
     torch._dynamo.decorators.mark_unbacked(x, 0)
     x.requires_grad_(requires_grad)
     torch.testing.assert_close(compiled(layer)(x), by_hand(layer, x), **CLOSE)
@@ -336,7 +336,7 @@ def test_compilers_see_plain_products() -> None:
         seen.append(graph.code)
         return graph
 
-    layer, x = adapted(), torch.randn(4, 12)
+    layer, x = adapt(), torch.randn(4, 12)
     with torch.no_grad():
         compiled(layer, backend)(x)
     compiled(layer, backend)(x)
@@ -353,7 +353,7 @@ def test_the_rank_leads_in_compiled_gradients() -> None:
         sizes.extend(list(node.meta["val"].shape) for node in products)
         return make_boxed_func(graph.forward)
 
-    layer, x = adapted(), torch.randn(2, 20, 12, requires_grad=True)
+    layer, x = adapt(), torch.randn(2, 20, 12, requires_grad=True)
     results(layer, compiled(layer, aot_autograd(fw_compiler=note, bw_compiler=note)), x)
     # Forward: A xᵀ. Backward: B's gradient, the gradient of A xᵀ, and A's gradient.
     thin = [size for size in sizes if 3 in size]
@@ -362,7 +362,7 @@ def test_the_rank_leads_in_compiled_gradients() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported(strict: bool) -> None:
-    model = nn.Sequential(adapted()).eval()
+    model = nn.Sequential(adapt()).eval()
     x = torch.randn(4, 12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's notices about export
@@ -374,7 +374,7 @@ def test_exported(strict: bool) -> None:
 
 
 def test_jit_traced() -> None:
-    layer, x = adapted(), torch.randn(4, 12)
+    layer, x = adapt(), torch.randn(4, 12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that its tracer is legacy
         traced: Any = torch.jit.trace(layer, x)
@@ -384,13 +384,13 @@ def test_jit_traced() -> None:
 
 
 def test_symbolically_traced() -> None:
-    model = nn.Sequential(adapted())
+    model = nn.Sequential(adapt())
     x = torch.randn(4, 12)
     torch.testing.assert_close(fx.symbolic_trace(model)(x), model(x), **CLOSE)
 
 
 def test_functional_transforms() -> None:
-    layer, x = adapted(), torch.randn(6, 12)
+    layer, x = adapt(), torch.randn(6, 12)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -415,7 +415,7 @@ def test_functional_transforms() -> None:
 
 
 def test_forward_mode() -> None:
-    layer, x, direction = adapted(), torch.randn(6, 12), torch.randn(6, 12)
+    layer, x, direction = adapt(), torch.randn(6, 12), torch.randn(6, 12)
     expected = by_hand(layer, direction) - layer.bias
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns once when it loads its formulas
@@ -430,7 +430,7 @@ def test_forward_mode() -> None:
 
 def test_batched_gradients() -> None:
     for p in (0.0, 0.4):
-        layer, x = adapted(dropout=p), torch.randn(2, 12, requires_grad=True)
+        layer, x = adapt(dropout=p), torch.randn(2, 12, requires_grad=True)
         y = layer(x)
         directions = torch.eye(y.numel()).view(-1, *y.shape)
         inputs = [x, box(layer).A, box(layer).B]
@@ -442,8 +442,8 @@ def test_batched_gradients() -> None:
 
 @pytest.mark.parametrize("trained", ["adapter", "all"])
 def test_gradients_of_gradients(trained: str) -> None:
-    layer = adapted(linear(dtype=torch.float64, inner=4, out=3))
-    layer = adapted(layer, "second")
+    layer = adapt(linear(dtype=torch.float64, inner=4, out=3))
+    layer = adapt(layer, "second")
     if trained == "all":
         layer.requires_grad_(True)
     names = [name for name, p in layer.named_parameters() if p.requires_grad]
@@ -459,7 +459,7 @@ def test_gradients_of_gradients(trained: str) -> None:
 
 
 def test_gradients_of_gradients_keep_the_masks() -> None:
-    layer, x = adapted(dropout=0.5), torch.randn(4, 12, requires_grad=True)
+    layer, x = adapt(dropout=0.5), torch.randn(4, 12, requires_grad=True)
 
     def penalty(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
         torch.manual_seed(4)
@@ -474,7 +474,7 @@ def test_gradients_of_gradients_keep_the_masks() -> None:
 
 
 def test_gradients_of_gradients_without_the_input_say_so() -> None:
-    layer = adapted()
+    layer = adapt()
     box(layer).A.requires_grad_(False)
     x = torch.randn(4, 12, requires_grad=True)
     with pytest.raises(RuntimeError, match="need the layer's input"):
@@ -483,7 +483,7 @@ def test_gradients_of_gradients_without_the_input_say_so() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant: bool) -> None:
-    layer, x = adapted(dropout=0.4), torch.randn(4, 12, requires_grad=True)
+    layer, x = adapt(dropout=0.4), torch.randn(4, 12, requires_grad=True)
     expected = results(layer, lambda x: by_hand(layer, x, 0.4), x)
     run: Any = lambda x: checkpoint(layer, x, use_reentrant=reentrant)  # noqa: E731
     assert_same(results(layer, run, x), expected)
@@ -493,7 +493,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 def test_hooks_see_the_whole_output_and_keep_what_they_saw() -> None:
-    layer, x = adapted(), torch.randn(4, 12, requires_grad=True)
+    layer, x = adapt(), torch.randn(4, 12, requires_grad=True)
     seen: list[Any] = []
     handles = [
         layer.register_forward_hook(lambda m, args, y: seen.append(y)),
@@ -514,7 +514,7 @@ def test_hooks_see_the_whole_output_and_keep_what_they_saw() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4, 12), (2, 3, 12), (2, 1, 3, 12)])
 def test_the_output_can_be_written_to(shape: tuple[int, ...], bias: bool) -> None:
-    layer, x = adapted(nn.Linear(12, 10, bias=bias)), torch.randn(*shape)
+    layer, x = adapt(nn.Linear(12, 10, bias=bias)), torch.randn(*shape)
     y = layer(x)
     y[..., :5] /= 2.0
     y.mul_(3.0).sum().backward()
@@ -528,7 +528,7 @@ def test_the_output_can_be_written_to(shape: tuple[int, ...], bias: bool) -> Non
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_the_input_is_never_written(gradients: bool) -> None:
-    layer, x = adapted(dropout=0.4), torch.randn(4, 12)
+    layer, x = adapt(dropout=0.4), torch.randn(4, 12)
     before = [tensor.clone() for tensor in (x, *layer.parameters())]
     with torch.set_grad_enabled(gradients):
         y = layer(x)
@@ -538,7 +538,7 @@ def test_the_input_is_never_written(gradients: bool) -> None:
 
 
 def test_what_is_kept_for_the_backward() -> None:
-    layer = adapted(dropout=0.5)
+    layer = adapt(dropout=0.5)
     x = torch.randn(64, 12)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -712,7 +712,7 @@ def test_a_graph_without_branches_stays_as_it_is() -> None:
 
 
 def test_tensors_are_found_where_they_are_now() -> None:
-    layer, x = adapted(), torch.randn(4, 12)
+    layer, x = adapt(), torch.randn(4, 12)
     expected = by_hand(layer, x)
     assert tensor_of(layer, "weight") is layer.weight and tensor_of(layer, "A", "default") is box(layer).A
 
@@ -742,5 +742,5 @@ def test_tensors_are_found_where_they_are_now() -> None:
 
 
 def test_the_code_names_its_tensors() -> None:
-    code = show(adapted(adapter="topics"), generated=True)
+    code = show(adapt(adapter="topics"), generated=True)
     assert "topics_A = " in code and "topics_B = " in code and "# LoraRule [topics]" in code

@@ -75,7 +75,7 @@ def bert() -> tuple[Any, dict[str, Any]]:
     return model, FAMILIES["bert"].inputs()
 
 
-def edited(factor: Any) -> Callable[..., Any]:
+def edit_attention(factor: Any) -> Callable[..., Any]:
     """Returns transformers' own attention function, edited by hand."""
 
     def attend(
@@ -121,7 +121,7 @@ def test_what_a_hand_edited_attention_gives(training: bool, masked: bool, dtype:
     torch.manual_seed(1)
     output = model(**inputs)[0]
     state = torch.get_rng_state()
-    with by_hand(edited(0.5)):
+    with by_hand(edit_attention(0.5)):
         torch.manual_seed(1)
         expected = reference(**inputs)[0]
     assert torch.equal(output, expected) and torch.equal(torch.get_rng_state(), state)
@@ -144,7 +144,7 @@ def test_a_trained_number_inside_an_attention() -> None:
     factor = torch.full((model.config.num_attention_heads, 1, 1), 0.5, requires_grad=True)
     loss = model(**inputs)[0].square().sum()
     loss.backward()
-    with by_hand(edited(factor)):
+    with by_hand(edit_attention(factor)):
         expected = copy.deepcopy(model)
         remove(expected)
         expected(**inputs)[0].square().sum().backward()
@@ -172,12 +172,12 @@ def test_two_rules_and_one_that_goes_through_nothing() -> None:
     """Two adapters with rules inside the forward, one also with LoRA in a child, are removed one after the other."""
     model, inputs = bert()
     before = model(**inputs)[0]
-    with by_hand(edited(0.25)):
+    with by_hand(edit_attention(0.25)):
         expected = model(**inputs)[0]
     apply_rules(model, TemperRule("attention.self"), adapter="a", example_inputs=inputs)
     apply_rules(model, [LoraRule("query", rank=2), TemperRule("attention.self")], adapter="b", example_inputs=inputs)
     torch.testing.assert_close(model(**inputs)[0], expected)
-    with by_hand(edited(0.5)):
+    with by_hand(edit_attention(0.5)):
         plain = copy.deepcopy(model)
         remove(plain)
         once = plain(**inputs)[0]
