@@ -1,9 +1,9 @@
 """MiniLM with five adapters becomes one ONNX file and five small ones, which a server without torch runs.
 
-The adapters are those of examples/many.py, each of another rank and with other targets. The file has slots in their
-place: which adapter runs is said at each call, so one model in memory serves them all. Threads ask the server (which is
-examples/serve.py, on this machine) for another adapter at each request; answers are compared with the live model's, and
-the time they take with that of one adapter alone. The fifth adapter is put into the server while it runs.
+The adapters are those of examples/many.py; their ranks and targets differ. The file has slots for them: each call
+names its adapter, so one model in memory serves all of them. Threads send requests, each for another adapter, to the
+server (examples/serve.py, on this machine). The answers are compared with the live model's, and their time with the
+time of requests for a single adapter. The fifth adapter is uploaded while the server runs.
 
     python examples/ship.py                                 # two to four minutes on two cores
     python examples/ship.py --adapters out/many/adapters    # with those that many.py trained: one minute

@@ -1,7 +1,8 @@
 """SmolLM2-135M, pretrained, learns Shakespeare's style by a prefix, by LoRA and by both, and is given back unharmed.
 
-The prefix starts as the keys and values of a passage (`fit_prefix`). Each variant is trained anew, on other plays than
-the one it is measured on; after each everything is removed, and the model has the bits that it was loaded with.
+The prefix starts as the keys and values of a passage (`fit_prefix`). Each variant is trained separately, and measured
+on a play that is not in the training text. After each variant all adapters are removed: the model then has the same
+bits as when it was loaded.
 
     python examples/style.py                       # three to four minutes on two cores
     python examples/style.py --steps 2 --batch 1

@@ -50,7 +50,7 @@ def growth(setting: Setting) -> Iterator[Row]:
 
 
 def _rows(of: str, spent: Seconds, aims: dict[str, float]) -> Iterator[Row]:
-    """The exponents of all verbs by least squares; a row for the largest of those with one aim, and for what misses."""
+    """Fit the exponent of each verb by least squares; yield a row for the largest per aim, and for each that misses."""
     exponents = {verb: _exponent(at) for verb, at in spent.items()}
     for aim in dict.fromkeys(aims.values()):
         of_this = {verb: exponent for verb, exponent in exponents.items() if aims[verb] == aim}

@@ -142,8 +142,9 @@ def many_of_theirs(model: nn.Module, count: int) -> Any:
 
 
 def stack_of_theirs(layers: int, size: int, count: int) -> Any:
-    """A `Stack` with many of PEFT's adapters. To add them there takes minutes; so each layer gets its own, in the same
-    order, in which their tensors come to lie in memory."""
+    """A `Stack` with many of PEFT's adapters. Adding them to the whole takes minutes; each layer gets its own instead.
+
+    The order of creation is the same, so the tensors have the same order in memory."""
     stacks = [theirs(Stack(1, size), "a0", init_lora_weights=False) for _ in range(layers)]
     for index in range(1, count):
         for layer in stacks:

@@ -696,7 +696,7 @@ def change_checkpoint(folder: Path, without: str = "\n", **fields: Any) -> None:
 
 
 def export_slots(model: nn.Module, rules: Any, inputs: dict[str, torch.Tensor], folder: Path) -> Path:
-    """A file with slots for such rules, or for those of several adapters."""
+    """Export the model with slots for the rules of one adapter, or of several adapters by name."""
     pytest.importorskip("onnxscript")
     from surgery import apply_rules
     from surgery.onnx import export_onnx

@@ -1,4 +1,4 @@
-"""Exported plain modules, run by onnxruntime alone, beside the live module; the options; what is never touched."""
+"""onnxruntime runs exported plain modules; their outputs, the options of the export, and the untouched live model."""
 
 from __future__ import annotations
 

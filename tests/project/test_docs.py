@@ -1,4 +1,4 @@
-"""The pages say what is true: their code runs and prints what they show; the names, tests and files they tell of exist.
+"""The pages' code runs and prints the output that they show; the names, tests and files that they mention exist.
 
 Blocks of one page run in order in one namespace. A ```text block right after a ```python block is what it prints.
 """
@@ -42,7 +42,7 @@ TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page i
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: what its fence says, the page's line on which its first line stands, and its text."""
+    """A fenced block: the word after its fence, the page's line number of its first line, and its text."""
 
     kind: str
     line: int
@@ -106,7 +106,7 @@ def test_code_runs_and_prints_what_is_shown(name: str, tmp_path: Path, monkeypat
 
 
 def in_code(text: str) -> set[str]:
-    """The words that stand between backquotes."""
+    """The words between backquotes."""
     return {word for quoted in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"\w+", quoted)}
 
 

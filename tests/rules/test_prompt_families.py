@@ -1,7 +1,7 @@
 """Virtual tokens on every decoder of `families.py`: a row of a padded batch has the tokens and logits of the row alone.
 
-A sample by default; all of them with ALL_FAMILIES=1 (`make families`). The virtual tokens are a text's embeddings, so
-that the untouched model can be asked for the same: of that text and the row's own, without a cache and without padding.
+A sample by default; all of them with ALL_FAMILIES=1 (`make families`). The virtual tokens are a text's embeddings:
+the expected outputs are the untouched model's for that text followed by the row's text, without cache and padding.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def texts() -> tuple[Tensor, Tensor]:
 
 
 def alone(model: Any, ids: Tensor, mask: Tensor, before: list[int]) -> tuple[Tensor, Tensor]:
-    """The tokens and logits of each row by itself, without a cache."""
+    """Generate each row separately, without a cache; return the tokens and the logits."""
     actual = []
     for row, real in zip(ids, mask.bool(), strict=True):
         text = torch.tensor([[*before, *row[real].tolist()]])

@@ -50,7 +50,7 @@ MODELS: dict[str, Any] = {"llama": llama, "mistral": mistral, "gemma3": gemma3}
 
 
 def rows_alone(model: Any, mask: Tensor, prompts: Tensor | None = None) -> list[Tensor]:
-    """What the untouched model gives for each row by itself, with the prompt before its embeddings."""
+    """The untouched model's outputs, one row per call, with the prompt before the row's embeddings."""
     prompts = box(host(model)).prompt.expand(len(IDS), -1, -1) if prompts is None else prompts
     assert prompts is not None
     other, result = plain(model), []

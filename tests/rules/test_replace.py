@@ -50,7 +50,7 @@ def host() -> Any:
 
 
 def pair(name: str, opaque: bool | None = None, **options: Any) -> tuple[Any, Any, ReplaceRule]:
-    """A model with the rule, and one with a copy of the very module in the place of the replaced one."""
+    """A model with the rule, and a model with the same replacement by hand."""
     by = f"tests.support.foreign.{SIZED[name].__name__}"
     model, rule = host(), ReplaceRule("inner", by=by, kwargs={"size": 4}, opaque=opaque)
     apply_rules(model, rule, **options)

@@ -65,7 +65,7 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 
 def package_files(tree: Path) -> set[str]:
-    """The files of the installed package in a tree, relative to it; those of `surgery/rules` through its link."""
+    """The package files in a source tree, relative to it; follows the link `surgery/rules`."""
     folders = [Path(folder) for folder, *_ in os.walk(tree / PACKAGE, followlinks=True)]
     files = {file for folder in folders for file in folder.iterdir() if file.is_file()}
     return {file.relative_to(tree).as_posix() for file in files if "__pycache__" not in file.parts}

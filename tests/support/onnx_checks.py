@@ -1,4 +1,4 @@
-"""What the tests of exported files share: onnxruntime by itself, adapters' tensors by hand, names in a graph."""
+"""Helpers for tests of exported files: sessions of onnxruntime, adapters' tensors by hand, names in a graph."""
 
 from __future__ import annotations
 

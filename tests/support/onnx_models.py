@@ -1,4 +1,4 @@
-"""Exported models, one row each of the table in docs/onnx.md: a model, what is adapted, how it is exported."""
+"""The exported models in the table of docs/onnx.md. A row: a model, its adapters, and the options of the export."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Shadow:
         return {name: adapter.weight for name, adapter in self.adapters.items() if adapter.live}
 
     def output(self, ids: Tensor, weights: Weights | None = None, leaves: Mapping[int, Tensor] | None = None) -> Tensor:
-        """With these adapters; without, with the live ones and those that are merged."""
+        """The output with these weights. By default: the live adapters, and the merged ones with weight 1."""
         if weights is None:
             weights = {**dict.fromkeys(self.merged, 1.0), **self.live()}
         entries = [
@@ -273,7 +273,7 @@ class Shadow:
         ]
 
     def _absent(self, weights: Weights, like: Entry) -> float:
-        """The sum of the weights of adapters that have nothing of this kind there."""
+        """The sum of the weights of the adapters without an entry of this kind at this site."""
         at = (like.kind, like.path)
         return sum(
             w for name, w in weights.items() if at not in {(e.kind, e.path) for e in self.adapters[name].entries}

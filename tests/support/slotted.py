@@ -204,7 +204,8 @@ def decoder(
 ) -> Path:  # fmt: skip
     """One attention over the text, and the embedding as its head; `positions` and `masked` are inputs of the file.
 
-    `counted`: without position_ids it counts positions from the first on, padding and all; else it has none.
+    `counted`: without the input position_ids, positions count from the first column, padding included;
+    False: the file does not use positions.
     """
     build = Build(required)
     ids = build.input("input_ids", "int64", ["batch", "sequence"])
@@ -248,7 +249,7 @@ def decoder(
 def decoder_in_numpy(
     ids: Sequence[int], adapter: Mapping[str, np.ndarray] | None = None, placed: bool = True
 ) -> np.ndarray:
-    """The logits after each token of one text, which stands alone."""
+    """The logits after each token of one text, without padding."""
 
     def map_(x: np.ndarray, path: str, weight: np.ndarray) -> np.ndarray:
         A, B = (adapter or {}).get(slot(path, "A")), (adapter or {}).get(slot(path, "B"))
