@@ -129,7 +129,7 @@ def pictures() -> dict[str, str]:
         model = nn.Sequential(OrderedDict(m=make())).eval()
         picture = draw(apply_rules(model, [rule], example_inputs=EXAMPLES.get(name)), "m", before=False)
         # `Site.mark` differs each time
-        drawings[name] = re.sub(r"\b(?=[0-9]*[a-f])[0-9a-f]{12,}…?", "mark", picture)
+        drawings[name] = re.sub(r"\b(?=[0-9]*[a-f])[0-9a-f]{7,}…?", "mark", picture)
     return drawings
 
 
