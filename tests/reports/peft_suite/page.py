@@ -87,6 +87,8 @@ def section() -> str:
             "This is a sample: of the tests that have a configuration among their parameters, the first of each "
             f"function and about each {every}th other one, or more.",
         )
+    if missing := [short(name) for name in sorted(run.files()) if not files.get(name, Counter())["run"]]:
+        paragraphs.insert(1, f"Files that have not run yet with the façade: {', '.join(missing)}.")
     head = "\n\n".join(textwrap.fill(text, 120, break_on_hyphens=False) for text in paragraphs)
     kinds = [f"- ({kind}) {words}" for kind, words in classes.KINDS.items()]
     tables = [
