@@ -227,9 +227,7 @@ class PeftModel(FacadeProperties):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others becomes active."""
         self._check_known(adapter_name, "Adapter {} does not exist")
-        if adapter_name in merged_adapters(unwrap(self._base)):
-            what = f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
-            raise as_builtin(SurgeryError(what, fix="model.unmerge_adapter()"))
+        self._check_unmerged([adapter_name])
         alone, disabled = self.active_adapters == [adapter_name], self._disabled
         surgery.remove(self._base, adapter_name)
         self._configs.pop(adapter_name, None)
@@ -242,6 +240,12 @@ class PeftModel(FacadeProperties):
                 stacklevel=3,
             )
             self._enter(first, disabled)
+
+    def _check_unmerged(self, names: Sequence[str]) -> None:
+        merged = sorted({*names} & {*merged_adapters(unwrap(self._base))})
+        if merged:
+            what = f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first."
+            raise as_builtin(SurgeryError(what, fix="model.unmerge_adapter()"))
 
     @whole
     def add_weighted_adapter(
@@ -382,6 +386,7 @@ class PeftMixedModel(PeftModel):
         if unknown:
             what = f"Adapter(s) {unknown} not found, available adapters: {sorted(self._configs)}"
             raise as_builtin(SurgeryError(what, why=near_misses(unknown[0], self._configs)))
+        self._check_unmerged(names)
         for name in names:
             super().delete_adapter(name)
 

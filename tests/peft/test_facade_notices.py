@@ -239,6 +239,10 @@ def test_a_mixed_model_deletes_several_adapters_or_none() -> None:
     ):
         model.delete_adapter(["a", "x"])
     assert set(model.peft_config) == {"default", "a", "b"}
+    model.merge_adapter(["b"])
+    with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['b'\] while they are merged"):
+        model.delete_adapter(["a", "b"])
+    model.unmerge_adapter()
     model.delete_adapter(["a", "b"])
     assert set(model.peft_config) == {"default"} and model.active_adapters == ["default"]
 
