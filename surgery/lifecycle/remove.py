@@ -54,8 +54,8 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         The same model object.
 
     Raises:
-        SurgeryError: an unknown adapter, a merged model, a changed base weight, or a base weight that a later adapter
-            changed at its start on top of this one. The model is unchanged.
+        SurgeryError: an unknown adapter, an adapter that is merged, a changed base weight, or a base weight that a later
+            adapter changed at its start on top of this one. The model is unchanged.
     """
     root, state = rewritten(model, lost=not check)
     names = list(dict.fromkeys(adapter_names(state, adapter)))
@@ -89,7 +89,8 @@ def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iter
 
 def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str], check: bool) -> None:
     """Raise an error before any change if an adapter can't be removed from a site."""
-    if site.merged is not None:
+    removed = [applied for _, applied in site.of(names)]
+    if site.merged is not None and any(applied.live or applied.changed for applied in removed):
         adapters = ", ".join(site.merged.adapters)
         raise SiteError(
             "the model is merged", where=path, why=f"its weights hold {adapters}", fix="unmerge(model) first"
@@ -97,7 +98,6 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
     refused = reason_against(module)
     if refused is not None:
         raise SiteError("the site's class can't be restored", where=path, why=refused[0], fix=refused[1])
-    removed = [applied for _, applied in site.of(names)]
     if not any([applied.changed for applied in removed]):
         return
     staying, remaining = set[str](), len(removed)

@@ -19,13 +19,15 @@ from surgery import (
     Rule,
     SurgeryError,
     SurgeryWarning,
+    activate,
+    adapters,
     apply_rules,
     merge,
     remove,
     rule,
     unmerge,
 )
-from surgery.rules import LoraRule, TrainRule
+from surgery.rules import IA3Rule, LoraRule, TrainRule
 from surgery.testing import Snapshot, assert_equivalent, assert_reversible
 
 
@@ -285,3 +287,19 @@ def test_small_weights_whose_records_would_all_be_larger_than_copies() -> None:
     merge(model)
     unmerge(model)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, before, strict=True))
+
+
+def test_an_idle_adapter_is_removed_beside_a_merged_one() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), torch.randn(3, 4)
+    apply_rules(model, LoraRule(["0", "2"], rank=2, init="random"), adapter="merged")
+    before, output = Snapshot(model), model(x)
+    apply_rules(model, [LoraRule("0", rank=2, init="random"), IA3Rule("2")], adapter="idle")
+    activate(model, "merged")
+    merge(model)
+    merged_output = model(x)
+    with pytest.raises(SurgeryError, match="the model is merged"):
+        remove(model, "merged")
+    remove(model, "idle")
+    assert torch.equal(model(x), merged_output) and adapters(model).keys() == {"merged"}
+    unmerge(model)
+    assert torch.equal(model(x), output) and not before.differences(model)

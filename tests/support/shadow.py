@@ -209,8 +209,10 @@ class Shadow:
         return ""
 
     def cannot_remove(self, names: Sequence[str]) -> str:
-        if self.merged_paths() & {path for name in names for path in self.adapters[name].paths}:
-            return "merged"
+        merged = self.merged_paths()
+        for adapter in (self.adapters[name] for name in names):
+            if any(entry.path in merged and (adapter.live or entry.start) for entry in adapter.entries):
+                return "merged"
         staying: set[str] = set()
         for name, adapter in reversed(self.adapters.items()):
             mine = {entry.path for entry in adapter.entries if entry.start}
