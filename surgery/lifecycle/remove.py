@@ -54,8 +54,8 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         The same model object.
 
     Raises:
-        SurgeryError: an unknown adapter, an adapter that is merged, a changed base weight, or a base weight that a later
-            adapter changed at its start on top of this one. The model is unchanged.
+        SurgeryError: an unknown adapter, an adapter that is merged, a changed base weight, or a base weight that a
+            later adapter changed at its start on top of this one. The model is unchanged.
     """
     root, state = rewritten(model, lost=not check)
     names = list(dict.fromkeys(adapter_names(state, adapter)))
