@@ -9,8 +9,8 @@ from torch import Tensor
 
 from surgery.errors import SurgeryError
 from surgery.patterns.wrappers import unwrap
+from surgery.peft.delegation import inside
 from surgery.peft.errors import as_builtin, pefts_errors
-from surgery.peft.facade import inside
 from surgery.peft.model import LoadResult
 from surgery.rewritten_model.state_dict import base_state_dict
 from surgery.state.records import merged_adapters

@@ -1,148 +1,182 @@
-"""An object that stands before a model and passes everything on to it."""
+"""The functions of PEFT's interface: `get_peft_model`, `inject_adapter_in_model`, and state dicts under PEFT's keys."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+import warnings
+from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from surgery.errors import SurgeryError, near_misses
-from surgery.peft.errors import as_builtin, pefts_errors
-from surgery.routing.route import route
-from surgery.transaction.neutral_context import neutral
+from surgery.errors import SurgeryError, SurgeryWarning
+from surgery.patterns.module_class import class_of
+from surgery.patterns.wrappers import unwrap
+from surgery.peft import base_config
+from surgery.peft.configuration import on_tensors
+from surgery.peft.defaults import with_defaults
+from surgery.peft.delegation import inside
+from surgery.peft.errors import pefts_errors
+from surgery.peft.model import LoadResult, PeftMixedModel, PeftModel
+from surgery.peft.notices import warn_of_names
+from surgery.peft.tensor_options import materialise
+from surgery.peft_format.writing import from_peft, to_peft
+from surgery.rewritten_model.state_dict import load_adapter_state_dict
+from surgery.rewritten_model.verb_root import records_in, rewritten
+from surgery.state.adapter_naming import adapter_names
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["Facade", "facade", "inside", "whole"]
+__all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_peft_model_state_dict",
+]
 
-F = TypeVar("F", bound=Callable[..., Any])
-_Seen: Any = nn.Module if TYPE_CHECKING else object  # what type checkers take it for, as isinstance does
-# Methods of modules that give the module back: of a façade they give the façade, for `model = model.to(device)`.
-_THEMSELVES = frozenset(
-    "apply bfloat16 cpu cuda double eval float half ipu mtia requires_grad_ share_memory to to_empty train type "
-    "xpu".split()
-)
-
-
-def inside(model: Any) -> Any:
-    """The model behind a façade, or the model itself."""
-    return model._base if issubclass(type(model), Facade) else model
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[base_config.PeftConfig]] = base_config.PeftConfig.kinds
 
 
-def facade(kind: type[Facade], model: Any, configs: dict[str, Any]) -> Any:
-    """Returns a façade before a model, with the configurations of its adapters."""
-    new = object.__new__(kind)
-    new._base, new._configs = inside(model), configs
-    if not isinstance(new._base, nn.Module):
-        error = SurgeryError(f"{type(model).__name__} is not a model", fix="pass a torch.nn.Module")
-        raise as_builtin(error, TypeError)
-    return new
+def get_peft_config(config_dict: Mapping[str, Any]) -> base_config.PeftConfig:
+    """Return the configuration with these fields, of the method `peft_type`.
 
+    >>> from surgery.peft import get_peft_config
+    >>> get_peft_config({"peft_type": "LORA", "r": 16}).r
+    16
 
-def whole(method: F) -> F:
-    """Makes a method atomic: the model and the façade's configurations change together or not at all.
-
-    Its errors are also PEFT's ValueErrors.
+    Raises:
+        SurgeryError: there is no configuration of the method. It is also a KeyError.
+        TypeError: the method does not have a field.
     """
-
-    @functools.wraps(method)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with pefts_errors(), neutral(self._base), Journal() as journal:
-            journal.keep(self._configs)
-            return method(self, *args, **kwargs)
-
-    return run  # type: ignore[return-value]
+    kind = str(getattr(config_dict["peft_type"], "value", config_dict["peft_type"]))
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return base_config.PeftConfig.from_peft_type(peft_type=kind)  # which says what is wrong
+    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**config_dict)
 
 
-class Facade(_Seen):
-    """Passes for the model: `isinstance` holds, attributes are read from it and set on it, and calls are its calls.
+def get_peft_model(
+    model: nn.Module, peft_config: Any, adapter_name: str = "default", mixed: bool = False, **options: Any
+) -> PeftModel:
+    """Put an adapter on a model by PEFT's configuration, and return a façade before it.
 
-    The façade is not a module: code that walks over modules walks over the model's, under the model's names.
+    >>> from torch import nn
+    >>> from surgery.peft import LoraConfig, get_peft_model
+    >>> base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]  # doctest: +NORMALIZE_WHITESPACE
+    ['0.adapters.default.A', '0.adapters.default.B', '2.adapters.default.weight', '2.adapters.default.bias']
+
+    Args:
+        model: the model.
+        peft_config: a configuration of this module or of PEFT.
+        adapter_name: default "default".
+        mixed: whether the façade is a `PeftMixedModel`; default False. Adapters of several methods go together in any
+            façade.
+        options: `example_inputs` as in `apply_rules`, which prefixes need on models that are not of transformers;
+            `revision`; `autocast_adapter_dtype` and `low_cpu_mem_usage`, as in `PeftModel`.
+
+    Returns:
+        A PeftModel, or its subclass for the configuration's task type.
+
+    Raises:
+        SurgeryError: the configuration can't be held exactly, with the model unchanged. A `PlanError` lists several
+            problems.
     """
+    again = isinstance(inside(model), nn.Module) and bool(records_in(unwrap(inside(model))))
+    named = getattr(peft_config, "base_model_name_or_path", None)
+    kind = PeftMixedModel if mixed else PeftModel
+    adapted = kind(model, peft_config, adapter_name, **options)
+    config, revision = adapted.peft_config[adapter_name], options.get("revision")
+    if again:
+        text = "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+        warnings.warn(f"{text}different config, make sure to call `.unload()` before.", SurgeryWarning, stacklevel=2)
+    warn_of_names(config, inside(model), adapter_name, named)
+    if revision is not None and config.revision not in (None, revision):
+        text = f"peft config has already set base model revision to {config.revision}, overwriting with revision"
+        warnings.warn(f"{text} {revision}", SurgeryWarning, stacklevel=2)
+    config.revision = revision or config.revision
+    return adapted
 
-    __slots__ = ("__weakref__", "_base", "_configs")
 
-    _base: Any
-    _configs: dict[str, Any]
+def inject_adapter_in_model(
+    peft_config: Any, model: nn.Module, adapter_name: str = "default", *, state_dict: Any = None, **options: Any
+) -> Any:
+    """Put an adapter on a model by PEFT's configuration, and return the model itself, without a façade.
 
-    @property
-    def __class__(self) -> Any:  # what isinstance asks after type()
-        return type(self._base)
+    >>> from torch import nn
+    >>> from surgery.peft import LoraConfig, inject_adapter_in_model
+    >>> base = nn.Sequential(nn.Linear(8, 8))
+    >>> inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), base) is base
+    True
 
-    @property
-    def __dict__(self) -> Any:
-        return self._base.__dict__
+    Args:
+        peft_config: a configuration of this module or of PEFT.
+        model: the model.
+        adapter_name: default "default".
+        state_dict: tensors under PEFT's keys; the adapter then goes on the modules that these are of, and not on the
+            configuration's targets. Their values are not used. Default None.
+        options: `low_cpu_mem_usage`, as in `get_peft_model`.
 
-    def __getattr__(self, name: str) -> Any:  # what is not found otherwise
-        if name in Facade.__slots__ or name.startswith("__"):
-            raise AttributeError(name)
-        attribute = getattr(self._base, name)
-        if name == "forward":
-            return self._with_rows(attribute)
-        return self._returning_self(attribute) if name in _THEMSELVES else attribute
+    Returns:
+        The same model.
 
-    def _returning_self(self, method: Any) -> Any:
-        @functools.wraps(method)
-        def called(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            return self if result is self._base else result
+    Raises:
+        SurgeryError: the configuration can't be held exactly, or is of virtual tokens, with the model unchanged.
+    """
+    with pefts_errors():
+        base = inside(model)
+        if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+            what = "`create_and_replace` does not support prompt learning and adaption prompt yet."
+            raise SurgeryError(what, fix="call get_peft_model(model, config)")
+        if state_dict is not None:
+            peft_config = on_tensors(with_defaults(peft_config, base), base, state_dict)
+        return PeftModel(base, peft_config, adapter_name, **options).get_base_model()
 
-        return called
 
-    def _with_rows(self, method: Any) -> Any:
-        """A method of the model that also takes PEFT's adapter_names. Its signature is the model's own."""
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **options: Any
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors under PEFT's keys.
 
-        @functools.wraps(method)
-        def called(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-            if adapter_names is None:
-                return self._completed(method(*args, **kwargs))
-            return self(*args, adapter_names=adapter_names, **kwargs)  # rows are counted in calls of the model itself
+    >>> from torch import nn
+    >>> from surgery.peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
+    >>> list(get_peft_model_state_dict(model))
+    ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
 
-        return called
+    Args:
+        model: a façade, or a model with the adapter.
+        state_dict: the model's state dict, if its tensors were gathered elsewhere; default None.
+        adapter_name: default "default".
+        options: `save_embedding_layers`, as in `save_adapter`.
 
-    def _completed(self, output: Any) -> Any:
-        """The output of a call, with what the adapters' methods add to its loss."""
-        return output
+    Returns:
+        PEFT's key → tensor.
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in Facade.__slots__:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._base, name, value)
+    Raises:
+        SurgeryError: the adapter is unknown, or PEFT's format can't hold it.
+    """
+    base = inside(model)
+    save = options.get("save_embedding_layers", "auto")
+    if state_dict is None and class_of(model).__name__ == "FullyShardedDataParallel":
+        state_dict = model.state_dict()  # which gathers the parts of all processes
+    with pefts_errors(KeyError):
+        adapter_names(rewritten(base)[1], adapter_name)
+        return to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]
 
-    def __delattr__(self, name: str) -> None:
-        delattr(self._base, name)
 
-    def __dir__(self) -> list[str]:
-        return sorted({*dir(type(self)), *dir(self._base)})
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default", **options: Any
+) -> LoadResult:
+    """Copy tensors under PEFT's keys into an adapter that is there: which were missing, and which are none of its.
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._base!r})"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # of copies and pickles
-        return facade, (type(self), self._base, self._configs)
-
-    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        with self._rows(adapter_names):
-            return self._completed(self._base(*args, **kwargs))
-
-    def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        """The model's own `generate`."""
-        with self._rows(adapter_names):
-            return self._base.generate(*args, **kwargs)
-
-    def _rows(self, names: Any) -> AbstractContextManager[Any]:
-        """Routes each row to its adapter, if PEFT's adapter_names are given."""
-        if names is None:
-            return nullcontext()
-        unknown = sorted({name for name in names if name != "__base__" and name not in self._configs})
-        if unknown:
-            raise as_builtin(
-                SurgeryError(
-                    f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}",
-                    why=near_misses(unknown[0], self._configs) or f"there are {', '.join(self._configs)}",
-                )
-            )
-        return route(self._base, [None if name == "__base__" else name for name in names])
+    All or nothing: a tensor of another shape is a `LoadError`, with the adapter as it was.
+    """
+    base = inside(model)
+    with pefts_errors(KeyError):
+        adapter_names(rewritten(base)[1], adapter_name)
+    with pefts_errors(RuntimeError), Journal() as journal:
+        tensors, missing, unexpected = from_peft(base, adapter_name, peft_model_state_dict)
+        materialise(base, adapter_name, tensors, journal)
+        load_adapter_state_dict(base, tensors, adapter_name)
+    return LoadResult(missing, unexpected)

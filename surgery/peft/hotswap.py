@@ -12,8 +12,8 @@ from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, SurgeryError, SurgeryWarning
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
+from surgery.peft.delegation import inside
 from surgery.peft.errors import as_builtin, pefts_errors
-from surgery.peft.facade import inside
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.records import merged_adapters

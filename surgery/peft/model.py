@@ -23,8 +23,8 @@ from surgery.peft.add_idle import new_adapters_idle
 from surgery.peft.base_config import PeftConfig
 from surgery.peft.configuration import check_targets, completed
 from surgery.peft.defaults import with_defaults
+from surgery.peft.delegation import facade, inside, whole
 from surgery.peft.errors import as_builtin, pefts_errors
-from surgery.peft.facade import facade, inside, whole
 from surgery.peft.notices import check_fields, check_together, fields_for_rules, warn_of_fields
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder, write_card

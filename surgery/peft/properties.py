@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import surgery
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import unwrap
-from surgery.peft.facade import Facade, facade
+from surgery.peft.delegation import Facade, facade
 from surgery.peft.status import (
     TunerLayerStatus,
     TunerModelStatus,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import surgery
 from surgery.adapter_files.entry import OLD, PEFT
 from surgery.errors import SurgeryError, SurgeryWarning, near_misses
+from surgery.peft.delegation import Facade
 from surgery.peft.errors import as_builtin
-from surgery.peft.facade import Facade
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.storage.hub_upload import card_of

@@ -13,8 +13,8 @@ from surgery.errors import SurgeryError
 from surgery.patterns.module_class import class_of
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
+from surgery.peft.delegation import Facade, inside
 from surgery.peft.errors import as_builtin
-from surgery.peft.facade import Facade, inside
 from surgery.peft_format.methods import PeftMethod, part_of
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_tensors import tensors_of

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from surgery.peft.facade import Facade
+from surgery.peft.delegation import Facade
 from surgery.peft_format.methods import method_of
 
 __all__ = ["add_to_loss", "allocation_of"]

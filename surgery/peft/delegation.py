@@ -1,0 +1,148 @@
+"""An object that stands before a model and passes everything on to it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from surgery.errors import SurgeryError, near_misses
+from surgery.peft.errors import as_builtin, pefts_errors
+from surgery.routing.route import route
+from surgery.transaction.neutral_context import neutral
+from surgery.transaction.undo_log import Journal
+
+__all__ = ["Facade", "facade", "inside", "whole"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_Seen: Any = nn.Module if TYPE_CHECKING else object  # what type checkers take it for, as isinstance does
+# Methods of modules that give the module back: of a façade they give the façade, for `model = model.to(device)`.
+_THEMSELVES = frozenset(
+    "apply bfloat16 cpu cuda double eval float half ipu mtia requires_grad_ share_memory to to_empty train type "
+    "xpu".split()
+)
+
+
+def inside(model: Any) -> Any:
+    """The model behind a façade, or the model itself."""
+    return model._base if issubclass(type(model), Facade) else model
+
+
+def facade(kind: type[Facade], model: Any, configs: dict[str, Any]) -> Any:
+    """Returns a façade before a model, with the configurations of its adapters."""
+    new = object.__new__(kind)
+    new._base, new._configs = inside(model), configs
+    if not isinstance(new._base, nn.Module):
+        error = SurgeryError(f"{type(model).__name__} is not a model", fix="pass a torch.nn.Module")
+        raise as_builtin(error, TypeError)
+    return new
+
+
+def whole(method: F) -> F:
+    """Makes a method atomic: the model and the façade's configurations change together or not at all.
+
+    Its errors are also PEFT's ValueErrors.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with pefts_errors(), neutral(self._base), Journal() as journal:
+            journal.keep(self._configs)
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+class Facade(_Seen):
+    """Passes for the model: `isinstance` holds, attributes are read from it and set on it, and calls are its calls.
+
+    The façade is not a module: code that walks over modules walks over the model's, under the model's names.
+    """
+
+    __slots__ = ("__weakref__", "_base", "_configs")
+
+    _base: Any
+    _configs: dict[str, Any]
+
+    @property
+    def __class__(self) -> Any:  # what isinstance asks after type()
+        return type(self._base)
+
+    @property
+    def __dict__(self) -> Any:
+        return self._base.__dict__
+
+    def __getattr__(self, name: str) -> Any:  # what is not found otherwise
+        if name in Facade.__slots__ or name.startswith("__"):
+            raise AttributeError(name)
+        attribute = getattr(self._base, name)
+        if name == "forward":
+            return self._with_rows(attribute)
+        return self._returning_self(attribute) if name in _THEMSELVES else attribute
+
+    def _returning_self(self, method: Any) -> Any:
+        @functools.wraps(method)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            return self if result is self._base else result
+
+        return called
+
+    def _with_rows(self, method: Any) -> Any:
+        """A method of the model that also takes PEFT's adapter_names. Its signature is the model's own."""
+
+        @functools.wraps(method)
+        def called(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+            if adapter_names is None:
+                return self._completed(method(*args, **kwargs))
+            return self(*args, adapter_names=adapter_names, **kwargs)  # rows are counted in calls of the model itself
+
+        return called
+
+    def _completed(self, output: Any) -> Any:
+        """The output of a call, with what the adapters' methods add to its loss."""
+        return output
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Facade.__slots__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._base, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._base, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *dir(self._base)})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._base!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # of copies and pickles
+        return facade, (type(self), self._base, self._configs)
+
+    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        with self._rows(adapter_names):
+            return self._completed(self._base(*args, **kwargs))
+
+    def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The model's own `generate`."""
+        with self._rows(adapter_names):
+            return self._base.generate(*args, **kwargs)
+
+    def _rows(self, names: Any) -> AbstractContextManager[Any]:
+        """Routes each row to its adapter, if PEFT's adapter_names are given."""
+        if names is None:
+            return nullcontext()
+        unknown = sorted({name for name in names if name != "__base__" and name not in self._configs})
+        if unknown:
+            raise as_builtin(
+                SurgeryError(
+                    f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}",
+                    why=near_misses(unknown[0], self._configs) or f"there are {', '.join(self._configs)}",
+                )
+            )
+        return route(self._base, [None if name == "__base__" else name for name in names])
