@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,10 @@ class VeraRule(LowRankSlottable):
 
     def rank_at(self, path: str) -> int:
         return self.rank
+
+    def differing_fields(self, other: Any) -> list[str]:
+        """Without `projection_shape`, which only the initial values depend on."""
+        return [name for name in super().differing_fields(other) if name != "projection_shape"]
 
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
