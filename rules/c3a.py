@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery import Combination, Rule, Share, Site, rule
 from surgery.rules._linear import delta
-from surgery.rules._shared import combining, complex_weights, fields
+from surgery.rules._shared import combining, complex_weights, fields, path_patterns
 from surgery.rules._shared.solving import in_single
 
 
@@ -34,6 +34,7 @@ class C3aRule(Rule):
     Args:
         block_size: size of a block; default 256. It must divide both sizes of the weight.
         init: "xavier_uniform" (default), "kaiming_uniform", "gaussian" or "identity" (PEFT's init_weights=True: zero).
+        block_size_pattern: path suffix or regular expression → block_size there; default None.
 
     Raises:
         RuleError: a field is out of range. A size that `block_size` does not divide is a problem of the plan.
@@ -43,29 +44,37 @@ class C3aRule(Rule):
 
     block_size: int = 256
     init: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "identity"] = "xavier_uniform"
+    block_size_pattern: Mapping[str, int] | None = None
 
     linear = True
 
     def validate(self) -> None:
         fields.whole(self, "block_size")
+        fields.whole_patterns(self, "block_size_pattern")
         fields.one_of(self, "init", "xavier_uniform", "kaiming_uniform", "gaussian", "identity")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
         return self.init == "identity"
 
+    def block_size_at(self, path: str) -> int:
+        return path_patterns.first(self.block_size_pattern, path, self.block_size)
+
+    def review(self, paths: Sequence[str]) -> Iterable[str]:
+        return fields.unused_patterns(self, paths, "block_size_pattern")
+
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module, "it takes the real part of a Fourier transform"):
             return why
         if why := delta.why_no_map(module):
             return why
-        out, inner = delta.sizes(module)
-        divided = out % self.block_size == inner % self.block_size == 0
-        return None if divided else f"blocks of {self.block_size} do not divide its sizes, {out} and {inner}"
+        (out, inner), size = delta.sizes(module), self.block_size_at(path)
+        return (
+            None if out % size == inner % size == 0 else f"blocks of {size} do not divide its sizes, {out} and {inner}"
+        )
 
     def rewrite(self, site: Site) -> Tensor:
-        out, inner = delta.sizes(site)
-        size = self.block_size
+        (out, inner), size = delta.sizes(site), self.block_size_at(site.path)
         kernel = site.param("kernel", (out // size, inner // size, size), self._start(out, inner))
         return site.output + site.apply(convolve, site.input.to(kernel.dtype), kernel) / inner
 

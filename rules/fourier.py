@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery import Combination, LiveSite, Rule, Share, Site, rule
 from surgery.rules._linear import delta as _delta
-from surgery.rules._shared import combining, complex_weights, fields
+from surgery.rules._shared import combining, complex_weights, fields, path_patterns
 from surgery.rules._shared.solving import in_single
 
 
@@ -35,6 +35,7 @@ class FourierRule(Rule):
         scaling: factor of the change; default 150.
         random_loc_seed: seed that draws the places; default 777.
         init: "random" (default; normal, PEFT's init_weights=False) or "identity" (True: zero).
+        n_frequency_pattern: path suffix or regular expression → n_frequency there; default None.
 
     Raises:
         RuleError: a field is out of range. More frequencies than the weight has entries are a problem of the plan.
@@ -46,11 +47,13 @@ class FourierRule(Rule):
     scaling: float = 150.0
     random_loc_seed: int = 777
     init: Literal["random", "identity"] = "random"
+    n_frequency_pattern: Mapping[str, int] | None = None
 
     linear = True
 
     def validate(self) -> None:
         fields.whole(self, "n_frequency")
+        fields.whole_patterns(self, "n_frequency_pattern")
         fields.whole(self, "random_loc_seed", least=0)
         fields.numbers(self, "scaling")
         fields.one_of(self, "init", "random", "identity")
@@ -59,24 +62,30 @@ class FourierRule(Rule):
     def identity(self) -> bool:  # type: ignore[override]
         return self.init == "identity"
 
+    def n_frequency_at(self, path: str) -> int:
+        return path_patterns.first(self.n_frequency_pattern, path, self.n_frequency)
+
+    def review(self, paths: Sequence[str]) -> Iterable[str]:
+        return fields.unused_patterns(self, paths, "n_frequency_pattern")
+
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module, "it takes the real part of a Fourier transform"):
             return why
-        return _delta.why_no_map(module) or _delta.more_than_weight(module, self.n_frequency)
+        return _delta.why_no_map(module) or _delta.more_than_weight(module, self.n_frequency_at(path))
 
     def rewrite(self, site: Site) -> Tensor:
-        out, inner = _delta.sizes(site)
+        (out, inner), count = _delta.sizes(site), self.n_frequency_at(site.path)
         start = 0.0 if self.init == "identity" else nn.init.normal_
-        spectrum = site.param("spectrum", (self.n_frequency,), start)
-        index = site.buffer("index", torch.zeros((), dtype=torch.long).expand(self.n_frequency))  # drawn at last
+        spectrum = site.param("spectrum", (count,), start)
+        index = site.buffer("index", torch.zeros((), dtype=torch.long).expand(count))  # drawn at last
         S = spectrum.new_zeros(out * inner).index_copy(0, index, spectrum).view(out, inner)
         delta = site.apply(inverse_transform, S) * self.scaling
         return site.output + F.linear(site.input.to(delta.dtype), delta)
 
     def initialise(self, site: LiveSite) -> None:
-        out, inner = _delta.sizes(site)
+        (out, inner), count = _delta.sizes(site), self.n_frequency_at(site.path)
         draw = torch.Generator().manual_seed(self.random_loc_seed)
-        site.params["index"].copy_(torch.randperm(out * inner, generator=draw)[: self.n_frequency])
+        site.params["index"].copy_(torch.randperm(out * inner, generator=draw)[:count])
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
         return combining.linear_in_tensors(self, shares, how)

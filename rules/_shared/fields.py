@@ -65,6 +65,14 @@ def patterns(rule: Rule, *fields: str) -> None:
             raise rule.bad(field, "a mapping from path suffixes or regular expressions")
 
 
+def whole_patterns(rule: Rule, *fields: str) -> None:
+    """Checks that each field is a mapping from path patterns to whole numbers from 1, or None."""
+    patterns(rule, *fields)
+    for field in fields:
+        if not all(type(number) is int and number >= 1 for number in (getattr(rule, field) or {}).values()):
+            raise rule.bad(field, "a mapping to whole numbers from 1")
+
+
 def unused_patterns(rule: Rule, paths: Sequence[str], *fields: str) -> Iterable[str]:
     """Returns problems for `Rule.review`: patterns that match none of a rule's sites."""
     for field in fields:

@@ -19,6 +19,7 @@ from surgery.rules.lokr import LokrRule
 from surgery.rules.miss import MissRule
 from surgery.rules.norm import NormRule
 from surgery.rules.oft import OftRule, nearest_divisor
+from surgery.rules.peft.path_values import PathValuesMethod
 from surgery.rules.road import RoadRule
 from surgery.rules.shira import ShiraRule
 
@@ -158,31 +159,26 @@ class Miss(PeftMethod):
 
 
 @peft_method
-class C3a(PeftMethod):
+class C3a(PathValuesMethod):
     peft_type, rule = "C3A", C3aRule
     biased = True
     fields, tensors = {"block_size": "block_size"}, {"kernel": "c3a_kernel"}
     inits = {True: "identity", **{name: name for name in ("xavier_uniform", "kaiming_uniform", "gaussian")}}
     inits |= {False: "xavier_uniform"}
-
-    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
-        if config.fitting("block_size_pattern"):
-            raise config.refuse("block_size_pattern", "a C3aRule has one block size")
-        return {}
+    number, pattern = "block_size", "block_size_pattern"
 
 
 @peft_method
-class Fourier(PeftMethod):
+class Fourier(PathValuesMethod):
     peft_type, rule, derived = "FOURIERFT", FourierRule, ("index",)
     biased = True
     fields = {"n_frequency": "n_frequency", "scaling": "scaling", "random_loc_seed": "random_loc_seed"}
     tensors = {"spectrum": "fourierft_spectrum"}
+    number, pattern = "n_frequency", "n_frequency_pattern"
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
-        if config.fitting("n_frequency_pattern"):
-            raise config.refuse("n_frequency_pattern", "a FourierRule has one number of frequencies")
-        return {}
+        return super().read_fields(config)
 
 
 @peft_method

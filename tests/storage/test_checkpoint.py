@@ -712,7 +712,6 @@ LORA = {"peft_type": "LORA", "target_modules": ["1"], "r": 2}
         ({**LORA, "trainable_token_indices": "x"}, "can't be read"),
         ({**LORA, "peft_type": "POLY"}, "'POLY' is not among"),
         ({**LORA, "peft_type": ["LORA"]}, "is not among"),
-        ({"peft_type": "C3A", "target_modules": ["1"], "block_size_pattern": {"1": 2}}, "block_size_pattern"),
         ({"peft_type": "VERA", "target_modules": ["1"], "save_projection": False}, "save_projection"),
         ({"peft_type": "OFT", "target_modules": ["1"], "oft_block_size": 4}, "PEFT before 0.16"),
     ],
