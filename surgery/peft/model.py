@@ -28,7 +28,7 @@ from surgery.peft.errors import as_builtin, pefts_errors
 from surgery.peft.notices import check_fields, check_together, fields_for_rules, warn_of_fields
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder, write_card
-from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_gradients
+from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_gradients, requires_gradients
 from surgery.peft.training import add_to_loss, allocation_of
 from surgery.peft_format.methods import rules_by
 from surgery.peft_format.writing import to_peft
@@ -114,7 +114,8 @@ class PeftModel(FacadeProperties):
         self._enter(adapter_name, self._disabled, train=not inference_mode)
         with Journal() as journal:
             for name in set(self._configs).difference(self.active_adapters):
-                require_gradients(self._base, name, False, journal)
+                if requires_gradients(self._base, name):
+                    require_gradients(self._base, name, False, journal)
 
     @whole
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:

@@ -13,7 +13,7 @@ from surgery.state.adapter_tensors import AdapterTensors, box_of
 from surgery.state.records import base_parameters, sites
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["keep_base_dtype", "materialise", "move_to_meta", "require_gradients"]
+__all__ = ["keep_base_dtype", "materialise", "move_to_meta", "require_gradients", "requires_gradients"]
 
 
 def keep_base_dtype(model: nn.Module, adapter: str, journal: Journal) -> None:
@@ -70,6 +70,17 @@ def require_gradients(model: nn.Module, adapter: str, required: bool, journal: J
             if tensors[name].requires_grad != required:
                 journal.undo(tensors[name].requires_grad_, not required)
                 tensors[name].requires_grad_(required)
+
+
+def requires_gradients(model: nn.Module, adapter: str) -> bool:
+    """Whether an adapter's trained tensors require gradients, by the first of them: they are switched together."""
+    places = rewritten(model)[1].places
+    for module, rules in places[adapter] if adapter in places else ():
+        if (box := box_of(module, adapter)) is not None:
+            tensors = box.tensors()
+            for name in (name for applied in rules for name in applied.trained):
+                return tensors[name].requires_grad
+    return False
 
 
 def _boxes(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, AdapterTensors]]:
