@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, SlotRule, rule
-from surgery.rules._shared import combining, complex_weights
+from surgery.rules._shared import combining, complex_weights, fields
 
 R = TypeVar("R", bound=Rule)
 
@@ -28,11 +28,20 @@ class TrainRule(Rule):
     parameters. Buffers that are saved with the module, such as BatchNorm's running statistics, are copied, too. Copies
     have the dtypes and shapes of the base's tensors.
 
+    Args:
+        tied: whether modules that share a parameter in the base share its copy, if one rule names them; default False,
+            each has its own. PEFT: ensure_weight_tying.
+
     Source: PEFT's LoraConfig.modules_to_save.
     """
 
+    tied: bool = False
+
     identity = True
     exclusive = True
+
+    def validate(self) -> None:
+        fields.flag(self, "tied")
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
         return owners_of_tensors(module, path)
@@ -43,7 +52,7 @@ class TrainRule(Rule):
         return None if dict(own_tensors(module)) else "it owns no parameters"
 
     def rewrite(self, site: Site) -> None:
-        replace_all(site)
+        replace_all(site, tied=self.tied)
 
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         return merged_all(site)
@@ -141,13 +150,17 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"out_proj.{name}", tensor) for name, tensor in module.out_proj.named_parameters(recurse=False))
 
 
-def replace_all(site: Site, only: Iterable[str] | None = None) -> None:
-    """Replaces each of the module's tensors (or those in `only`) by the adapter's copy."""
+def replace_all(site: Site, only: Iterable[str] | None = None, tied: bool = False) -> None:
+    """Replaces each of the module's tensors (or those in `only`) by the adapter's copy. `tied`: as `TrainRule`'s."""
     parameters = dict(site.module.named_parameters())
     for name, tensor in own_tensors(site.module):
         if only is None or name in only:
-            make = site.param if name in parameters else site.buffer
-            site.replace(site.tensor(name), make(name.replace(".", "_"), tensor))
+            own_name = name.replace(".", "_")
+            if name in parameters:
+                copied = site.param(own_name, tensor, tied=tensor if tied else None)
+            else:
+                copied = site.buffer(own_name, tensor)
+            site.replace(site.tensor(name), copied)
 
 
 def merged_all(site: LiveSite) -> dict[str, Tensor]:

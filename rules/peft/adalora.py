@@ -16,7 +16,7 @@ from surgery.rules.allocate import RankAllocator, orthogonal_loss
 @peft_method
 class AdaLora(PeftMethod):
     peft_type, rule = "ADALORA", AdaLoraRule
-    lacks, biased = (), True
+    lacks, biased = ("ensure_weight_tying",), True
     fields = {"init_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"} | {
         name: name
         for name in ("target_r", "tinit", "tfinal", "deltaT", "total_step", "beta1", "beta2", "orth_reg_weight")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surgery import PeftConfig, Rule, SurgeryError
 from surgery.rules.peft.tasks import HEADS, ending
+from surgery.rules.peft.tied_modules import tied_group
 from surgery.rules.tokens import BaseRowsRule
 
 _KEY = re.compile(r"base_model\.model\.(.+?)(?:\.token_adapter)?(?:\.base_layer)*\.(\w+)")
@@ -83,7 +84,8 @@ def _of_base(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
     heads = HEADS.get(task, ()) if isinstance(task, str) else ()
     saved = data.get("modules_to_save") or ()
     names = [name for name in (saved if isinstance(saved, list) else ()) if isinstance(name, str)]
-    trained = tuple(f"{path}." for path in ending(by_path, [*names, *heads]))
+    whole = ending(by_path, [*names, *heads])
+    trained = tuple(f"{path}." for path in [*whole, *tied_group(config, whole)])
     biases = data.get("bias") not in (None, "none")
     for key in _shapes(config):
         path, name = base_key(key, by_path) or ("", "")

@@ -11,6 +11,14 @@ from torch import nn
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
 from surgery.rules.bias import BiasRule, biases, trains_biases
 from surgery.rules.peft.tasks import HEADS, ending
+from surgery.rules.peft.tied_modules import (
+    NAMES,
+    embedding_path,
+    take_tying,
+    tied_paths,
+    weight_key,
+    without_tied,
+)
 from surgery.rules.train import TrainRule
 
 
@@ -23,19 +31,47 @@ class Trained(PeftPart):
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise SurgeryError("PEFT's modules_to_save is not a list of names")
         paths = trained_modules(config)
-        if paths:  # PEFT passes over names that fit none: its classification task adds "score" and "classifier"
+        if together := take_tying(config, paths):
+            left = ending(config.modules.by_path, [*without_tied(names, together[1:]), *_heads(config)])
+            yield TrainRule(targets=config.regular([*dict.fromkeys([*left, *together])]), tied=True)
+        elif paths:  # PEFT passes over names that fit none: its classification task adds "score" and "classifier"
             yield TrainRule(targets=config.regular(paths))
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         names = dict(place.module.named_parameters()) | dict(place.module.named_buffers())
         by_name = {name.replace(".", "_"): name for name in names}
-        return {name: PeftEntry(by_name[name]) for name in place.names if name in by_name}
+        entries = {name: PeftEntry(by_name[name]) for name in place.names if name in by_name}
+        embedding = embedding_path(place.modules)
+        if place.file_keys and embedding and getattr(place.rule, "tied", False) and place.path != embedding:
+            there, own = weight_key(embedding), weight_key(place.path)
+            if own not in place.file_keys and there in place.file_keys and place.path in tied_paths(place.modules):
+                entries["weight"] = PeftEntry(f"/{there}")  # the file has the shared copy once
+        return entries
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         paths = [path for _, inner in placed for path in inner]
         if set(ending(modules.by_path, paths)) != set(paths):
             raise SurgeryError("PEFT's format can't hold this TrainRule", why="PEFT would train further modules, too")
-        return {"modules_to_save": paths}
+        groups = [group for rule, inner in placed if rule.tied for group in _sharing(inner, modules)]
+        if not groups:
+            return {"modules_to_save": paths}
+        embedding = embedding_path(modules)
+        tied = tied_paths(modules)
+        if len(groups) > 1 or not tied or set(groups[0]) != {embedding, *tied}:
+            why = "PEFT ties the copies of the input embedding and of all modules that share its weight, and no others"
+            raise SurgeryError("PEFT's format can't hold this TrainRule", where=" and ".join(groups[0]), why=why)
+        kept = [path for path in paths if path not in tied]
+        if not any(path.rpartition(".")[2] in NAMES for path in kept):  # by these names PEFT finds that it has to tie
+            kept += [path for path in tied if path.rpartition(".")[2] in NAMES]
+        return {"modules_to_save": kept, "ensure_weight_tying": True}
+
+
+def _sharing(paths: Iterable[str], modules: Any) -> list[list[str]]:
+    """The paths whose modules share their weight, by weight."""
+    groups: dict[int, list[str]] = {}
+    for path in paths:
+        groups.setdefault(id(modules.by_path[path]._parameters.get("weight", path)), []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _heads(config: PeftConfig) -> list[str]:

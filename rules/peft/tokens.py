@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
 from surgery.rules.peft.base_rows import base_key, base_rows
+from surgery.rules.peft.tied_modules import embedding_path, named_embeddings, paths_with_weight, tied_paths
 from surgery.rules.tokens import BaseRowsRule, TokensRule
 
 PREFIX = "base_model.model."
@@ -41,12 +42,12 @@ class BaseRows(PeftPart):
 class TrainableTokens(PeftMethod):
     """PEFT's method of rows alone. Its tensors are entries of `Tokens`, the part of rows beside any method."""
 
-    peft_type, rule, targeted, lacks = "TRAINABLE_TOKENS", TokensRule, False, ()
+    peft_type, rule, targeted, lacks = "TRAINABLE_TOKENS", TokensRule, False, ("ensure_weight_tying",)
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         config.silent("init_weights")
         ids = config.take("token_indices", [])
-        embedding = _embedding(config.modules)
+        embedding = embedding_path(config.modules)
         paths = sorted(config.targeted) if config.take("target_modules") else [embedding or "embed_tokens"]
         if not paths:
             raise config.refuse("target_modules", "it names no module of the model")
@@ -81,7 +82,7 @@ class Tokens(PeftPart):
         indices = config.take("trainable_token_indices")
         if not indices:
             return
-        tying = bool(config.data.get("ensure_weight_tying")) and not _other_embeddings(config)
+        tying = bool(config.data.get("ensure_weight_tying")) and not named_embeddings(config)
         if tying:  # else no rule holds it
             config.take("ensure_weight_tying")
         for paths, ids in _groups(indices, config.modules, tying).items():
@@ -90,7 +91,7 @@ class Tokens(PeftPart):
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         assert isinstance(place.rule, TokensRule)
-        indices, embedding = place.config.get("trainable_token_indices"), _embedding(place.modules)
+        indices, embedding = place.config.get("trainable_token_indices"), embedding_path(place.modules)
         together = _sharing(place.modules.matched(place.rule), place)
         path = embedding if embedding in together else place.path
         ids: Any = indices
@@ -102,7 +103,7 @@ class Tokens(PeftPart):
         return {"rows": PeftEntry(key, lambda rows: rows[order], lambda rows: rows[order.argsort()])}
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
-        embedding, wanted = _embedding(modules), Groups()
+        embedding, wanted = embedding_path(modules), Groups()
         for rule, paths in placed:
             assert isinstance(rule, TokensRule)
             for path in paths:
@@ -121,7 +122,7 @@ class Tokens(PeftPart):
 
 def _of_base(place: PeftPlace, rule: BaseRowsRule) -> PeftEntry:
     """Rows of the base: some of the whole matrix that the file has of the module, or of one that is tied to it."""
-    index, paths = torch.tensor(sorted(rule.tokens)), _holding(place.modules.by_path, place.module)
+    index, paths = torch.tensor(sorted(rule.tokens)), paths_with_weight(place.modules.by_path, place.module)
     keys = [key for key in place.file_keys if (hit := base_key(key, place.modules.by_path)) and hit[0] in paths]
     path = next((path for path in paths if path in place.main), paths[0])
     indices = place.config.get("trainable_token_indices")
@@ -156,7 +157,7 @@ def _groups(indices: Any, modules: Any, tying: bool) -> Groups:
     A head that is tied to the embedding shares the embedding's rows, where these are trained and no others are given
     for it. `tying`: PEFT's ensure_weight_tying.
     """
-    embedding = _embedding(modules)
+    embedding = embedding_path(modules)
     if isinstance(indices, list):
         indices = {embedding or "embed_tokens": indices}
     tied, names = _tied(modules), list(indices)
@@ -188,35 +189,12 @@ def _means(name: str, path: str) -> bool:
     return path.endswith(name) or name in path.split(".")
 
 
-def _embedding(modules: Any) -> str | None:
-    """The path of the model's input embeddings."""
-    try:
-        module = modules.model.get_input_embeddings()
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-    return next((path for path, other in modules.by_path.items() if other is module), None)
-
-
 def _tied(modules: Any) -> list[str]:
-    """The modules that the model's configuration ties to its embedding, and that hold its weight."""
-    config, embedding = getattr(modules.model, "config", None), _embedding(modules)
-    if embedding is None or not getattr(config, "tie_word_embeddings", False):
-        return []
-    return [path for path in _holding(modules.by_path, modules.by_path[embedding]) if path != embedding]
-
-
-def _holding(modules: Mapping[str, nn.Module], module: nn.Module) -> list[str]:
-    weight = module._parameters.get("weight")
-    return [path for path, other in modules.items() if weight is not None and other._parameters.get("weight") is weight]
+    """The modules that PEFT ties for rows of tokens: the model's configuration has to say so."""
+    tied = getattr(getattr(modules.model, "config", None), "tie_word_embeddings", False)
+    return tied_paths(modules) if tied else []
 
 
 def _sharing(paths: Iterable[str], place: PeftPlace) -> set[str]:
     """Of these paths, the ones that hold the weight of a rule's site."""
-    return set(paths) & set(_holding(place.modules.by_path, place.module))
-
-
-def _other_embeddings(config: PeftConfig) -> Sequence[str]:
-    """The embeddings and heads that the configuration adapts or saves as a whole."""
-    names = ("embed_tokens", "lm_head")
-    saved = config.data.get("modules_to_save") or ()
-    return [name for name in (*config.targeted, *saved) if str(name).rpartition(".")[2] in names]
+    return set(paths) & set(paths_with_weight(place.modules.by_path, place.module))

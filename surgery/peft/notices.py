@@ -86,16 +86,19 @@ def fields_for_rules(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
         paths, parameters = chosen_by(data, modules), [*targeted_parameters(data["target_parameters"], modules)]
         if bool(paths) != bool(parameters):
             data["target_parameters" if paths else "target_modules"] = None
-    if not data.get("ensure_weight_tying") or data.get("trainable_token_indices"):
+    if not data.get("ensure_weight_tying"):
         return data
-    tied = _tied_modules(model)
+    tied, rows = _tied_modules(model), data.get("trainable_token_indices")
     if tied and _names_embeddings(data):
         return data
     what = "no tied modules were found in the model"
     if tied:
         what = "no tied modules are added in either `modules_to_save` or `target_modules`"
     _warn(f"You have requested `ensure_weight_tying`, but {what}")
-    return {**data, "ensure_weight_tying": False}
+    if rows and not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        text = "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). "
+        _warn(f"{text}Weight tying will not be applied for trainable_token_indices.")
+    return data if rows else {**data, "ensure_weight_tying": False}  # rows of tokens are tied without such names
 
 
 def warn_of_fields(config: PeftConfig, model: nn.Module) -> None:
@@ -172,16 +175,21 @@ def _names_embeddings(data: Mapping[str, Any]) -> bool:
 
 
 def _tied_modules(model: Any) -> list[str]:
-    """The modules that share the input embedding's weight, unless the model's configuration says that none does."""
+    """The modules that share the input embedding's weight, where the model says as in PEFT that it has tied weights."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
-    if weight is None or getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
+    config = getattr(model, "config", None)
+    if weight is None or getattr(config, "tie_word_embeddings", None) is False or not _says_tied(model):
         return []
     return [
         path
         for path, module in Modules.of(model).by_path.items()
         if module is not embedding and module._parameters.get("weight") is weight
     ]
+
+
+def _says_tied(model: Any) -> bool:
+    return bool(getattr(model, "_tied_weights_keys", None))
 
 
 def _value(data: Mapping[str, Any], field: str, path: str, default: Any) -> Any:

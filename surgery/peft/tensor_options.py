@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.patterns.module_walk import tensor_key
 from surgery.rewritten_model.verb_root import rewritten, root_of
@@ -21,6 +21,7 @@ def keep_base_dtype(model: nn.Module, adapter: str, journal: Journal) -> None:
 
     Integer and quantised weights have no dtype for an adapter: its tensors keep theirs there.
     """
+    replaced = _Replaced()
     for _, module, box in _boxes(model, adapter):
         dtype = next((weight.dtype for _, weight in base_parameters(module) if weight.is_floating_point()), None)
         if dtype is None:
@@ -28,7 +29,7 @@ def keep_base_dtype(model: nn.Module, adapter: str, journal: Journal) -> None:
         _keep(box, journal)
         for name, parameter in box._parameters.items():
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
-                box._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                box._parameters[name] = replaced.get(parameter, parameter.detach().to(dtype))
         for name, buffer in box._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 box._buffers[name] = buffer.to(dtype)
@@ -40,23 +41,23 @@ def move_to_meta(model: nn.Module, adapter: str, journal: Journal) -> None:
     `set_peft_model_state_dict` puts real tensors in their places. Buffers stay: they are constants, which a state dict
     may not have.
     """
+    replaced = _Replaced()
     for _, _, box in _boxes(model, adapter):
         _keep(box, journal)
         for name, parameter in box._parameters.items():
             if parameter is not None:
-                box._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                box._parameters[name] = replaced.get(parameter, parameter.detach().to("meta"))
 
 
 def materialise(model: nn.Module, adapter: str, keys: Iterable[str], journal: Journal) -> None:
     """Make parameters of these keys that are on the device meta on the device of their module, without values."""
-    wanted = set(keys)
+    wanted, replaced = set(keys), _Replaced()
     for path, module, box in _boxes(model, adapter):
         device = next((weight.device for _, weight in base_parameters(module)), torch.device("cpu"))
         _keep(box, journal)
-        for name, tensor in box.tensors().items():
-            if tensor.is_meta and tensor_key(path, name) in wanted:
-                empty = torch.empty_like(tensor, device=device)
-                box._parameters[name] = nn.Parameter(empty, tensor.requires_grad)
+        for name, parameter in box._parameters.items():
+            if parameter is not None and parameter.is_meta and tensor_key(path, name) in wanted:
+                box._parameters[name] = replaced.get(parameter, torch.empty_like(parameter, device=device))
 
 
 def require_gradients(model: nn.Module, adapter: str, required: bool, journal: Journal) -> None:
@@ -81,6 +82,18 @@ def requires_gradients(model: nn.Module, adapter: str) -> bool:
             for name in (name for applied in rules for name in applied.trained):
                 return tensors[name].requires_grad
     return False
+
+
+class _Replaced:
+    """New parameters in place of old ones. Sites that share a parameter share the new one."""
+
+    def __init__(self) -> None:
+        self._new: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, whose id stays its own
+
+    def get(self, old: nn.Parameter, value: Tensor) -> nn.Parameter:
+        if id(old) not in self._new:
+            self._new[id(old)] = old, nn.Parameter(value, old.requires_grad)
+        return self._new[id(old)][1]
 
 
 def _boxes(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, AdapterTensors]]:

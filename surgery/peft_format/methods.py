@@ -106,7 +106,7 @@ class PeftMethod(PeftPart):
     targeted: ClassVar[bool] = True  # whether its configuration names modules
     marks: ClassVar[tuple[str, ...]] = ()  # what PEFT's keys have after a path, to find the paths by
     prefix: ClassVar[str] = PREFIX  # what its keys have before a path
-    lacks: ClassVar[tuple[str, ...]] = ("trainable_token_indices",)  # fields of other parts that PEFT's has not
+    lacks: ClassVar[tuple[str, ...]] = ("trainable_token_indices", "ensure_weight_tying")  # fields of other parts
     biased: ClassVar[bool] = False  # whether its configuration has a field `bias`
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
