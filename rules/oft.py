@@ -27,10 +27,10 @@ class OftRule(Rule):
     torch.Size([2, 6])
 
     R = (I - Q) (I + Q)⁻¹, or with `use_cayley_neumann` its series I + 2 Q + 2 Q² + … + Qⁿ, which is a rotation while Q
-    is small. On Linear, transformers' Conv1D and quantised Linear (unmerged) the input is rotated. On a convolution the
-    weight is rotated, (in/groups · kernel) numbers of each output channel at a time. `R` is (blocks, block_size ·
-    (block_size - 1) / 2), and float32 on modules in half precision. PEFT's module_dropout has no effect in PEFT, so it
-    is not a field here.
+    is small. On Linear, transformers' Conv1D and quantised Linear (unmerged) the input is rotated. On an Embedding the
+    output is rotated: each row w of the weight becomes w R, as in PEFT. On a convolution the weight is rotated,
+    (in/groups · kernel) numbers of each output channel at a time. `R` is (blocks, block_size · (block_size - 1) / 2),
+    and float32 on modules in half precision. PEFT's module_dropout has no effect in PEFT, so it is not a field here.
 
     Args:
         block_size: rows of a block; default 32. PEFT: oft_block_size.
@@ -78,7 +78,7 @@ class OftRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module, "coft bounds the size of real numbers" if self.coft else ""):
             return why
-        layout = maps.linear_map(module, "linear", "conv1d", "convolution")
+        layout = maps.linear_map(module, "linear", "conv1d", "convolution", "embedding")
         if isinstance(layout, str):
             return layout
         if self.nearest:
@@ -86,8 +86,8 @@ class OftRule(Rule):
         size = maps.block_of(layout, self.block_size, self.blocks)
         return size if isinstance(size, str) else None
 
-    def rewrite(self, site: Site) -> None:
-        width = math.prod(maps.sizes(maps.at(site))[1:])
+    def rewrite(self, site: Site) -> Tensor | None:
+        width = maps.turned_width(maps.at(site))
         block_size, blocks = self.block_size, self.blocks
         if self.nearest:
             block_size, blocks = (count and nearest_divisor(width, count) for count in (block_size, blocks))
@@ -98,7 +98,7 @@ class OftRule(Rule):
         shape = (1 if self.block_share else width // size, len(rows))
         R = site.param("R", shape, partial(nn.init.normal_, std=0.1) if self.init == "random" else 0.0)
         turned = partial(_rotate, rotation=self._rotation(R, site.buffer("index", index), shape[0], site.apply))
-        maps.turn(site, turned, R.dtype)
+        return maps.turn(site, turned, R.dtype)
 
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         R = site.params["R"].detach()

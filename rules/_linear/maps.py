@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from surgery import LiveSite, Site
 from surgery.rules._linear.layouts import Layout, layout_of
 
-NAMES = {"linear": "Linear", "conv1d": "transformers' Conv1D", "convolution": "Conv1d/2d/3d"}
+NAMES = {
+    "linear": "Linear", "conv1d": "transformers' Conv1D", "convolution": "Conv1d/2d/3d", "embedding": "Embedding",
+}  # fmt: skip
 
 
 def linear_map(module: nn.Module, *kinds: str) -> Layout | str:
-    """Returns the layout of a map of one of these kinds ("linear", "conv1d", "convolution"), or why it has none."""
+    """Returns the layout of a map of one of these kinds (keys of `NAMES`), or why it has none."""
     groups = getattr(module, "groups", 1)  # as the rank, so that groups are no reason against a branch
     layout = layout_of(module, groups if type(groups) is int else 1)
     if isinstance(layout, Layout):
@@ -84,23 +86,39 @@ def add_to_weight(site: LiveSite, delta: Tensor) -> dict[str, Any]:
     return {"weight": (weight.to(delta.dtype) + delta).to(weight.dtype)}
 
 
-def turn(site: Site, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> None:
+def turn(site: Site, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> Tensor | None:
     """Replaces W by W M. `turned(x, False)` is M x for each row x of a matrix; `turned(w, True)` is w M for rows of W.
 
-    On a Linear this changes the input, which needs no second weight. On other modules it changes the weight.
+    On a Linear this changes the input, which needs no second weight. On an Embedding, whose input has no
+    features, each row w becomes M w: the output changes and is returned. On other modules the weight changes.
     """
+    layout = at(site)
+    if layout.kind == "embedding" and not layout.weight_space:
+        y = site.output
+        return turned(y.to(dtype), False).to(y.dtype)
     if turns_input(site):
         x = site.input
         site.replace(x, turned(x.to(dtype), False).to(x.dtype))
     else:
-        weight, layout = site.weight, at(site)
-        site.replace(weight, from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype))
+        weight = site.weight
+        site.replace(weight, _turned_weight(layout, weight, turned, dtype))
+    return None
 
 
 def turn_weight(site: LiveSite, turned: Callable[[Tensor, bool], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns the change of the weight that equals `turn`, for merging."""
-    weight, layout = site.weight, at(site)
-    return {"weight": from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype)}
+    return {"weight": _turned_weight(at(site), site.weight, turned, dtype)}
+
+
+def _turned_weight(layout: Layout, weight: Tensor, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> Tensor:
+    if layout.kind == "embedding":
+        return turned(weight.to(dtype), False).to(weight.dtype)
+    return from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype)
+
+
+def turned_width(layout: Layout) -> int:
+    """Returns how many numbers of a row `turn` mixes: those of one output's weights, or of an embedding's row."""
+    return layout.parts[0].shape[1] if layout.kind == "embedding" else math.prod(sizes(layout)[1:])
 
 
 def turns_input(site: Site | LiveSite) -> bool:
@@ -115,12 +133,13 @@ def by_block(rows: Tensor, blocks: Tensor) -> Tensor:
 
 def block_of(layout: Layout, block_size: int, blocks: int) -> int | str:
     """Returns the size of the blocks of a map's input, from the size or the number of blocks, or why not."""
-    width = math.prod(sizes(layout)[1:])
+    width = turned_width(layout)
     number, name = (blocks, "blocks") if blocks else (block_size, "block_size")
     if width % number == 0:
         return width // number if blocks else number
     near = min((divisor for divisor in range(1, width + 1) if width % divisor == 0), key=lambda d: abs(d - number))
-    return f"{name}={number} does not divide the {width} numbers that each output is made of; {near} does"
+    numbers = "of each row" if layout.kind == "embedding" else "that each output is made of"
+    return f"{name}={number} does not divide the {width} numbers {numbers}; {near} does"
 
 
 def keep_mask(site: Site, like: Tensor, chance: float) -> Tensor:

@@ -80,6 +80,7 @@ class Oft(PeftMethod):
     peft_type, rule = "OFT", OftRule
     biased = True
     tensors, derived = {"R": "oft_R.weight"}, ("index",)
+    marks = ("oft_R.weight", "oft_embedding_R.weight")
     fields = {
         "oft_block_size": "block_size", "r": "blocks", "block_share": "block_share", "coft": "coft", "eps": "eps",
         "use_cayley_neumann": "use_cayley_neumann", "num_cayley_neumann_terms": "num_cayley_neumann_terms",
@@ -93,12 +94,17 @@ class Oft(PeftMethod):
             raise config.refuse("target_modules", "PEFT's OFT of a Conv2d adds overlapping patches: no turned weight")
         return self._nearest(config)
 
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        if isinstance(place.module, nn.Embedding):
+            return {"R": PeftEntry("oft_embedding_R.weight")}
+        return super().entries(place)
+
     def _nearest(self, config: PeftConfig) -> dict[str, Any]:
         """Where the blocks divide not every site, PEFT takes the nearest number that does."""
         name = "r" if config.data.get("r") else "oft_block_size"
         count = config.data.get(name) or (0 if name == "r" else 32)
         layouts = [maps.linear_map(config.modules.by_path[path], *maps.NAMES) for path in config.targeted]
-        widths = {maps.sizes(layout)[1] for layout in layouts if not isinstance(layout, str)}
+        widths = {maps.turned_width(layout) for layout in layouts if not isinstance(layout, str)}
         others = sorted(width for width in widths if isinstance(count, int) and count > 0 and width % count)
         if not others:
             return {}
