@@ -29,7 +29,7 @@ from transformers.models.vit import modeling_vit
 from surgery import Rule, apply_rules, plan_rules, remove, rules_from_json, rules_to_json
 from surgery.authoring import rule_names
 from surgery.testing import assert_reversible
-from tests.project.test_docs import TEXT, runs
+from tests.support.pages import TEXT, runs
 from tests.support.sampling import sample
 
 PAGES = [f"docs/recipes{kind}.md" for kind in ("", "-training", "-reading", "-inside")]

@@ -35,7 +35,7 @@ from surgery.lifecycle.switching import set_trained
 from surgery.rules import IA3Rule, LoraRule, PrefixRule, SteerRule
 from surgery.state.records import require_state
 from surgery.testing import Snapshot
-from tests.rules.test_prefix_written import Plain
+from tests.support.written_attention import Plain
 
 X = torch.randn(3, 8)
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import gc
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,38 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-import surgery
-from surgery import Combination, MergeError, PlanError, apply_rules, merge, rules, unmerge
+from surgery import Combination, MergeError, PlanError, apply_rules, merge, unmerge
 from surgery.patterns.paths import literal_alternatives
 from surgery.rules import LoraRule
 from surgery.rules._shared import combining, path_patterns
 from surgery.state.records import site_state
 from surgery.testing import Snapshot
 from tests.benchmarks import verbs
+from tests.support.line_counts import OURS, lines_of
 
-OURS = tuple(f"{Path(package.__file__).parent}/" for package in (surgery, rules))  # type: ignore[arg-type]
 Counts = dict[str, dict[int, int]]  # executed lines by verb and size
-
-
-def lines_of(work: Callable[[], Any]) -> int:
-    """The number of lines of the engine and of rules that a call executes."""
-    count = 0
-
-    def inside(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal count
-        count += event == "line"
-        return inside
-
-    before = sys.gettrace()
-    gc.collect()
-    gc.disable()  # finalisers are not part of a verb
-    sys.settrace(lambda frame, *_: inside if frame.f_code.co_filename.startswith(OURS) else None)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-        gc.enable()
-    return count
 
 
 def count_work(make: Callable[[int], verbs.Layers], sizes: list[int], folder: Path) -> Counts:

@@ -50,8 +50,8 @@ from surgery.rules import (
     captured,
 )
 from surgery.testing import Snapshot
-from tests.rules.test_prefix_written import Plain
 from tests.support.tiny import llama
+from tests.support.written_attention import Plain
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 X = torch.randn(3, 8)

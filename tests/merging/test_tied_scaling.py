@@ -11,8 +11,8 @@ import torch
 from surgery import SurgeryError, apply_rules, merge, merge_to, unmerge
 from surgery.rules import LoraRule
 from surgery.testing import Snapshot
-from tests.models.test_family_list import run
 from tests.support.families import FAMILIES
+from tests.support.family_runs import run
 
 pytest.importorskip("transformers")
 

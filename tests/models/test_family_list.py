@@ -6,56 +6,24 @@ A sample by default; all of them with ALL_FAMILIES=1 (`make families`).
 from __future__ import annotations
 
 import os
-import random
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery import PlanError, SurgeryWarning, apply_rules, merge, remove, unmerge
 from surgery.rules import LoraRule
 from surgery.testing import Snapshot
 from tests.support.families import FAMILIES, KINDS
+from tests.support.family_runs import NO_LINEAR, NOT_REACHED, READ_PAST, rule_for, run, tensors
 
 pytest.importorskip("transformers")
 
 SAMPLE = ["bert", "gpt_neo", "t5", "qwen3_moe", "mamba2", "segformer", "wavlm", "owlvit", "patchtst", "resnet"]
 NAMES = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else SAMPLE
 
-# Families whose only linear layer is the head, and the targets of their rules.
-NO_LINEAR: dict[str, type[nn.Module] | str] = {
-    **dict.fromkeys(["resnet", "regnet", "bit", "efficientnet", "poolformer"], nn.Conv2d),
-    **dict.fromkeys(["mobilevitv2", "mobilenet_v1", "mobilenet_v2"], nn.Conv2d),
-    "encodec": nn.Conv1d,
-    "dac": nn.Conv1d,
-    "ibert": "classifier.dense",  # its layers are QuantLinear, which is not a Linear; the head has a Linear
-}
-
-# Targets of "all-linear" whose weights the family's code reads without calling them: regular expressions.
-READ_PAST = {
-    "mamba": r"mixer\.dt_proj",
-    "falcon_mamba": r"mixer\.dt_proj",  # called only if the weights are quantised
-    "jamba": r"mamba\.dt_proj",
-    "wavlm": r"attention\.[qkv]_proj|attention\.out_proj",  # F.multi_head_attention_forward
-    "layoutlmv3": r"encoder\.rel_pos_([xy]_)?bias",
-}
-
-# Targets that the example does not reach: a branch, an expert or an input that it does not use.
-NOT_REACHED = {
-    "luke": r"entity_|_self\.|attention\.self\.(w2e|e2w|e2e)_query",  # no entities
-    "esm": r"contact_head",
-    "led": r"_global",  # no global attention
-    "switch_transformers": r"experts\.",
-    "nllb_moe": r"experts\.",
-    "flava": r"^(image|text)_projection",  # of the contrastive head
-    "bridgetower": r"text_model\.pooler",
-    "trocr": r"encoder_attn\.",  # a decoder by itself
-    "markuplm": r"xpath_unitseq2_embeddings",
-}
 
 # Targets that one branch bypasses, which a warning reports.
 ON_ONE_BRANCH = {
@@ -78,37 +46,8 @@ TIED = {"zamba", "dab_detr", "deformable_detr", "blip"}
 NO_BACKWARD = {"rwkv", "xlstm", "reformer"}
 
 
-def tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from tensors(value)
-
-
-def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    random.seed(1)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        outputs = list(tensors(model(**inputs)))
-    assert outputs
-    return outputs
-
-
 def same(actual: list[Tensor], expected: list[Tensor]) -> bool:
     return len(actual) == len(expected) and all(map(torch.equal, actual, expected))
-
-
-def rule_for(name: str, model: nn.Module) -> LoraRule:
-    if name in NO_LINEAR:
-        return LoraRule(NO_LINEAR[name], rank=2)
-    left_out = [table[name] for table in (READ_PAST, NOT_REACHED) if name in table]
-    paths = [path for path, _ in model.named_modules() if any(re.search(pattern, path) for pattern in left_out)]
-    assert bool(paths) == bool(left_out)
-    return LoraRule("all-linear", rank=2, exclude=paths)
 
 
 @pytest.mark.parametrize("name", NAMES)

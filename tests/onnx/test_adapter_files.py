@@ -7,9 +7,6 @@ import json
 import random as chance
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,8 @@ from torch import nn
 
 from surgery import LoadError, SurgeryError
 from tests.support import ROOT
+from tests.support.peft_slots import check_peft, export_slots, onnx, peft_of, peft_on, quietly
 
-onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from surgery.onnx import Manifest, OnnxRunner, convert_peft, read_adapter, write_adapter  # noqa: E402
@@ -35,19 +32,6 @@ from tests.support.sampling import LAYERS  # noqa: E402
 from tests.support.slotted import Build, slot  # noqa: E402
 
 X = slotted.random(50, 5, 4)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Ignore PEFT's warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def peft_of() -> Any:
-    with quietly():
-        return pytest.importorskip("peft")
 
 
 # Files ------------------------------------------------------------------------------------------------------------
@@ -179,6 +163,7 @@ import random, struct, sys
 from pathlib import Path
 from surgery import LoadError
 from surgery.onnx import Manifest, OnnxRunner, read_adapter
+
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 runner = OnnxRunner(folder / "net.onnx")
 good = (folder / "a.onnx_adapter").read_bytes()
@@ -331,19 +316,6 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x).relu())
-
-
-def peft_on(model: nn.Module, config: Any, folder: Path, seed: int = 0) -> Any:
-    """PEFT's model with random trained tensors, saved to the folder."""
-    with quietly():
-        peft_model = peft_of().get_peft_model(model, config)
-    draw = torch.Generator().manual_seed(seed)
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=draw) * 0.3 + (parameter.dim() == 1)
-    with quietly():
-        peft_model.save_pretrained(str(folder))
-    return peft_model.eval()
 
 
 def lora(**fields: Any) -> Any:
@@ -693,31 +665,6 @@ def change_checkpoint(folder: Path, without: str = "\n", **fields: Any) -> None:
 
 
 # With files of export_onnx ----------------------------------------------------------------------------------------
-
-
-def export_slots(model: nn.Module, rules: Any, inputs: dict[str, torch.Tensor], folder: Path) -> Path:
-    """Export the model with slots for the rules of one adapter, or of several adapters by name."""
-    pytest.importorskip("onnxscript")
-    from surgery import apply_rules
-    from surgery.onnx import export_onnx
-
-    adapted = copy.deepcopy(model).eval()
-    for name, own in (rules if isinstance(rules, dict) else {"default": rules}).items():
-        apply_rules(adapted, own, adapter=name, example_inputs=inputs)
-    export_onnx(adapted, folder / "model.onnx", inputs, adapters="slots", verify=False)
-    return folder / "model.onnx"
-
-
-def check_peft(peft_model: Any, file: Path, inputs: dict[str, torch.Tensor], folder: Path, slack: float = 2e-4) -> None:
-    """The converted checkpoint in the folder gives the outputs of PEFT's model."""
-    runner = OnnxRunner(file)
-    runner.load("a", convert_peft(folder / "peft", file, folder / "a.onnx_adapter"))
-    names = set(runner.manifest.inputs)
-    feeds = {name: value.numpy() for name, value in inputs.items() if name in names}
-    with torch.no_grad(), quietly():
-        expected = peft_model(**inputs).logits.numpy()
-    assert np.abs(runner.run(feeds)["logits"] - expected).max() > 1e-2
-    np.testing.assert_allclose(runner.run(feeds, "a")["logits"], expected, atol=slack, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from surgery import SiteError, SurgeryError, apply_rules, using
 from surgery.onnx.calls.example import ExampleCall, arrays_of, outputs_of
 from surgery.rules import AdaptionRule, LoraRule, PrefixRule
-from tests.rules.test_prefix_written import WIDTH, Biased, Called, Flat, Plain
 from tests.support import tiny
+from tests.support.longer_prefix import longer, moved
 from tests.support.sampling import onnx_cases
 from tests.support.slots import Exported, adapted, check_slots, outputs, plain, same
+from tests.support.written_attention import WIDTH, Biased, Called, Flat, Plain
 
 
 class First(nn.Module):
@@ -32,22 +33,6 @@ class First(nn.Module):
             result = block(x)
             x = x + (result[0] if isinstance(result, tuple) else result)
         return x
-
-
-def moved(built: tuple[nn.Module, dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny model whose weights are large enough for its attention to matter, and a call of five rows."""
-    model, inputs = built
-    with torch.no_grad():
-        for parameter in model.eval().parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    if hasattr(model, "config"):
-        model.config.use_cache = False  # type: ignore[union-attr]
-    return model, {name: torch.cat([value, value, value[:1]]) for name, value in inputs.items()}
-
-
-def longer(inputs: dict[str, Any]) -> dict[str, Any]:
-    wide = {name: torch.cat([value, value[:2]]) for name, value in inputs.items()}
-    return {name: torch.cat([value, torch.ones_like(value[:, :2])], 1) for name, value in wide.items()}
 
 
 @pytest.mark.parametrize("gate", [False, True])

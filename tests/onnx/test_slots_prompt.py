@@ -13,9 +13,9 @@ import torch
 from surgery import LoadError, Rule, SiteError, SurgeryError, apply_rules, load_adapter, using
 from surgery.onnx import OnnxRunner, convert_peft, export_adapter, export_onnx, import_adapter
 from surgery.rules import LoraRule, MultitaskPromptRule, PromptRule, TrainRule
-from tests.onnx.test_adapter_files import check_peft, export_slots, peft_of, peft_on, quietly
-from tests.onnx.test_slots_prefix import longer, moved
 from tests.support import tiny
+from tests.support.longer_prefix import longer, moved
+from tests.support.peft_slots import check_peft, export_slots, peft_of, peft_on, quietly
 from tests.support.sampling import LAYERS, onnx_cases
 from tests.support.slots import Exported, adapted, check_slots, outputs, plain, same
 

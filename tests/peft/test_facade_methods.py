@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import surgery
 import surgery.peft as ours
 from surgery.rules import AdaLoraRule, BiasRule, LoraRule, TokensRule, orthogonal_loss
-from tests.peft.test_facade import CLOSE, bert, llama, moved, out
+from tests.support.facade_models import CLOSE, bert, llama, moved, out
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

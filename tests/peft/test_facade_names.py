@@ -17,7 +17,7 @@ from torch import nn
 import surgery.peft as ours
 from surgery import SurgeryError
 from surgery.testing import Snapshot
-from tests.peft.test_facade import bert, llama, moved, out, same_adapters, two
+from tests.support.facade_models import bert, llama, moved, out, same_adapters, two
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

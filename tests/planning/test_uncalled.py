@@ -17,8 +17,8 @@ from surgery import PlanError, SurgeryError, SurgeryWarning, apply_rules, merge,
 from surgery.planning.uncalled_modules import never_called
 from surgery.rules import IA3Rule, LoraRule, TrainRule
 from surgery.testing import Snapshot
-from tests.models.test_family_list import run, tensors
 from tests.support.families import FAMILIES
+from tests.support.family_runs import run, tensors
 
 
 class Owner(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.project.test_examples import EXAMPLES, run
+from tests.support.example_runs import EXAMPLES, run
 
 WEB = EXAMPLES / "web"
 

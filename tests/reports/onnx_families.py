@@ -24,8 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402  # what it reads of the environment is set first
 
 from surgery import apply_rules, export_onnx  # noqa: E402
-from tests.models.test_family_list import rule_for  # noqa: E402
 from tests.support.families import FAMILIES  # noqa: E402
+from tests.support.family_runs import rule_for  # noqa: E402
 
 PAGE = ROOT / "docs/onnx-families.md"
 MARK = "<!-- made by make onnx-families -->\n"

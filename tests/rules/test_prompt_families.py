@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from surgery import apply_rules
 from surgery.rules import PrefixRule, PromptRule
-from tests.rules.test_prefix_families import NONE, OTHER
 from tests.support.families import FAMILIES
+from tests.support.prefix_families import NONE, OTHER
 
 transformers: Any = pytest.importorskip("transformers")
 

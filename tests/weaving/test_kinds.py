@@ -32,7 +32,7 @@ from surgery import (
     trace,
 )
 from tests.support.sampling import sample
-from tests.weaving.test_inside import (
+from tests.support.tower import (
     MASK,
     RULES,
     Attention,

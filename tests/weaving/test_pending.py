@@ -20,7 +20,7 @@ from surgery.state.records import site_state
 from surgery.testing import Snapshot
 from surgery.weaving.deferred_class import DeferredRecipe
 from surgery.weaving.generated_class import EAGER_LIMIT
-from tests.lifecycle.test_growth import lines_of
+from tests.support.line_counts import lines_of
 
 MANY = EAGER_LIMIT + 4
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
