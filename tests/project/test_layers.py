@@ -115,6 +115,14 @@ def test_torch_is_imported_when_it_is_needed() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_no_test_imports_another() -> None:
+    """What several tests share stands in tests/support."""
+    for file in ROOT.glob("tests/*/test_*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith("tests.") and ".test_" in name], file
+
+
 def test_tests_lie_in_folders() -> None:
     """A test lies in the folder of what it tests, and what tests share in tests/support; each folder is a package."""
     assert {file.name for file in ROOT.glob("tests/*.py")} == {"__init__.py", "conftest.py"}
