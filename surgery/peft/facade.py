@@ -20,7 +20,7 @@ from surgery.peft.model import LoadResult, PeftMixedModel, PeftModel
 from surgery.peft.notices import warn_of_names
 from surgery.peft.tensor_options import materialise
 from surgery.peft_format.writing import from_peft, to_peft
-from surgery.rewritten_model.state_dict import load_adapter_state_dict
+from surgery.rewritten_model.state_dict import adapter_state_dict, load_adapter_state_dict
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.transaction.undo_log import Journal
@@ -170,13 +170,20 @@ def set_peft_model_state_dict(
 ) -> LoadResult:
     """Copy tensors under PEFT's keys into an adapter that is there: which were missing, and which are none of its.
 
-    All or nothing: a tensor of another shape is a `LoadError`, with the adapter as it was.
+    All or nothing: a tensor of another shape, or on the device meta, is an error, with the adapter as it was. The
+    adapter's tensors on the device meta that the state dict lacks stay there.
     """
     base = inside(model)
     with pefts_errors(KeyError):
         adapter_names(rewritten(base)[1], adapter_name)
     with pefts_errors(RuntimeError), Journal() as journal:
+        if on_meta := [key for key, tensor in peft_model_state_dict.items() if tensor.is_meta]:
+            what, fix = f"{len(on_meta)} tensors of the state dict are on the device meta", "load their values first"
+            raise SurgeryError(what, where=on_meta[0], why="they have no values", fix=fix)
         tensors, missing, unexpected = from_peft(base, adapter_name, peft_model_state_dict)
-        materialise(base, adapter_name, tensors, journal)
+        came = [key for key, tensor in tensors.items() if not tensor.is_meta]
+        materialise(base, adapter_name, came, journal)
+        own = adapter_state_dict(base, adapter_name)
+        tensors = {key: own[key] if tensor.is_meta else tensor for key, tensor in tensors.items()}
         load_adapter_state_dict(base, tensors, adapter_name)
     return LoadResult(missing, unexpected)

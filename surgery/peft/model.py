@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import SiteError, SurgeryError, SurgeryWarning, near_misses
+from surgery.errors import RuleError, SiteError, SurgeryError, SurgeryWarning, near_misses
 from surgery.lifecycle.switching import set_trained
 from surgery.merging.merge import ensure_unmerged
 from surgery.merging.site_merge import NotFiniteError
@@ -161,6 +161,7 @@ class PeftModel(FacadeProperties):
         if adapter_name in self._configs:
             fix = "choose another name, or delete_adapter first; a cell that runs again begins with model.unload()"
             raise as_builtin(SurgeryError(f"Adapter with name '{adapter_name}' already exists.", fix=fix))
+        self._check_kind(peft_config)
         config = with_defaults(peft_config, self._base, self._task)
         check_targets(config, self._base)
         check_fields(config, self._base)
@@ -174,6 +175,9 @@ class PeftModel(FacadeProperties):
             with Journal() as journal:
                 move_to_meta(self._base, adapter_name, journal)
         self._configs[adapter_name] = completed(peft_config, config)
+
+    def _check_kind(self, config: Any) -> None:
+        """Raises an error where adapters of this method can't be in a façade of this class."""
 
     def _place(self, adapter_name: str, options: dict[str, Any]) -> None:
         """Follow PEFT's option for the dtype of an adapter's tensors."""
@@ -197,6 +201,7 @@ class PeftModel(FacadeProperties):
         else:
             settings = options.get("config") and with_defaults(options["config"], self._base, self._task)
             config = settings or PeftConfig.from_pretrained(model_id, **options)
+            self._check_kind(config)
             config.inference_mode = not is_trainable
             arguments |= {"config": settings and settings.to_dict(), "example_inputs": self._example(config, options)}
             arguments["resize"] = bool(options.get("resize"))
@@ -378,6 +383,13 @@ class PeftMixedModel(PeftModel):
     """A `PeftModel` whose adapters are of several methods, as those of any `PeftModel` here may be."""
 
     __slots__ = ()
+
+    def _check_kind(self, config: Any) -> None:
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            method = getattr(config.peft_type, "value", config.peft_type)
+            what = f"The provided `peft_type` '{method}' is not compatible with the `PeftMixedModel`."
+            fix = "get_peft_model without mixed=True takes adapters of several methods, prompts and prefixes among them"
+            raise as_builtin(RuleError(what, fix=fix))
 
     @whole
     def delete_adapter(self, adapter_name: Names) -> None:

@@ -52,11 +52,17 @@ def move_to_meta(model: nn.Module, adapter: str, journal: Journal) -> None:
 def materialise(model: nn.Module, adapter: str, keys: Iterable[str], journal: Journal) -> None:
     """Make parameters of these keys that are on the device meta on the device of their module, without values."""
     wanted, replaced = set(keys), _Replaced()
-    for path, module, box in _boxes(model, adapter):
+    chosen = {  # at all of their sites, of which a state dict may have one
+        id(parameter)
+        for path, _, box in _boxes(model, adapter)
+        for name, parameter in box._parameters.items()
+        if parameter is not None and parameter.is_meta and tensor_key(path, name) in wanted
+    }
+    for _, module, box in _boxes(model, adapter):
         device = next((weight.device for _, weight in base_parameters(module)), torch.device("cpu"))
         _keep(box, journal)
         for name, parameter in box._parameters.items():
-            if parameter is not None and parameter.is_meta and tensor_key(path, name) in wanted:
+            if parameter is not None and id(parameter) in chosen:
                 box._parameters[name] = replaced.get(parameter, torch.empty_like(parameter, device=device))
 
 

@@ -238,6 +238,17 @@ def test_two_copies_of_a_module_are_not_live_together() -> None:
         assert error is None, error
 
 
+@pytest.mark.parametrize("name", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_a_mixed_model_takes_no_prompts(name: str) -> None:
+    def make(library: Any) -> None:
+        model = library.get_peft_model(Net(), library.LoraConfig(target_modules=["first"]), mixed=True)
+        model.add_adapter("more", getattr(library, name)())
+
+    theirs, mine = told(peft, make)[0], told(ours, make)[0]
+    assert isinstance(theirs, ValueError) and isinstance(mine, ValueError) and isinstance(mine, SurgeryError)
+    assert str(theirs).partition("Compatible")[0].strip() in str(mine)
+
+
 def test_a_mixed_model_deletes_several_adapters_or_none() -> None:
     model: Any = ours.get_peft_model(Net(), ours.LoraConfig(target_modules=["first"]), mixed=True)
     for name in ("a", "b"):

@@ -151,3 +151,27 @@ def test_safe_serialization_false_writes_a_file_of_torch_save(tmp_path: Path) ->
     assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
     assert torch.equal(PeftModel.from_pretrained(model_of(), tmp_path)(x), model.eval()(x))
     assert torch.equal(peft.PeftModel.from_pretrained(model_of(), tmp_path)(x), model(x))
+
+
+def test_tensors_that_a_state_dict_lacks_stay_on_meta() -> None:
+    source, model = model_of(), model_of()
+    inject_adapter_in_model(CONFIGS[0], source)
+    inject_adapter_in_model(CONFIGS[0], model, low_cpu_mem_usage=True)
+    tensors = get_peft_model_state_dict(source)
+    lacking = next(key for key in tensors if "lora_B" in key)
+    state = {key: tensor for key, tensor in tensors.items() if key != lacking}
+    result = set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
+    assert result.missing_keys == [lacking]
+    assert sum(tensor.is_meta for tensor in adapter_tensors(model).values()) == 1
+    set_peft_model_state_dict(model, tensors)
+    assert all(torch.equal(adapter_tensors(model)[key], value) for key, value in adapter_tensors(source).items())
+
+
+def test_a_state_dict_on_meta_is_refused() -> None:
+    model = model_of()
+    inject_adapter_in_model(CONFIGS[0], model)
+    before = {key: tensor.clone() for key, tensor in adapter_tensors(model).items()}
+    state = {key: tensor.to("meta") for key, tensor in get_peft_model_state_dict(model).items()}
+    with pytest.raises(SurgeryError, match="are on the device meta"):
+        set_peft_model_state_dict(model, state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_tensors(model).items())
