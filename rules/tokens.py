@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import Combination, LiveSite, Rows, Rule, Share, Site, SlotRule, rule
-from surgery.rules._shared import complex_weights
+from surgery.rules._shared import complex_weights, fields
 
 
 @rule("tokens")
@@ -29,6 +29,7 @@ class TokensRule(Rule):
 
     Args:
         tokens: distinct row numbers.
+        init: default "identity", the base's rows; "random": normal draws (PEFT's `init_weights=False`, for tests).
 
     Two adapters that have a row in common can't be live together.
 
@@ -39,8 +40,8 @@ class TokensRule(Rule):
     """
 
     tokens: Sequence[int] = ()
+    init: Literal["identity", "random"] = "identity"
 
-    identity = True
     names: ClassVar[tuple[str, str]] = ("rows", "index")
     trains: ClassVar[bool] = True
 
@@ -48,6 +49,11 @@ class TokensRule(Rule):
         ids = self.tokens
         if not ids or not all(type(token) is int and token >= 0 for token in ids) or len(set(ids)) != len(ids):
             raise self.bad("tokens", "a list of distinct row numbers")
+        fields.one_of(self, "init", "identity", "random")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
 
     def differing_fields(self, other: Any) -> list[str]:
         """The order of the tokens is not a difference: `rows` lie in ascending order of the numbers."""
@@ -74,7 +80,10 @@ class TokensRule(Rule):
         ids = torch.tensor(sorted(self.tokens))
         weight: Tensor = site.module.weight  # type: ignore[assignment]
         start, (name, numbers) = weight.detach()[ids.to(weight.device)], self.names
-        rows = site.param(name, start, trainable=self.trains, tied=weight)
+        if self.init == "random":
+            rows = site.param(name, start.shape, nn.init.normal_, dtype=start.dtype, trainable=self.trains, tied=weight)
+        else:
+            rows = site.param(name, start, trainable=self.trains, tied=weight)
         index = site.buffer(numbers, ids)
         if not self.looks_up(site):
             site.replace(site.weight, site.weight.index_copy(0, index, rows.to(site.weight.dtype)))

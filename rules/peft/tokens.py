@@ -56,9 +56,8 @@ class TrainableTokens(PeftMethod):
             yield TokensRule(targets=config.regular(group), tokens=list(rows))
 
     def start(self, config: PeftConfig) -> Iterable[Rule]:
-        if config.data.get("init_weights") is False:
-            raise config.refuse("init_weights", "rows start as those of the base")
-        return self.read(config)
+        random = config.data.get("init_weights") is False
+        return [rule.replace(init="random") if random else rule for rule in self.read(config)]
 
     def complete(
         self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Any

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.peft import (
     BOFTConfig,
+    C3AConfig,
+    FourierFTConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -21,6 +23,8 @@ from surgery.peft import (
     MissConfig,
     OFTConfig,
     PeftModel,
+    RandLoraConfig,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
@@ -175,3 +179,34 @@ def test_a_state_dict_on_meta_is_refused() -> None:
     with pytest.raises(SurgeryError, match="are on the device meta"):
         set_peft_model_state_dict(model, state)
     assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_tensors(model).items())
+
+
+def test_rows_of_tokens_start_at_random_if_asked_for() -> None:
+    for weights, changed in ((True, False), (False, True)):
+        base = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+        config = TrainableTokensConfig(token_indices=[2, 7], target_modules=["0"], init_weights=weights)
+        x = torch.tensor([[1, 2, 7]])
+        before = base(x)
+        output = get_peft_model(base, config)(x)
+        assert torch.equal(output[:, 0], before[:, 0])
+        assert (not torch.equal(output[:, 1:], before[:, 1:])) == changed
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["0"]),
+        FourierFTConfig(n_frequency=4, target_modules=["0"]),
+        C3AConfig(block_size=4, target_modules=["0"]),
+        RandLoraConfig(r=2, target_modules=["0"]),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+def test_a_safe_merge_of_values_that_are_not_finite_says_so(config: Any) -> None:
+    model = get_peft_model(model_of(), config)
+    with torch.no_grad():
+        for tensor in adapter_tensors(model).values():
+            if tensor.requires_grad:
+                tensor.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+        model.merge_and_unload(safe_merge=True)
