@@ -141,9 +141,9 @@ class BaseRowsRule(TokensRule):
 
     Args:
         tokens: distinct row numbers.
+        init: as in TokensRule.
         in_weight: insert the rows into the weight at each call, for rules that read it (DoRA), instead of looking them
-            up;
-            default False.
+            up; default False.
 
     Source: PEFT's save_embedding_layers.
     """

@@ -117,6 +117,8 @@ class Biases(PeftPart):
             return
         config.take("bias")
         if bias == "all":
+            if not any(biases(module) for module in config.modules.by_path.values()):
+                return  # as in PEFT, nothing is trained; the façade warns of it
             inner = _inner(config.modules, trained_modules(config))
             yield BiasRule(exclude=config.regular(sorted(inner))) if inner else BiasRule()
         elif isinstance(bias, str) and bias.endswith("_only"):

@@ -128,6 +128,10 @@ def warn_of_fields(config: PeftConfig, model: nn.Module) -> None:
         if unmatched and config.method != "ADALORA":
             text = f"The following {name} keys did not match any targeted module and were ignored: {unmatched}."
             _warn(text, PeftRuntimeWarning)
+    bias = data.get("bias")
+    where = modules.by_path if bias == "all" else paths
+    if bias not in (None, "none") and not any(getattr(modules.by_path[p], "bias", None) is not None for p in where):
+        _warn(f"bias={bias!r} trains nothing: no such module has a bias.", PeftRuntimeWarning)
     if data.get("lora_bias"):
         _warn_of_missing_biases([modules.by_path[path] for path in modules.by_path if path in paths])
     if not data.get("ensure_weight_tying") and _names_embeddings(data) and _tied_modules(model):

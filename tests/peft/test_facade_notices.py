@@ -277,3 +277,14 @@ def test_a_merged_adapter_is_not_deleted(name: str) -> None:
         assert set(model.peft_config) == {"default", "other"}
 
     assert told(peft, make)[0] is told(ours, make)[0] is None
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_no_module_has_are_a_warning(bias: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU())
+    with pytest.warns(RuntimeWarning, match="trains nothing"):
+        adapted = ours.get_peft_model(model, ours.LoraConfig(r=2, target_modules=["0"], bias=bias))
+    assert {name for name, p in adapted.named_parameters() if p.requires_grad} == {
+        "0.adapters.default.A",
+        "0.adapters.default.B",
+    }
