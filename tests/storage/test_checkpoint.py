@@ -700,7 +700,6 @@ LORA = {"peft_type": "LORA", "target_modules": ["1"], "r": 2}
         ({**LORA, "alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({**LORA, "use_bdlora": {"x": 1}}, "use_bdlora"),
         ({**LORA, "megatron_config": {"x": 1}}, "megatron_config"),
-        ({**LORA, "ensure_weight_tying": True}, "ensure_weight_tying"),
         ({**LORA, "init_lora_weights": "corda"}, "init_lora_weights='corda'"),
         ({**LORA, "a_field_of_tomorrow": 3}, "a_field_of_tomorrow"),
         ({**LORA, "r": "two"}, "rank='two'"),
