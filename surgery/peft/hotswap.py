@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import surgery
-from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, SurgeryError, SurgeryWarning
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
@@ -144,7 +143,7 @@ def _check_compiled(answer: str) -> None:
         raise SurgeryError(what)
 
 
-def _ranks(parts: Iterable[Rule | PeftConfig]) -> list[int]:
+def _ranks(parts: Iterable[object]) -> list[int]:
     """The ranks that rules have room for, or that configurations name."""
     ranks: list[int] = []
     for part in parts:
