@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from surgery.patterns.paths import pattern_matcher
+
 
 def first(mapping: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """Returns the value of the first pattern that matches the path."""
@@ -17,7 +19,7 @@ def first(mapping: Mapping[str, Any] | None, path: str, default: Any) -> Any:
 
 
 def fits(key: str, path: str) -> bool:
-    return _form(key)(path) is not None
+    return pattern_matcher(key)(path) is not None
 
 
 def unused(keys: Iterable[str], paths: Sequence[str]) -> list[str]:
@@ -28,7 +30,9 @@ def unused(keys: Iterable[str], paths: Sequence[str]) -> list[str]:
         key
         for key in keys
         if _text(key)[0] not in endings
-        and (there.isdisjoint(whole) if (whole := _whole(key)) is not None else not any(map(_form(key), paths)))
+        and (
+            there.isdisjoint(whole) if (whole := _whole(key)) is not None else not any(map(pattern_matcher(key), paths))
+        )
     ]
 
 
@@ -73,7 +77,7 @@ class _Patterns:
                 continue
             text, dots = _text(key)
             if text is None:
-                self.forms.append((index, _form(key)))
+                self.forms.append((index, pattern_matcher(key)))
             else:
                 self.names.setdefault((len(text), *dots), {}).setdefault(text, index)
 
@@ -103,11 +107,6 @@ def _text(key: str) -> tuple[str | None, list[int]]:
         return None, []
     pieces = re.findall(r"\\\W|.", key)
     return "".join(piece[-1] for piece in pieces), [index for index, piece in enumerate(pieces) if piece == "."]
-
-
-@functools.lru_cache(maxsize=4096)
-def _form(key: str) -> Callable[[str], Any]:
-    return re.compile(rf"(.*\.)?({key})$").match  # as PEFT reads rank_pattern
 
 
 def _endings(path: str) -> Iterable[str]:

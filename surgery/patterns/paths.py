@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["select_targets", "endings", "pattern_value", "regex_for", "literal_alternatives"]
+__all__ = ["select_targets", "endings", "pattern_matcher", "pattern_value", "regex_for", "literal_alternatives"]
 
 
 def endings(path: str) -> Iterator[str]:
@@ -42,9 +43,15 @@ def paths_of(targets: str | Sequence[str]) -> set[str]:
     return set() if isinstance(targets, str) else {name for name in targets if isinstance(name, str)}
 
 
+@functools.lru_cache(maxsize=4096)
+def pattern_matcher(pattern: str) -> Callable[[str], object]:
+    """Returns the test of a path that PEFT makes with a key of rank_pattern: the path, or its end after a dot, fits."""
+    return re.compile(rf"(.*\.)?({pattern})$").match
+
+
 def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """Returns the value of the first of PEFT's patterns (such as rank_pattern) that matches a path."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in (patterns or {}).items() if pattern_matcher(key)(path)), default)
 
 
 def regex_for(paths: Sequence[str]) -> str:

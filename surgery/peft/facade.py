@@ -176,13 +176,13 @@ def set_peft_model_state_dict(
     base = inside(model)
     with pefts_errors(KeyError):
         adapter_names(rewritten(base)[1], adapter_name)
-    with pefts_errors(RuntimeError), Journal() as journal:
+    with pefts_errors(RuntimeError), Journal():
         if on_meta := [key for key, tensor in peft_model_state_dict.items() if tensor.is_meta]:
             what, fix = f"{len(on_meta)} tensors of the state dict are on the device meta", "load their values first"
             raise SurgeryError(what, where=on_meta[0], why="they have no values", fix=fix)
         tensors, missing, unexpected = from_peft(base, adapter_name, peft_model_state_dict)
         came = [key for key, tensor in tensors.items() if not tensor.is_meta]
-        materialise(base, adapter_name, came, journal)
+        materialise(base, adapter_name, came)
         own = adapter_state_dict(base, adapter_name)
         tensors = {key: own[key] if tensor.is_meta else tensor for key, tensor in tensors.items()}
         load_adapter_state_dict(base, tensors, adapter_name)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import RuleError, SiteError, SurgeryError, SurgeryWarning, near_misses
+from surgery.errors import RuleError, SurgeryError, SurgeryWarning, near_misses
 from surgery.lifecycle.switching import set_trained
 from surgery.merging.merge import ensure_unmerged
 from surgery.merging.site_merge import NotFiniteError
@@ -28,7 +28,7 @@ from surgery.peft.errors import as_builtin, pefts_errors
 from surgery.peft.notices import check_fields, check_together, fields_for_rules, warn_of_fields
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder, write_card
-from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_gradients, requires_gradients
+from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_idle_gradients
 from surgery.peft.training import add_to_loss, allocation_of
 from surgery.peft_format.methods import rules_by
 from surgery.peft_format.writing import to_peft
@@ -38,12 +38,10 @@ from surgery.state.in_use import check_free
 from surgery.state.records import merged_adapters, model_state
 from surgery.storage.hub_upload import card_of, upload
 from surgery.tracing.example_call import dummy
-from surgery.transaction.undo_log import Journal
 
 __all__ = ["LoadResult", "PeftMixedModel", "PeftModel"]
 
 Names = str | Sequence[str]
-_WRAPPERS = {"TrainRule": "ModulesToSaveWrapper", "TokensRule": "TrainableTokensWrapper"}  # PEFT's classes for them
 LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 
 
@@ -112,10 +110,8 @@ class PeftModel(FacadeProperties):
         check_together(self._base, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         self._unmerge_first("Adapter cannot be set when the model is merged. Unmerging the model first.")
         self._enter(adapter_name, self._disabled, train=not inference_mode)
-        with Journal() as journal:
-            for name in set(self._configs).difference(self.active_adapters):
-                if requires_gradients(self._base, name):
-                    require_gradients(self._base, name, False, journal)
+        for name in set(self._configs).difference(self.active_adapters):
+            require_idle_gradients(self._base, name, False)
 
     @whole
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
@@ -141,14 +137,7 @@ class PeftModel(FacadeProperties):
             surgery.activate(self._base)
 
     def _enter(self, names: Names, disabled: bool, train: bool | None = None) -> None:
-        try:
-            surgery.activate(self._base, names, train=train)
-        except SiteError as error:
-            wrapper = next((_WRAPPERS[rule] for rule in _WRAPPERS if error.what.startswith(f"{rule} [")), None)
-            if wrapper is None:
-                raise
-            what = f"Only one adapter can be set at a time for {wrapper}: {error.what}"
-            raise as_builtin(SiteError(what, where=error.where, why=error.why, fix=error.fix)) from None
+        surgery.activate(self._base, names, train=train)
         if disabled:
             surgery.deactivate(self._base)
 
@@ -172,8 +161,7 @@ class PeftModel(FacadeProperties):
             surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example, freeze=True)
         self._place(adapter_name, options)
         if options.get("low_cpu_mem_usage"):
-            with Journal() as journal:
-                move_to_meta(self._base, adapter_name, journal)
+            move_to_meta(self._base, adapter_name)
         self._configs[adapter_name] = completed(peft_config, config)
 
     def _check_kind(self, config: Any) -> None:
@@ -182,8 +170,7 @@ class PeftModel(FacadeProperties):
     def _place(self, adapter_name: str, options: dict[str, Any]) -> None:
         """Follow PEFT's option for the dtype of an adapter's tensors."""
         if not options.get("autocast_adapter_dtype", True):
-            with Journal() as journal:
-                keep_base_dtype(self._base, adapter_name, journal)
+            keep_base_dtype(self._base, adapter_name)
 
     @whole
     def load_adapter(self, model_id: Any, adapter_name: str, is_trainable: bool = False, **options: Any) -> LoadResult:
@@ -211,8 +198,7 @@ class PeftModel(FacadeProperties):
             self._place(adapter_name, options)
             self._configs[adapter_name] = completed(options["config"], config) if settings else config
             if is_trainable and adapter_name not in self.active_adapters:
-                with Journal() as journal:
-                    require_gradients(self._base, adapter_name, True, journal)
+                require_idle_gradients(self._base, adapter_name, True)
         if not is_trainable:
             self._base.eval()
         return LoadResult(report.missing, report.unexpected)

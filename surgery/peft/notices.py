@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,7 @@ from torch import nn
 
 from surgery.errors import PlanError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.patterns.module_class import class_of
-from surgery.patterns.paths import select_targets
+from surgery.patterns.paths import pattern_matcher, pattern_value, select_targets
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
 from surgery.peft.configuration import targeted_parameters
@@ -44,7 +45,7 @@ def check_fields(config: PeftConfig, model: nn.Module) -> None:
     wrapped = {name.rpartition(".")[0] for name in targeted_parameters(parameters, modules)}
     problems: list[SurgeryError] = []
     for path in (path for path in modules.by_path if path in chosen):
-        module, rank = modules.by_path[path], _value(data, "rank_pattern", path, data.get("r"))
+        module, rank = modules.by_path[path], pattern_value(data.get("rank_pattern"), path, data.get("r"))
         what = _of_mamba(config, model, path)
         if problem_of is not None and what is None:
             what = problem_of(data, module, rank if isinstance(rank, int) else 0)
@@ -59,20 +60,26 @@ def check_fields(config: PeftConfig, model: nn.Module) -> None:
 
 
 def check_together(model: nn.Module, adapters: Iterable[str]) -> None:
-    """Raises PEFT's error where several adapters have a copy of the same module, of which one can be in its place."""
+    """Raises PEFT's error where several adapters have a copy of one module, or a row of one token."""
     names = set(adapters)
     if len(names) < 2 or not records_in(unwrap(model)):
         return
     for path, _, site in sites(rewritten(model)[0]):
-        copies = {
-            applied.adapter: None
-            for applied in site.applied
-            if applied.adapter in names and (part := part_of(applied.rule)) and part.layer == "ModulesToSaveWrapper"
-        }
-        if len(copies) > 1:
-            what = f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {len(copies)}"
-            why = f"each has a copy of the module: {', '.join(copies)}"
-            raise as_builtin(SiteError(what, where=path, why=why, fix="combine them into one adapter"))
+        rules = [applied for applied in site.applied if applied.adapter in names]
+        for first, second in itertools.combinations(rules, 2):
+            wrapper, why = None, second.rule.hides(first.rule)
+            if why is not None:
+                wrapper = "TrainableTokensWrapper"  # of the rules that PEFT's format has, those of rows alone hide
+            elif first.adapter != second.adapter and all(_is_copy(applied.rule) for applied in (first, second)):
+                wrapper, why = "ModulesToSaveWrapper", "each has a copy of the module"
+            if wrapper is not None:
+                what = f"Only one adapter can be set at a time for {wrapper}, got {first.adapter} and {second.adapter}"
+                raise as_builtin(SiteError(what, where=path, why=why, fix="combine them into one adapter"))
+
+
+def _is_copy(rule: Any) -> bool:
+    part = part_of(rule)
+    return part is not None and part.layer == "ModulesToSaveWrapper"
 
 
 def fields_for_rules(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
@@ -123,8 +130,9 @@ def warn_of_fields(config: PeftConfig, model: nn.Module) -> None:
         _warn(
             f"target_parameters={data['target_parameters']} were set but no parameter was matched.", PeftRuntimeWarning
         )
+    names = [*paths, *parameters]
     for name in ("rank_pattern", "alpha_pattern"):
-        unmatched = sorted(key for key in data.get(name) or {} if not any(_fits(key, p) for p in [*paths, *parameters]))
+        unmatched = sorted(key for key in data.get(name) or {} if not any(map(pattern_matcher(key), names)))
         if unmatched and config.method != "ADALORA":
             text = f"The following {name} keys did not match any targeted module and were ignored: {unmatched}."
             _warn(text, PeftRuntimeWarning)
@@ -194,15 +202,6 @@ def _tied_modules(model: Any) -> list[str]:
 
 def _says_tied(model: Any) -> bool:
     return bool(getattr(model, "_tied_weights_keys", None))
-
-
-def _value(data: Mapping[str, Any], field: str, path: str, default: Any) -> Any:
-    """A field's value at a path, by a pattern if one fits."""
-    return next((value for key, value in (data.get(field) or {}).items() if _fits(key, path)), default)
-
-
-def _fits(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:

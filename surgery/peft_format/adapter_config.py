@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError, SurgeryError
-from surgery.patterns.paths import endings, regex_for
+from surgery.patterns.paths import endings, pattern_matcher, regex_for
 from surgery.peft_format.targets import ALL, Modules, by_keys, chosen_by, is_all, is_plain, is_text
 
 __all__ = ["SILENT", "PeftConfig", "choose"]
@@ -58,7 +58,7 @@ class PeftConfig:
             plain = re.fullmatch(r"(?:[\w.\-]|\\\W)*", key)  # there may be one for each path
             if plain and re.sub(r"\\(\W)", r"\1", key) in named:
                 return True
-            return any(map(re.compile(rf"(.*\.)?({key})$").match, paths))
+            return any(map(pattern_matcher(key), paths))
 
         return {key: value for key, value in patterns.items() if fits(key)} or None
 
