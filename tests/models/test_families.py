@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from surgery import PlanError, SurgeryWarning, apply_rules, merge, plan_rules, remove, summary, unmerge
 from surgery.rules import LoraRule
 from surgery.testing import Snapshot, assert_reversible
+from tests.support.family_runs import tensors
 
 tiny: Any = pytest.importorskip("tests.support.tiny", reason="needs transformers")
 
@@ -51,18 +51,6 @@ def make_unusual(family: str) -> tuple[nn.Module, dict[str, Any]]:
 
 def _nothing(*_: Any) -> None:
     return None
-
-
-def tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors of a model's output, without caches."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from tensors(value)
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,11 +12,7 @@ from surgery import load_adapter, load_adapters, remove, save_adapter
 from tests.reports.conformance import MARKS, table
 from tests.support import ROOT
 from tests.support.conformance import IDS, ROWS, Row, build, check, in_peft, near
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
-    pytest.importorskip("transformers")
+from tests.support.peers import peft
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,8 @@ from surgery import (
 from surgery.peft import LoraConfig, PeftModel, get_peft_model
 from surgery.rules import LoraRule, TrainRule
 from surgery.testing import Snapshot
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
-    transformers: Any = pytest.importorskip("transformers")
-from tests.support.conformance import of_transformers  # noqa: E402
+from tests.support.conformance import of_transformers
+from tests.support.peers import peft, transformers
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 WORDS = 99

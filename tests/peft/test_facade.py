@@ -12,7 +12,6 @@ import pickle
 import subprocess
 import sys
 import types
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,9 @@ from surgery.testing import Snapshot
 from tests.support import ROOT
 from tests.support.facade_models import CLOSE, bert, llama, moved, out, same_adapters, tiny, two
 from tests.support.hub_server import hub
+from tests.support.peers import peft
 
 load_file: Any = pytest.importorskip("safetensors.torch").load_file
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
 
 quiet = pytest.mark.filterwarnings("ignore")  # PEFT's own
 

@@ -17,10 +17,7 @@ import pytest
 import surgery.peft as ours
 from surgery import SurgeryError, SurgeryWarning
 from tests.support import ROOT
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
+from tests.support.peers import peft
 
 NEEDED: dict[str, dict[str, Any]] = {"AdaLoraConfig": {"total_step": 10}}
 KINDS = sorted(kind.__name__ for kind in ours.PeftConfig.kinds.values())

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.utils import hotswap as theirs  # noqa: E402
 from torch import Tensor, nn
 
 import surgery.peft as ours
 from surgery import SurgeryError, SurgeryWarning
 from surgery.testing import Snapshot
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
-from peft.utils import hotswap as theirs  # noqa: E402
+from tests.support.peers import peft
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 

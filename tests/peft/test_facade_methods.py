@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ import surgery
 import surgery.peft as ours
 from surgery.rules import AdaLoraRule, BiasRule, LoraRule, TokensRule, orthogonal_loss
 from tests.support.facade_models import CLOSE, bert, llama, moved, out
+from tests.support.peers import peft
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
 load_file: Any = pytest.importorskip("safetensors.torch").load_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own

@@ -18,10 +18,7 @@ import surgery.peft as ours
 from surgery import SurgeryError
 from surgery.testing import Snapshot
 from tests.support.facade_models import bert, llama, moved, out, same_adapters, two
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
+from tests.support.peers import peft
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 

@@ -15,10 +15,7 @@ import surgery.peft as ours
 from surgery import SurgeryError, apply_rules
 from surgery.rules import LoraRule
 from tests.support import tiny
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
+from tests.support.peers import peft
 
 
 class Net(nn.Module):

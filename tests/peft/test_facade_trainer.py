@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import surgery.peft
+from tests.support.peers import peft
 
 transformers: Any = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 tiny: Any = pytest.importorskip("tests.support.tiny")
 load_file: Any = pytest.importorskip("safetensors.torch").load_file
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and of the Trainer with PEFT
 

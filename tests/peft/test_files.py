@@ -28,11 +28,7 @@ from surgery import (
 )
 from surgery.rules import LoraRule
 from surgery.testing import Snapshot
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
-    transformers: Any = pytest.importorskip("transformers")
+from tests.support.peers import peft, transformers
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 

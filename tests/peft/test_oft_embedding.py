@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,7 @@ from torch import Tensor, nn
 import surgery.peft as facade
 from surgery import PlanError, adapter_state_dict, apply_rules, load_adapter, merge, save_adapter
 from surgery.rules import OftRule
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
+from tests.support.peers import peft
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 

@@ -30,10 +30,10 @@ from surgery import (
 from surgery.rules import LoraRule, PrefixRule, TokensRule, TrainRule
 from surgery.testing import Snapshot
 from tests.support import ROOT
+from tests.support.peers import peft
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
     tiny: Any = pytest.importorskip("tests.support.tiny", reason="needs transformers")
     Conv1D: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,7 @@ import surgery.rules  # noqa: F401  # brings the methods
 from surgery import SurgeryError, load_adapter, plan_rules, save_adapter
 from surgery.peft_format.methods import rules_by
 from tests.support.conformance import conv1d, near, of_transformers
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
-    pytest.importorskip("transformers")
+from tests.support.peers import peft
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 

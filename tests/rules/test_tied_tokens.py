@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,8 @@ from surgery import (
 from surgery.peft_format.methods import rules_by
 from surgery.rules import LoraRule, TokensRule
 from surgery.testing import Snapshot
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
-    transformers: Any = pytest.importorskip("transformers")
-from tests.support.conformance import of_transformers  # noqa: E402
+from tests.support.conformance import of_transformers
+from tests.support.peers import peft
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 IDS = torch.tensor([[3, 5, 7, 1, 9]])

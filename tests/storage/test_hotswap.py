@@ -48,10 +48,10 @@ from surgery.rules import (
     VeraRule,
 )
 from surgery.testing import Snapshot
+from tests.support.peers import peft
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
     tiny: Any = pytest.importorskip("tests.support.tiny", reason="needs transformers")
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))

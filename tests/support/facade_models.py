@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -10,15 +9,12 @@ import torch
 from torch import Tensor
 
 import surgery.peft as ours
+from tests.support.peers import peft
 
 __all__ = ["CLOSE", "bert", "llama", "moved", "out", "same_adapters", "tiny", "two"]
 
 
 tiny: Any = pytest.importorskip("tests.support.tiny")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # old spellings within PEFT
-    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
-
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 

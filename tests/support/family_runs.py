@@ -50,6 +50,7 @@ NOT_REACHED = {
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors of a model's output, without caches."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
