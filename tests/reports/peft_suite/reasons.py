@@ -63,6 +63,11 @@ REASONS: tuple[Reason, ...] = (
     Reason("a", "peft.KasaConfig", {"test": r"TestKasaInitialization"}),
     Reason("a", "peft.BdLoraConfig", {"test": r"test_bdlora_"}),
     Reason("a", "`supports_lora_conversion`: conversion to LoRA", {"text": r"attribute 'supports_lora_conversion'"}),
+    Reason(
+        "a",
+        "`model.model` for the model: it is the model's own attribute",
+        {"text": r"^'\w+' object has no attribute 'model'"},
+    ),
     # PEFT's internals.
     Reason(
         "b",
@@ -88,7 +93,6 @@ REASONS: tuple[Reason, ...] = (
         "base modules whose names begin as PEFT's tensors do",
         {"test": r"test_warning_naming_conflict", "type": r"AssertionError"},
     ),
-    Reason("b", "`model` of PEFT's tuner on the façade", {"text": r"^'Sequential' object has no attribute 'model'"}),
     Reason(
         "b",
         "numbers of AdaLoRA's rank counters",
