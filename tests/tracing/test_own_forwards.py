@@ -46,6 +46,7 @@ from surgery.rules import (
     LoraRule,
     MissRule,
     NormRule,
+    OftRule,
     RandLoraRule,
     ShiraRule,
     TokensRule,
@@ -88,7 +89,8 @@ def lora(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tens
 
 
 def adalora(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
-    return w + rule.alpha / (rule.rank + 1e-5) * tensors["B"] @ tensors["E"].flatten().diag() @ tensors["A"], b
+    A, E, B = (tensors[name].flatten(1) for name in "AEB")
+    return w + rule.alpha / (rule.rank + 1e-5) * (B @ (E.flatten().unsqueeze(1) * A)).view(w.shape), b
 
 
 def shira(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
@@ -312,6 +314,8 @@ def changed_of(base: Any, method: Method, tensors: Params) -> dict[str, Tensor]:
     weight = base.m.weight.detach().T if turned else base.m.weight.detach()
     own = base.m._parameters.get("bias")
     bias = torch.zeros(len(weight)) if own is None else own.detach()
+    if isinstance(base.m, nn.Embedding) and isinstance(method.rule, OftRule):
+        tensors = {**tensors, "R": -tensors["R"]}  # its output is turned, W R, where a Linear has W Rᵀ; R(-Q) = R(Q)ᵀ
     changed, shifted = method.by_hand(weight, bias, tensors, method.rule)
     return {"m.weight": changed.T if turned else changed, **({} if own is None else {"m.bias": shifted})}
 
