@@ -25,7 +25,7 @@ from tests.support.sampling import LAYERS  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 NEW, TEXT, SWITCH = 8, 6, 9  # rotations switch while tokens are added
-SAMPLE = ["roberta"]
+SAMPLE = ["roberta", "openai_gpt"]  # with a cache, and without
 DECODERS = [name for name, family in FAMILIES.items() if family.kind in ("decoder", "moe", "encoder", "state-space")]
 CHOSEN = [*DECODERS, *(f"{name}-longrope" for name in DECODERS)] if os.environ.get("ALL_ONNX") else SAMPLE
 
