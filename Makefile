@@ -50,16 +50,16 @@ test-fast: $(VENV)/.dev ## Run a chosen part of the tests, about a minute: for e
 families: $(VENV)/.dev ## Run the tests of all model families, of which `make test` runs a sample
 	ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_family_list.py tests/rules/test_prefix_families.py tests/rules/test_prompt_families.py tests/routing/test_route_families.py -n $(JOBS) $(ARGS)
 
-coverage: $(VENV)/.dev ## Trace every module class of every model family and write docs/coverage.md
+coverage: $(VENV)/.dev ## Trace every module class of every model family and write docs/reference/coverage.md
 	$(BIN)/python -m tests.reports.coverage $(ARGS)
 
 gallery: $(VENV)/.dev ## Draw the pictures of docs/rules.md, one a rule
 	$(BIN)/python -m tests.reports.gallery $(ARGS)
 
-peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write the table of docs/peers.md
+peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write the table of docs/explanation/peers.md
 	$(BIN)/python -m tests.reports.conformance $(ARGS)
 
-peft-suite: $(VENV)/.dev ## Run PEFT's own tests with PEFT and with surgery.peft; PEFT_SOURCE=folder of its source; writes docs/peers.md
+peft-suite: $(VENV)/.dev ## Run PEFT's own tests with PEFT and with surgery.peft; PEFT_SOURCE=folder of its source; writes docs/explanation/peers.md
 	@test -n "$(PEFT_SOURCE)" || { echo "Name a folder with PEFT's source of the installed version: PEFT_SOURCE=…" >&2; exit 1; }
 	$(BIN)/python -m tests.reports.peft_suite --source "$(PEFT_SOURCE)" --jobs $(JOBS) --page $(ARGS)
 
@@ -70,7 +70,7 @@ onnx: $(VENV)/.dev ## Run all tests of exports, with every model of tests/suppor
 onnx-decoders: $(VENV)/.dev ## Decode by the files of all model families, of which make test takes two
 	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/onnx/test_generation.py -n $(JOBS) $(ARGS)
 
-onnx-families: $(VENV)/.dev ## Export all model families with slots, and write docs/onnx-families.md
+onnx-families: $(VENV)/.dev ## Export all model families with slots, and write docs/reference/onnx-families.md
 	JOBS=$(JOBS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.onnx_families $(ARGS)
 
 damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of which make test runs a sample

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks`: measure, print the table, and write docs/benchmarks.md after a full run."""
+"""`python -m tests.benchmarks`: measure, print the table, and write docs/explanation/benchmarks.md after a full run."""
 
 from __future__ import annotations
 

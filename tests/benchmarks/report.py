@@ -1,4 +1,4 @@
-"""The table on screen and docs/benchmarks.md."""
+"""The table on screen and docs/explanation/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.benchmarks.lines import Row
 from tests.benchmarks.timing import Setting
 from tests.support import ROOT
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "explanation" / "benchmarks.md"
 
 INTRO = """# Benchmarks
 

@@ -1,4 +1,4 @@
-"""PEFT as a peer: the same numbers where it is right, and its failures beside what happens here (docs/peers.md)."""
+"""PEFT as a peer: the same numbers where it is right, and its failures beside what happens here (the page of peers)."""
 
 from __future__ import annotations
 
@@ -584,7 +584,7 @@ def test_the_page_lists_the_methods_that_only_peft_has() -> None:
 
     from surgery.peft.base_config import PeftConfig
 
-    page = ROOT.joinpath("docs", "peers.md").read_text().split("## What only PEFT has")[1]
+    page = ROOT.joinpath("docs", "explanation", "peers.md").read_text().split("## What only PEFT has")[1]
     listed = {name.strip().replace("-", "").upper() for name in page.split("Methods:")[1].split(".")[0].split(",")}
     only = {kind.value for kind in peft.PeftType} - set(PeftConfig.kinds)  # type: ignore[arg-type]
     assert listed == only - {"TRAINABLE_TOKENS"}

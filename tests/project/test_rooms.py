@@ -1,4 +1,4 @@
-"""docs/design.md shows the packages as they are."""
+"""docs/explanation/design.md shows the packages as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make coverage`: trace every module class of every family in both modes, and write docs/coverage.md."""
+"""`make coverage`: trace every module class of every family in both modes, and write docs/reference/coverage.md."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.support import ROOT
 from tests.support.families import FAMILIES, Family
 from tests.support.others import OTHERS
 
-PAGE = ROOT / "docs" / "coverage.md"
+PAGE = ROOT / "docs" / "reference" / "coverage.md"
 
 INTRO = """# Coverage
 
-Which modules of transformers' models can be held as graphs ([tracing.md](tracing.md) says how, and what is refused).
-`make coverage` writes this page: each family is a tiny model with random weights, and of every class that a call of it
-reaches, one module is traced for each way in which the call uses the class (as self- and as cross-attention, say), in
-evaluation and in training mode. *Equal* means that all those graphs give the forward's own bits and leave its arguments
-in the same state; there is no graph that differs, it would be refused.
+Which modules of transformers' models can be held as graphs ([tracing.md](../explanation/tracing.md) says how, and
+what is refused). `make coverage` writes this page: each family is a tiny model with random weights, and of every
+class that a call of it reaches, one module is traced for each way in which the call uses the class (as self- and as
+cross-attention, say), in evaluation and in training mode. *Equal* means that all those graphs give the forward's own
+bits and leave its arguments in the same state; there is no graph that differs, it would be refused.
 """
 
 BEYOND = """## Beyond transformers

@@ -1,4 +1,4 @@
-"""`make onnx-families`: export a model of each of transformers' families with LoRA in slots; docs/onnx-families.md.
+"""`make onnx-families`: export a model of each of transformers' families with LoRA in slots, and write the page.
 
 Each family has its own process; a row reports a process that runs too long or dies.
 """
@@ -27,7 +27,7 @@ from surgery import apply_rules, export_onnx  # noqa: E402
 from tests.support.families import FAMILIES  # noqa: E402
 from tests.support.family_runs import rule_for  # noqa: E402
 
-PAGE = ROOT / "docs/onnx-families.md"
+PAGE = ROOT / "docs/reference/onnx-families.md"
 MARK = "<!-- made by make onnx-families -->\n"
 HEAD = ["family", "sites", "moves outputs by", "comparisons", "largest difference", "note"]
 PATIENCE = 240  # seconds

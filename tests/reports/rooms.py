@@ -1,4 +1,4 @@
-"""The packages of the engine as a picture: `python -m tests.reports.rooms` draws docs/design.md's from the imports."""
+"""The packages of the engine as a picture: `python -m tests.reports.rooms` draws it in docs/explanation/design.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import networkx as nx
 
 from tests.support import ROOT
 
-PAGE = ROOT / "docs" / "design.md"
+PAGE = ROOT / "docs" / "explanation" / "design.md"
 BEGIN, END = "<!-- the packages, drawn by tests/reports/rooms.py -->\n", "<!-- end of the packages -->\n"
 
 
