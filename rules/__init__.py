@@ -41,6 +41,7 @@ from surgery.rules.steer import SteerRule
 from surgery.rules.tokens import BaseRowsRule, TokensRule
 from surgery.rules.train import TrainRule
 from surgery.rules.vera import VeraRule
+from surgery.short_help import list_names, shorten_help
 
 __all__ = [
     "BaseRowsRule",
@@ -84,10 +85,8 @@ __all__ = [
     "task_of",
 ]
 
-
-def __dir__() -> list[str]:
-    return __all__  # without the modules, for those who complete names
-
+list_names(globals())
+shorten_help(globals())
 
 if __name__ == "rules":
     sys.modules["rules"] = sys.modules["surgery.rules"]

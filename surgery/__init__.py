@@ -1,9 +1,42 @@
-"""Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit."""
+"""Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit.
+
+    from surgery import apply_rules, merge, remove, save_adapter
+    from surgery.rules import LoraRule
+
+    apply_rules(model, LoraRule(["query", "value"], rank=8))     # the same object, rewritten in place
+    save_adapter(model, "topics")                                # PEFT's files where PEFT can hold the adapter
+    remove(model)                                                # the base, to the bit
+
+`help(surgery.apply_rules)` documents a function. `docs/reference.md` has a line for every name:
+
+    rules               apply_rules, plan_rules, explain, remove, forget, Plan
+    rules as data       rules_of, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
+    several adapters    adapters, active, activate, deactivate, using, route, combine, rename_adapter, copy_adapter,
+                        hotswap, pad_rank, Adapter, SwapReport
+    merging             merge, unmerge, merge_to, folded_adapter, MergeReport
+    files               save_adapter, load_adapter, load_adapters, push_adapter, adapter_state_dict, base_state_dict,
+                        load_adapter_state_dict, LoadReport
+    looking             show, draw, summary, coverage, trace, trace_site, graph_of, as_digraph, class_of, Summary,
+                        Coverage
+    ONNX                export_onnx, verify_onnx, ExportReport, ParityReport
+    where a rule goes   Targets, Pattern, Structure, ANY, Const, having, maybe, module_of, one_of, Found, Occurrence
+    writing a rule      rule, Rule, SlotRule, Site, LiveSite, SiteModule, Value, Member, Combination, Share, LowRank,
+                        Rows, call_own, hidden_of, takes_functions, with_layers
+    PEFT's files        peft_method, PeftMethod, PeftPart, PeftConfig, PeftPlace, PeftEntry
+    errors              SurgeryError, PlanError, LoadError, RuleError, MatchError, SiteError, MergeError, TraceError,
+                        ParityError, SurgeryWarning
+
+Packages: `surgery.rules` (the rule library), `surgery.onnx`, `surgery.peft`, `surgery.testing`, `surgery.trainer`. The
+command `surgery` (`python -m surgery --help`) does the same for files.
+"""
 
 import lazy_loader
+
+from surgery.short_help import shorten_help
 
 __version__ = "0.1.0"
 
 # The names are listed in `__init__.pyi`; nothing is imported before it is asked for, so that parts which need no torch
 # (`surgery.onnx.runtime.runner`) work without it.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+shorten_help(globals())

@@ -15,6 +15,7 @@ from torch import nn
 from surgery.errors import TraceError
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
+from surgery.report_data import Report
 from surgery.text_table import table
 from surgery.tracing.example_call import call
 from surgery.tracing.guards import parts_of
@@ -37,7 +38,7 @@ class CoverageRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(Report):
     """A row for each module class that the call reaches. Prints as a table; rich prints it with colours."""
 
     rows: tuple[CoverageRow, ...]
@@ -46,6 +47,10 @@ class Coverage:
     def equal_share(self) -> float:
         """The share of classes that are held as graphs, from 0 to 1; 1 if the call reaches no class."""
         return sum(row.status == "equal" for row in self.rows) / len(self.rows) if self.rows else 1.0
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each class: path, type, status, reason."""
+        return [row._asdict() for row in self.rows]
 
     def __str__(self) -> str:
         cells = [[row.path or "(model)", row.type, row.status, row.reason] for row in self.rows]

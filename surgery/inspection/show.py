@@ -14,6 +14,7 @@ from surgery.forward.own_forward import own_forward
 from surgery.inspection.readable_forward import readable_forward
 from surgery.patterns.module_walk import every_path
 from surgery.patterns.wrappers import unwrap
+from surgery.report_data import Report
 from surgery.rewritten_model.verb_root import check_all_present, records_in
 from surgery.state.adapter_tensors import is_adapter_key, tensors_of
 from surgery.state.records import SiteState, merged_adapters, site_state, sites
@@ -28,7 +29,7 @@ __all__ = ["Summary", "draw", "show", "summary"]
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Report):
     """Adapters, sites and parameters of a model. Prints as a table. Each tensor counts once."""
 
     trainable: int
@@ -53,6 +54,7 @@ class Summary:
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
+        """The counts, the merged adapters, and under "rules" a mapping for each row."""
         names = ("adapter", "rule", "sites", "added", "trainable", "state")
         return {
             "trainable": self.trainable,
@@ -61,6 +63,10 @@ class Summary:
             "rules": [dict(zip(names, row, strict=True)) for row in self.rows],
             "merged": list(self.merged),
         }
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each adapter and rule: adapter, rule, sites, added, trainable, state."""
+        return self.to_dict()["rules"]
 
 
 def summary(model: nn.Module) -> Summary:

@@ -15,6 +15,7 @@ from surgery.forward.parameter_view import tensor_at
 from surgery.merging.merge_objections import already_merged, objections_to_merge
 from surgery.merging.site_folding import Keep, fold_together, verify_records
 from surgery.merging.site_merge import check_finite, merge_site, owner_of
+from surgery.report_data import Report
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of
 from surgery.state.adapter_naming import adapter_names
@@ -33,7 +34,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Report):
     """The result of a merge.
 
     Attributes:
@@ -47,6 +48,10 @@ class MergeReport:
     sites: int
     nbytes: int
     entries: int
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row; `adapters` is a text."""
+        return [{**self.to_dict(), "adapters": ", ".join(self.adapters)}]
 
     def __str__(self) -> str:
         per_entry = f", {self.nbytes / self.entries:.3f} bytes an entry" if self.entries else ""

@@ -40,6 +40,7 @@ from surgery.onnx.graph.trace_program import Program, program_of
 from surgery.onnx.graph.weight_names import name_weights
 from surgery.onnx.runtime.default_inputs import write_defaults
 from surgery.onnx.runtime.manifest import Manifest
+from surgery.report_data import Report
 from surgery.rewritten_model.verb_root import records_in
 from surgery.routing.thread_state import thread_routing
 from surgery.state.records import model_state
@@ -49,7 +50,7 @@ __all__ = ["ExportReport", "export_onnx"]
 
 
 @dataclass
-class ExportReport:
+class ExportReport(Report):
     """The result of an export.
 
     Attributes:
@@ -67,6 +68,11 @@ class ExportReport:
     seconds: float = 0.0
     nbytes: int = 0
     parity: ParityReport | None = None
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each comparison, with the file's path, bytes and seconds; one row without a comparison."""
+        file = {"path": str(self.path), "nbytes": self.nbytes, "seconds": self.seconds}
+        return [{**file, **row} for row in self.parity.to_rows()] if self.parity is not None else [file]
 
     def __str__(self) -> str:
         manifest, slots = self.manifest, len(self.manifest["slots"])

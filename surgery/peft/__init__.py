@@ -26,6 +26,7 @@ from surgery.peft.prompt_configs import *  # noqa: F403
 from surgery.peft.prompt_modules import PromptEmbedding, PromptEncoder
 from surgery.peft.status import get_layer_status, get_model_status
 from surgery.peft.tasks import *  # noqa: F403
+from surgery.short_help import list_names, shorten_help
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -53,3 +54,6 @@ __all__ += base_config.__all__
 __all__ += method_configs.__all__
 __all__ += prompt_configs.__all__
 __all__ += tasks.__all__
+
+list_names(globals())
+shorten_help(globals())

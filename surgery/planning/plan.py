@@ -15,6 +15,7 @@ from surgery.errors import PlanError, SurgeryError, abbreviate, collapse_similar
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import Readiness
 from surgery.planning.rank_check import rank_notes
+from surgery.report_data import Report
 from surgery.state.adapter_tensors import is_adapter_key
 from surgery.state.records import model_state
 from surgery.text_table import table
@@ -25,10 +26,11 @@ __all__ = ["Plan"]
 
 
 @dataclass
-class Plan:
+class Plan(Report):
     """The steps, warnings and problems of a call of `apply_rules`.
 
-    `print(plan)` shows a table, `to_dict()` gives plain data, and a plan is true if it does not have problems.
+    `print(plan)` shows a table. `to_dict()`, `to_json()` and `to_rows()` give plain data. A plan is true if it does not
+    have problems.
 
     Attributes:
         steps: one rule at one site, each with its tensors.
@@ -155,6 +157,14 @@ class Plan:
             "warnings": list(self.warnings),
             "problems": [str(problem) for problem in self.problems],
         }
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each rule at each site: rule, site, type, kind, tensors, added, trainable."""
+        columns = ("rule", "site", "type", "kind", "tensors", "added", "trainable")
+        rows = [{name: step[name] for name in columns} for step in self.to_dict()["steps"]]
+        return [
+            {**row, "tensors": " ".join(f"{name}{shape}" for name, shape in row["tensors"].items())} for row in rows
+        ]
 
     def __str__(self) -> str:
         head = f"adapter {self.adapter!r}: {len(self.steps)} edits, {self.trainable:,} trainable parameters"

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.authoring.rule import Rule
+from surgery.report_data import Report
 
 __all__ = ["LoadReport"]
 
 
 @dataclass
-class LoadReport:
+class LoadReport(Report):
     """The applied rules, and the keys that were `loaded`, `missing`, `unexpected` or misfits.
 
     `assumed`: facts that the files do not state and that were inferred, such as a scale or the paths of modules.
@@ -33,6 +34,12 @@ class LoadReport:
 
     def __bool__(self) -> bool:
         return not (self.missing or self.unexpected or self.misfits or self.base)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each tensor: adapter, tensor, status (loaded, missing, unexpected, misfit), reason."""
+        keys = [(key, status, "") for status in ("loaded", "missing", "unexpected") for key in getattr(self, status)]
+        keys += [(key, "misfit", why) for key, _, why in (line.partition(" ") for line in self.misfits)]
+        return [{"adapter": self.adapter, "tensor": key, "status": status, "reason": why} for key, status, why in keys]
 
     def __str__(self) -> str:
         lines = [f"adapter {self.adapter!r}: {len(self.loaded)} tensors loaded"]

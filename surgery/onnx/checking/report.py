@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any
 
 from surgery.errors import ParityError
+from surgery.report_data import Report
 from surgery.text_table import table
 
 __all__ = ["TIE", "Compared", "Decoded", "ParityReport", "parity_error"]
@@ -70,7 +71,7 @@ class Decoded:
 
 
 @dataclass
-class ParityReport:
+class ParityReport(Report):
     """All comparisons; prints as a table.
 
     `moved`: how much each adapter changes the outputs; `weights`: the number of tensors in the file that equal the
@@ -98,11 +99,15 @@ class ParityReport:
             default=None,
         )
 
-    def to_json(self) -> str:
-        data = {"path": self.path, "ok": self.ok, "notices": self.notices, "moved": self.moved}
-        data["compared"] = [{**asdict(comparison), "ok": comparison.ok} for comparison in self.compared]
-        data["decoded"] = [{**asdict(decoding), "ok": decoding.ok} for decoding in self.decoded]
-        return json.dumps(data, indent=2)
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        for name, results in (("compared", self.compared), ("decoded", self.decoded)):
+            data[name] = [{**row, "ok": result.ok} for row, result in zip(data[name], results, strict=True)]
+        return {**data, "ok": self.ok}
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each comparison of an output, with `ok`."""
+        return self.to_dict()["compared"]
 
     def __str__(self) -> str:
         head = ["adapter", "moves", "sizes", "largest difference", "of output", "tolerance", ""]
