@@ -53,7 +53,7 @@ families: $(VENV)/.dev ## Run the tests of all model families, of which `make te
 coverage: $(VENV)/.dev ## Trace every module class of every model family and write docs/reference/coverage.md
 	$(BIN)/python -m tests.reports.coverage $(ARGS)
 
-gallery: $(VENV)/.dev ## Draw the pictures of docs/rules.md, one a rule
+gallery: $(VENV)/.dev ## Draw the pictures of the rules into docs/pictures/
 	$(BIN)/python -m tests.reports.gallery $(ARGS)
 
 peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write the table of docs/explanation/peers.md

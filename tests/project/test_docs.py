@@ -29,7 +29,6 @@ from tests.support.pages import TEXT, blocks, runs
 NEEDS = {
     "README.md": ("accelerate",),
     "docs/onnx.md": ("onnxscript", "onnxruntime"),
-    "docs/rules.md": ("yaml",),
     "docs/patterns.md": ("yaml",),
 }
 
@@ -78,16 +77,19 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_field_of_a_rule_is_told(kind: type[surgery.Rule]) -> None:
-    section = TEXT["docs/rules.md"].split(f"## {kind.__name__}", 1)[1].split("\n## ", 1)[0]
+    page = TEXT[f"docs/reference/rules/{kind.name}.md"]
+    assert page.startswith(f"# {kind.__name__}\n")
     own = {field.name for field in dataclasses.fields(kind)} - {f.name for f in dataclasses.fields(surgery.Rule)}
-    assert own <= in_code(section), own - in_code(section)
+    assert own <= in_code(page), own - in_code(page)
 
 
 def test_every_hook_of_a_rule_is_told() -> None:
     bases = [base for base in surgery.SlotRule.__mro__ if base is not object]
     fields = {field.name for field in dataclasses.fields(surgery.Rule)}
     hooks = {name for base in bases for name in vars(base) if not name.startswith("_")} - fields - {"bad"}
-    assert hooks <= in_code(TEXT["docs/rules.md"]) | in_code(TEXT["docs/patterns.md"]), hooks
+    pages = [name for name in TEXT if name.startswith("docs/reference/writing-rules/")]
+    words = in_code("\n".join(TEXT[name] for name in [*pages, "docs/patterns.md"]))
+    assert hooks <= words, hooks - words
 
 
 def test_every_rule_is_in_the_table_of_slots() -> None:
@@ -147,7 +149,7 @@ def test_tests_and_files_and_targets_exist(name: str) -> None:
 
 
 def test_the_rules_in_the_docs_are_short() -> None:
-    for name in ("README.md", *[name for name in TEXT if name.startswith(("docs/rules", "docs/recipes"))]):
+    for name in ("README.md", *[name for name in TEXT if name.startswith(("docs/reference/writing", "docs/recipes"))]):
         sources = [block.text for block in blocks(TEXT[name]) if block.kind == "python"]
         lengths = [length for source in sources for length in rule_lengths(source)]
         assert lengths and max(lengths) < 15, f"{name}: {lengths}"

@@ -1,4 +1,4 @@
-"""The pictures of docs/rules.md: one a rule, linked in its section, as `make gallery` draws them today."""
+"""The pictures of rules: one a rule, shown on its page, as `make gallery` draws them today."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytest.importorskip("networkx", reason="pictures are laid out with networkx")
 
 from tests.reports.gallery import PICTURES, SHOWN, pictures  # noqa: E402
 
-PAGE = (PICTURES.parent / "rules.md").read_text(encoding="utf-8")
+PAGES = PICTURES.parent / "reference" / "rules"
 NAMES = [name for name in rules.__all__ if isinstance(kind := getattr(rules, name), type) and issubclass(kind, Rule)]
 
 
@@ -28,8 +28,8 @@ def test_every_rule_is_shown_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rules_picture(name: str, drawn: dict[str, str]) -> None:
-    section = PAGE.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-    assert f"](pictures/{name}.svg)" in section
+    page = (PAGES / f"{getattr(rules, name).name}.md").read_text(encoding="utf-8")
+    assert f"](../../pictures/{name}.svg)" in page
     stored = (PICTURES / f"{name}.svg").read_text(encoding="utf-8")
     assert stored == drawn[name] + "\n", "run make gallery"
     words = {element.text for element in ElementTree.fromstring(stored).iter() if element.tag.endswith("text")}
