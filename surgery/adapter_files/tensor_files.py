@@ -22,6 +22,7 @@ from torch import Tensor
 
 from surgery.adapter_files.plain_json import parse_json
 from surgery.errors import SurgeryError
+from surgery.progress import Progress, each_step
 
 __all__ = ["TensorFile", "open_tensors", "replace_files", "write_safetensors"]
 
@@ -36,7 +37,9 @@ MOST_HEADER = 32 << 20
 # Writing ------------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], progress: Progress = False
+) -> None:
     """Writes tensors in the safetensors format, one at a time, so no second copy of all is in memory."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -50,10 +53,11 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: M
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
-        if flat.numel():
-            file.write(flat.view(torch.uint8).numpy().data)
+    with each_step(tensors.values(), progress, "write") as counted_tensors:
+        for tensor in counted_tensors:
+            flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
+            if flat.numel():
+                file.write(flat.view(torch.uint8).numpy().data)
 
 
 Writer = Callable[[BinaryIO], None]

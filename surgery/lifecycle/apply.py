@@ -20,6 +20,7 @@ from surgery.planning.matching import Tree, verdict_of
 from surgery.planning.plan import Plan
 from surgery.planning.planner import make_plan
 from surgery.planning.rank_check import rank_warnings
+from surgery.progress import Progress
 from surgery.transaction.neutral_context import neutrally, verb
 
 __all__ = ["apply_rules", "explain", "plan_rules"]
@@ -35,6 +36,7 @@ def apply_rules(
     adapter: str = "default",
     example_inputs: Any = None,
     freeze: bool | None = None,
+    progress: Progress = False,
 ) -> M:
     """Rewrite a model in place by rules, as one new adapter.
 
@@ -64,6 +66,8 @@ def apply_rules(
             gradients. Rules with `identity = True` must leave the output of each example unchanged.
         freeze: whether the base's parameters stop requiring gradients until `remove` restores their flags. None: they
             do if a rule adds parameters that train, as in PEFT. False: base and adapter train together.
+        progress: True draws a bar on a terminal, with rich. A function is called with (what is done, steps done,
+            steps in all). Default False.
 
     Returns:
         The same model object.
@@ -74,7 +78,7 @@ def apply_rules(
     """
     plan = make_plan(model, rules, adapter, example_inputs, freeze)  # match, trace, rewrite
     plan.warnings += rank_warnings(plan.steps)
-    install_plan(plan, stacklevel=4)
+    install_plan(plan, stacklevel=4, progress=progress)
     return model
 
 

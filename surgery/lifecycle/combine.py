@@ -15,6 +15,7 @@ from surgery.lifecycle.combine_arguments import requested_combination
 from surgery.lifecycle.combined_targets import rules_of_groups
 from surgery.lifecycle.rename_copy import check_whole
 from surgery.lifecycle.rule_groups import group_rules
+from surgery.progress import Progress
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.sharded_tensors import sharding_of
 from surgery.state.adapter_naming import name_problem
@@ -39,6 +40,7 @@ def combine(
     majority_sign: Literal["total", "frequency"] = "total",
     clamp: float | None = None,
     seed: int | torch.Generator | None = None,
+    progress: Progress = False,
 ) -> M:
     """Combine several adapters, each multiplied by its weight, into one new idle adapter.
 
@@ -80,6 +82,8 @@ def combine(
         majority_sign: "ties" elects signs by the sum of the values ("total") or by their number ("frequency").
         clamp: the quantile at which the methods with "svd" clip their result (PEFT's svd_clamp).
         seed: a number or a generator from which "dare…" draws what it keeps. None: torch's global generator.
+        progress: True draws a bar on a terminal, with rich. A function is called with (what is done, steps done,
+            steps in all). Default False.
 
     Returns:
         The same model object.
@@ -105,7 +109,7 @@ def combine(
     with torch.no_grad():
         groups = list(group_rules(root, state, combination))
         for group in groups:
-            group.combine(combination)
+            group.combine(combination, progress)
     if problems := [problem for group in groups for problem in group.problems]:
         raise PlanError(problems)
     rules = rules_of_groups(root, groups)

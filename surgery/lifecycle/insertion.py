@@ -25,6 +25,7 @@ from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import prepare_sites
 from surgery.planning.output_check import check_outputs
 from surgery.planning.plan import Plan
+from surgery.progress import Progress, each_step
 from surgery.rewritten_model import transformers_hooks
 from surgery.rewritten_model.moved_sites import watch
 from surgery.state.absent_values import watch_absent
@@ -57,6 +58,7 @@ def install_plan(
     plan: Plan,
     stacklevel: int = 2,
     initial: InitialValue | None = None,
+    progress: Progress = False,
 ) -> None:
     """Install a plan on its model, which must not have changed since planning."""
     plan.raise_problems()
@@ -66,8 +68,8 @@ def install_plan(
     standing, owners, tied = Standing(freezes=plan.freezes), Owners(plan.model), dict[Any, Tensor]()
     unready: list[str] = []
     with Journal() as journal:
-        with torch.no_grad():
-            for step in plan.steps:
+        with torch.no_grad(), each_step(plan.steps, progress, f"apply {plan.adapter}") as plan_steps:
+            for step in plan_steps:
                 _insert_tensors(step, plan, standing, owners, initial, tied, journal)
         _install_classes(plan, journal)
         _record_adapter(plan.model, plan, standing, journal)

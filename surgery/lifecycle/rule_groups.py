@@ -20,6 +20,7 @@ from surgery.complex_numbers import is_number
 from surgery.errors import SurgeryError
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.attach import PlacedRule
+from surgery.progress import Progress, each_step
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import Applied, ModelState, sites
 
@@ -48,20 +49,21 @@ class RuleGroup:
     at_sites: list[RuleAtSite]
     problems: list[SurgeryError] = field(default_factory=list)
 
-    def combine(self, how: Combination) -> None:
+    def combine(self, how: Combination, progress: Progress = False) -> None:
         """Combine the rules at each site. Equal errors of several sites are noted once."""
         how, reported = replace(how, rules=self.rules), set[tuple[str, str | None]]()
-        for at_site in self.at_sites:
-            shares = [share for _, share in at_site.records]
-            try:
-                for share in shares:
-                    _check_finite(share)
-                with HookCall(shares[0].rule, "combined", at_site.path):
-                    at_site.rule, at_site.tensors = cast(Rule, shares[0].rule).combined(shares, how)
-            except SurgeryError as error:
-                if (error.what, error.why) not in reported:
-                    self.problems.append(error)
-                reported.add((error.what, error.why))
+        with each_step(self.at_sites, progress, f"combine {self.name}") as at_sites:
+            for at_site in at_sites:
+                shares = [share for _, share in at_site.records]
+                try:
+                    for share in shares:
+                        _check_finite(share)
+                    with HookCall(shares[0].rule, "combined", at_site.path):
+                        at_site.rule, at_site.tensors = cast(Rule, shares[0].rule).combined(shares, how)
+                except SurgeryError as error:
+                    if (error.what, error.why) not in reported:
+                        self.problems.append(error)
+                    reported.add((error.what, error.why))
 
     def placements(self) -> Iterator[tuple[RuleAtSite, PlacedRule]]:
         """The combined rules with their tensors, as `attach_idle` takes them."""

@@ -15,6 +15,7 @@ from surgery.forward.parameter_view import tensor_at
 from surgery.merging.merge_objections import already_merged, objections_to_merge
 from surgery.merging.site_folding import Keep, fold_together, verify_records
 from surgery.merging.site_merge import check_finite, merge_site, owner_of
+from surgery.progress import Progress, each_step
 from surgery.report_data import Report
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of
@@ -67,6 +68,7 @@ def merge(
     keep: Keep = "record",
     untie: bool = False,
     safe: bool = False,
+    progress: Progress = False,
 ) -> MergeReport:
     """Fold adapters into the base's parameters, so their sites run their own classes again.
 
@@ -90,6 +92,8 @@ def merge(
         untie: whether a site whose weight another module shares gets a weight of its own while merged. The config of a
             transformers model then says that nothing is tied, so `tie_weights` and checkpoints keep the weights apart.
         safe: whether results that are not finite raise before the model changes (PEFT's safe_merge).
+        progress: True draws a bar on a terminal, with rich. A function is called with (what is done, steps done,
+            steps in all). Default False.
 
     Returns:
         A `MergeReport`. If exactly these adapters are merged already, nothing happens, and a `SurgeryWarning` says so.
@@ -133,8 +137,8 @@ def merge(
         if safe:
             for path, module, site in chosen_sites:
                 check_finite(owners, path, module, site, chosen_at[id(module)], untie)
-        with Journal() as journal:
-            for path, module, site in chosen_sites:
+        with Journal() as journal, each_step(chosen_sites, progress, f"merge {', '.join(names)}") as counted_sites:
+            for path, module, site in counted_sites:
                 merge_site(owners, path, module, site, names, chosen_at[id(module)], keep, untie, journal, waiting)
                 staying = [
                     rule_record

@@ -40,6 +40,7 @@ from surgery.onnx.graph.trace_program import Program, program_of
 from surgery.onnx.graph.weight_names import name_weights
 from surgery.onnx.runtime.default_inputs import write_defaults
 from surgery.onnx.runtime.manifest import Manifest
+from surgery.progress import Progress, steps
 from surgery.report_data import Report
 from surgery.rewritten_model.verb_root import records_in
 from surgery.routing.thread_state import thread_routing
@@ -103,6 +104,7 @@ def export_onnx(
     cache: bool = False,
     verify: bool = True,
     atol: float | None = None,
+    progress: Progress = False,
 ) -> ExportReport:
     """Write a model as ONNX, compared with the live model before the file replaces the one at `path`.
 
@@ -150,6 +152,7 @@ def export_onnx(
         cache: a decoder's file takes and returns a cache; default False.
         verify: compare the file with the model, see `verify_onnx`; default True.
         atol: replaces the tolerances of `verify_onnx`; default None.
+        progress: as in `apply_rules`; the steps are prepare, trace, finish, write and verify. Default False.
 
     Returns:
         A report, which prints as tables.
@@ -168,27 +171,33 @@ def export_onnx(
     axes = axes_of(example, dynamic)
 
     def exported(traced: ExampleCall) -> ExportReport:
-        started = time.perf_counter()
-        prepared = PREPARE[adapters](model, example, names, how)
-        with traced_path():
-            program = program_of(prepared.model, traced, prepared.lifted, dynamic_shapes(traced, axes), how)
-        manifest, free = _finish(program, prepared, model, axes, how)
-        if "logits" in manifest["outputs"] and (generation := generation_of(model, example)):
-            manifest[GENERATION] = generation
-        notices = [
-            *prepared.notices,
-            *fixed_axis_notices(traced, axes, free, _taking(model, adapters)),
-            *_nested_tensor_notices(model),
-        ]
-        notices += [*_route_notices(given_model), *_generate_notices(model, manifest)]
-        seconds, parity = time.perf_counter() - started, None
-        with write_model(program.model, Path(path), manifest, external_data) as place:
-            if adapters == "slots" and slots_as == "inputs":
-                arrays = {name: array_of(tensor) for name, tensor in prepared.defaults.items()}
-                write_defaults(place, arrays, Manifest.of(manifest))
-            if verify:
-                parity = verify_onnx(place, model, example, names, atol=atol)
-        return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)
+        with steps(progress, "export", 5) as step:
+            started = time.perf_counter()
+            prepared = PREPARE[adapters](model, example, names, how)
+            step()
+            with traced_path():
+                program = program_of(prepared.model, traced, prepared.lifted, dynamic_shapes(traced, axes), how)
+            step()
+            manifest, free = _finish(program, prepared, model, axes, how)
+            if "logits" in manifest["outputs"] and (generation := generation_of(model, example)):
+                manifest[GENERATION] = generation
+            notices = [
+                *prepared.notices,
+                *fixed_axis_notices(traced, axes, free, _taking(model, adapters)),
+                *_nested_tensor_notices(model),
+            ]
+            notices += [*_route_notices(given_model), *_generate_notices(model, manifest)]
+            step()
+            seconds, parity = time.perf_counter() - started, None
+            with write_model(program.model, Path(path), manifest, external_data) as place:
+                if adapters == "slots" and slots_as == "inputs":
+                    arrays = {name: array_of(tensor) for name, tensor in prepared.defaults.items()}
+                    write_defaults(place, arrays, Manifest.of(manifest))
+                step()
+                if verify:
+                    parity = verify_onnx(place, model, example, names, atol=atol)
+            step()
+            return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)
 
     traced = _to_trace(model, examples_for_tracing(example, axes), adapters)
     try:

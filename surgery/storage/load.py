@@ -23,6 +23,7 @@ from surgery.patterns.module_walk import RESERVED, tensor_key
 from surgery.patterns.wrappers import unwrap
 from surgery.planning.plan import Plan
 from surgery.planning.planner import make_plan
+from surgery.progress import Progress
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.fingerprint import differences
 from surgery.storage.load_report import LoadReport
@@ -52,6 +53,7 @@ def load_adapter(
     component: str | None = None,
     resize: bool = False,
     freeze: bool | None = None,
+    progress: Progress = False,
 ) -> LoadReport:
     """Put a saved adapter on a model: apply its rules, and fill their tensors from the files.
 
@@ -93,6 +95,7 @@ def load_adapter(
         resize: resize the model's embeddings first, if the files have another vocabulary, by the model's
             `resize_token_embeddings`. They keep that size when the adapter is removed. Default False.
         freeze: as in `apply_rules`; default None.
+        progress: as in `apply_rules`; default False.
 
     Returns:
         A report of what was loaded.
@@ -128,6 +131,7 @@ def load_adapter(
         if resize and len(sizes) == 1 and hasattr(model, "resize_token_embeddings"):
             options: dict[str, Any] = {"example_inputs": example_inputs, "config": config, "component": component}
             options |= {"strict": strict, "same_base": same_base, "finite": finite, "trust": trust, "freeze": freeze}
+            options["progress"] = progress
             with resized(model, *sizes):
                 return load_adapter(model, source, adapter, subfolder=subfolder, revision=revision, **options)
         problems.append(other_vocabulary(model, sizes))
@@ -144,7 +148,7 @@ def load_adapter(
     initial = _values_of_file(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # random initial values are overwritten
         try:
-            install_plan(plan, stacklevel=4, initial=initial)
+            install_plan(plan, stacklevel=4, initial=initial, progress=progress)
         except (SurgeryError, Warning):
             raise
         except Exception as error:  # a field may be valid and still fail to initialise

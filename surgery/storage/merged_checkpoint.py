@@ -13,6 +13,7 @@ from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
 from surgery.merging.merge import ensure_unmerged, merge
+from surgery.progress import Progress, steps
 from surgery.rewritten_model.save_pretrained import plain_saving
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.tied_weights import why_not_said
@@ -32,6 +33,7 @@ def merge_to(
     *,
     untie: bool = False,
     tokenizer: Any = None,
+    progress: Progress = False,
 ) -> Path:
     """Write the model with adapters merged, as a plain transformers checkpoint.
 
@@ -48,6 +50,7 @@ def merge_to(
         untie: as for `merge`, for a head that shares the embedding's weight. The checkpoint says that they are not
             tied.
         tokenizer: a tokenizer or processor to save. None: copies the files of the folder that the model comes from.
+        progress: as for `merge`; writing is a step of its own.
 
     Returns:
         The folder.
@@ -74,14 +77,16 @@ def merge_to(
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=folder))
     try:
-        _merge(model, adapter, untie)
+        _merge(model, adapter, untie, progress)
         if why := why_not_said(model):
             raise SurgeryError("the checkpoint of this model can't hold untied weights", why=why, fix=_UNTIED)
-        save(place)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(place)
-        else:
-            _copy_tokenizer(model, place)
+        with steps(progress, "write", 1) as step:
+            save(place)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(place)
+            else:
+                _copy_tokenizer(model, place)
+            step()
         for file in sorted(place.iterdir()):
             os.replace(file, folder / file.name)
         ensure_unmerged(model)
@@ -93,9 +98,9 @@ def merge_to(
 _UNTIED = "merge(model, untie=True) and keep this model; or exclude the tied modules from the rule's targets"
 
 
-def _merge(model: nn.Module, adapter: str | Sequence[str] | None, untie: bool) -> None:
+def _merge(model: nn.Module, adapter: str | Sequence[str] | None, untie: bool, progress: Progress) -> None:
     try:
-        merge(model, adapter, untie=untie)
+        merge(model, adapter, untie=untie, progress=progress)
     except SurgeryError as error:
         for problem in (error, *getattr(error, "problems", ())):
             problem.fix = problem.fix and problem.fix.replace("merge(model, untie=True)", "merge_to(…, untie=True)")

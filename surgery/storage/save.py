@@ -16,6 +16,7 @@ from surgery.adapter_files.entry import NAME, OLD, PEFT, SURGERY, VERSION
 from surgery.adapter_files.process_group import writing
 from surgery.errors import SurgeryError
 from surgery.peft_format.writing import to_peft
+from surgery.progress import Progress
 from surgery.rewritten_model.state_dict import adapter_state_dict
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.absent_values import without_values
@@ -41,6 +42,7 @@ def save_adapter(
     config: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    progress: Progress = False,
 ) -> Path:
     """Write an adapter into a folder: its tensors, and the rules that made it. The base is not written.
 
@@ -65,6 +67,7 @@ def save_adapter(
         state_dict: the model's state dict, gathered elsewhere (accelerate's `get_state_dict`); default None.
         save_embedding_layers: whether PEFT's format contains the base's embeddings, too. "auto" (default): if
             "embed_tokens" or "lm_head" is a target, or the vocabulary differs from the base of that name.
+        progress: as in `apply_rules`; a step is a tensor. Default False.
 
     Returns:
         The folder's path.
@@ -100,7 +103,7 @@ def save_adapter(
             if format == "peft":
                 raise
         else:
-            return _write_files(folder, PEFT, tensors, config_fields, extra, (*SURGERY, OLD), alone)
+            return _write_files(folder, PEFT, tensors, config_fields, extra, (*SURGERY, OLD), alone, progress)
     settings = {
         "format": NAME,
         "version": VERSION,
@@ -109,7 +112,7 @@ def save_adapter(
         **extra,
     }
     tensors = _whole(adapter_state_dict(model, adapter, state_dict))
-    return _write_files(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone)
+    return _write_files(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone, progress)
 
 
 def _write_files(
@@ -120,13 +123,14 @@ def _write_files(
     extra: Mapping[str, Any],
     obsolete: tuple[str, ...],
     alone: bool,
+    progress: Progress,
 ) -> Path:
     """Writes the two files; `extra` goes into the header of the tensors, which PEFT ignores."""
     folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
     with nullcontext(True) if alone else writing(folder, tensors) as writes:
         if writes:
             metadata = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
-            writer = partial(tensor_files.write_safetensors, tensors=tensors, metadata=metadata)
+            writer = partial(tensor_files.write_safetensors, tensors=tensors, metadata=metadata, progress=progress)
             tensor_files.replace_files(folder, (names[0], writer), (names[1], text.encode()), obsolete)
     return folder
 

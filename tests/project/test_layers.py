@@ -41,7 +41,16 @@ ORDER: dict[str, int] = {
     name: place
     for place, name in enumerate(
         (
-            *("short_help", "errors", "report_data", "text_table", "complex_numbers", "sharded_tensors", "transaction"),
+            *(
+                "short_help",
+                "errors",
+                "progress",
+                "report_data",
+                "text_table",
+                "complex_numbers",
+                "sharded_tensors",
+                "transaction",
+            ),
             *("arithmetic", "patterns", "forward", "tracing", "structures"),
             *("authoring", "state", "weaving", "rewritten_model", "planning", "merging"),
             *("lifecycle", "inspection", "routing", "adapter_files", "peft_format", "storage", "trainer", "testing"),
