@@ -28,7 +28,7 @@ from surgery.onnx.conversion import converters  # noqa: E402
 from surgery.onnx.conversion.conversion_state import Conversion  # noqa: E402
 from surgery.onnx.runtime.metadata import metadata_of  # noqa: E402
 from tests.support import slotted  # noqa: E402
-from tests.support.sampling import LAYERS  # noqa: E402
+from tests.support.sampling import LAYERS, onnx_cases  # noqa: E402
 from tests.support.slotted import Build, slot  # noqa: E402
 
 X = slotted.random(50, 5, 4)
@@ -730,7 +730,7 @@ def test_trained_biases_for_slots_of_whole_modules(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "cohere"])
+@pytest.mark.parametrize("family", onnx_cases(["gpt2", "llama", "gpt_neox", "cohere"], "gpt_neox"))
 def test_prefixes_for_exported_decoders(tmp_path: Path, family: str) -> None:
     """Positions that are learned, rotary, rotary in a part of each head, and rotary in neighbouring pairs."""
     import transformers

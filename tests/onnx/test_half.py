@@ -33,6 +33,7 @@ CASES: dict[str, tuple[Any, list[Rule], dict[str, Any]]] = {
     onnx_cases(
         [("bert", "slots"), ("gpt2", "constant"), ("llama", "slots"), ("llama, a prompt", "slots")],
         ("gpt2", "constant"),
+        ("llama", "slots"),
     ),
 )
 def test_float16(name: str, adapters: Any, tmp_path: Path) -> None:

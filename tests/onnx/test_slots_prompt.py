@@ -77,7 +77,7 @@ def test_positions_and_types_that_are_given(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral, padded"])
+@pytest.mark.parametrize("family", onnx_cases(["gpt2", "mistral, padded"], "mistral, padded"))
 def test_a_decoder_goes_on_from_its_cache(family: str, tmp_path: Path) -> None:
     family, _, padded = family.partition(", ")
     model, inputs = getattr(tiny, family)(LAYERS)

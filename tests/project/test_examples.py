@@ -1,7 +1,7 @@
 """The examples run in their smallest setting, say what they need, and give the model back to the bit.
 
-`make examples` runs all of them, each in a new process. `make test` leaves out the two that cost most beside what they
-alone show, and forks the processes of the others from one that has imported torch and transformers."""
+`make examples` runs all of them, each in a new process. `make test` leaves out two, of which other tests show the
+parts, and forks the processes of the others from one that has imported torch and transformers."""
 
 from __future__ import annotations
 
@@ -69,9 +69,8 @@ def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     assert saved.keys() == {"adapter_config.json", "adapter_model.safetensors"} and len(set(saved.values())) == 1
 
 
-@pytest.mark.parametrize(
-    "peft", [pytest.param(True, id="beside PEFT"), pytest.param(False, id="without it", marks=LONG)]
-)
+@LONG
+@pytest.mark.parametrize("peft", [True, False], ids=["beside PEFT", "without it"])
 def test_many(peft: bool, tmp_path: Path, packaged: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     if not peft:
         (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['peft'] = None")

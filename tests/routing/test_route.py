@@ -841,7 +841,7 @@ def test_compiled_models_follow() -> None:
     live = model(x)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
-    pairs: list[list[str | None]] = [["a", "b"], ["b", "a"], [None, "b"], ["a", "a"]]
+    pairs: list[list[str | None]] = [["a", "b"], [None, "b"]]
     expected = [alone(model, x, names) for names in pairs]
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), live, **CLOSE)
