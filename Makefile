@@ -79,7 +79,7 @@ damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of
 failures: $(VENV)/.dev ## Break every verb off at FAILURES calls and lines of its code, of which make test tries 12
 	FAILURES=$(FAILURES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_failures.py $(ARGS)
 
-states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 80; STATES_SEED=1, 2, …
+states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 60; STATES_SEED=1, 2, …
 	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_state_machine.py -s $(ARGS)
 
 programs: $(VENV)/.dev ## Run PROGRAMS random rewrites beside forwards written by hand, of which make test runs 100

@@ -55,7 +55,7 @@ from surgery.rules import BottleneckRule, IA3Rule, LoraRule, TrainRule
 from surgery.testing import Snapshot
 from tests.support.shadow import LINEAR, SITES, Body, Entry, Held, Shadow
 
-EXAMPLES, STEPS = int(os.environ.get("STATES", "80")), 40
+EXAMPLES, STEPS = int(os.environ.get("STATES", "60")), 40
 SEED = int(os.environ.get("STATES_SEED", "0"))
 NAMES = ["a", "b", "c", "a b", "'1'"]
 BAD_NAMES = ["", "x.y", "forward", "class", 'a"', "a\nb", None, 3]

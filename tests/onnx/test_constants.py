@@ -155,7 +155,7 @@ PROMPTS: dict[str, tuple[Any, Rule]] = {
 }
 
 
-@pytest.mark.parametrize("name", onnx_cases(PROMPTS, "encoder", "encoder-decoder", "decoder", "keys"))
+@pytest.mark.parametrize("name", onnx_cases(PROMPTS, "encoder", "encoder-decoder", "decoder", "keys", "layers", "task"))
 def test_the_batch_of_a_constant_prompt_is_free(name: str, tmp_path: Path) -> None:
     """Rows of any number, padded or not, of any length: the virtual tokens are one for all rows, and repeated there."""
     make, rule = PROMPTS[name]

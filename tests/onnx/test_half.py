@@ -24,7 +24,7 @@ CASES: dict[str, tuple[Any, list[Rule], dict[str, Any]]] = {
     "bert": (tiny.bert, [LoraRule("all-linear", rank=2)], {}),
     "gpt2": (tiny.gpt2, [LoraRule(["c_attn", "wte"], rank=2)], {"cache": True}),
     "llama": (tiny.llama, [LoraRule("all-linear", rank=2), PrefixRule("self_attn", length=2)], {"cache": True}),
-    "llama, a prompt": (tiny.llama, [PromptRule(length=2)], {}),
+    "llama, a prompt": (tiny.llama, [PromptRule(length=2), LoraRule("all-linear", rank=2)], {"cache": True}),
 }
 
 

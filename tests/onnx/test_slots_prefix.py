@@ -35,7 +35,7 @@ class First(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("gate", onnx_cases([False, True], True))
 def test_attention_that_is_written_out(gate: bool, tmp_path: Path) -> None:
     kinds = (Plain, Called) if gate else (Plain, Called, Flat, Biased)
     model, x = First(*kinds).eval(), {"x": torch.randn(5, 7, WIDTH)}

@@ -127,7 +127,7 @@ def llama_with_a_prompt() -> tuple[Any, dict[str, Any]]:
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("how", ["slots", "constant"])
+@pytest.mark.parametrize("how", onnx_cases(["slots", "constant"], "constant"))
 def test_what_a_rule_notes_on_a_cache_is_not_an_output(how: Any, tmp_path: Path) -> None:
     """For a text of padding alone the cache also keeps the text; its layers and the logits are compared as always."""
     model, inputs = llama_with_a_prompt()
@@ -231,7 +231,7 @@ def test_prompts_that_stand_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", ["PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("method", onnx_cases(["PromptTuningConfig", "PromptEncoderConfig"], "PromptEncoderConfig"))
 def test_prompts_of_pefts_checkpoints(method: str, tmp_path: Path) -> None:
     peft = peft_of()
     config = transformers.LlamaConfig(**SIZES, use_cache=False)
