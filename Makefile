@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast families coverage lint bench docs-test gallery peers peft-suite onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
+.PHONY: help demo test test-fast families coverage lint bench docs docs-serve docs-test gallery peers peft-suite onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -105,6 +105,13 @@ lint: $(VENV)/.dev ## Check style and types
 bench: $(VENV)/.dev ## Measure speed beside PEFT; DEVICE=cuda for a GPU
 	$(BIN)/python -m tests.benchmarks --device $(DEVICE) $(ARGS)
 
+docs: $(VENV)/.docs ## Build the site of the pages into build/site; warnings and broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "Open build/site/index.html"
+
+docs-serve: $(VENV)/.docs ## Show the site on port 8000 and build it again at each change of a page
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve $(ARGS)
+
 docs-test: $(VENV)/.dev ## Run only the code in docstrings and docs
 	$(BIN)/python -m pytest surgery tests/project/test_docs.py --doctest-modules $(ARGS)
 
@@ -145,8 +152,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.models | $(VENV)/.python
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.models | $(VENV)/.python
 	@echo "Installing model-surgery with all that its tests use (torch and transformers: minutes on the first run)"
-	@$(PIP) install -c constraints.txt -e '.[dev,demo,serve,onnx,quant,yaml,bench]'
-	@touch $@ $(VENV)/.demo
+	@$(PIP) install -c constraints.txt -e '.[dev,demo,serve,onnx,quant,yaml,bench,docs]'
+	@touch $@ $(VENV)/.demo $(VENV)/.docs
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.python
+	@echo "Installing what builds the site"
+	@$(PIP) install -c constraints.txt $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	@touch $@
 
 $(VENV)/.release: pyproject.toml constraints.txt | $(VENV)/.python
 	@echo "Installing model-surgery with what builds and checks its releases"

@@ -7,7 +7,7 @@
     save_adapter(model, "topics")                                # PEFT's files where PEFT can hold the adapter
     remove(model)                                                # the base, to the bit
 
-`help(surgery.apply_rules)` documents a function. `docs/reference.md` has a line for every name:
+`help(surgery.apply_rules)` documents a function. `docs/reference/index.md` has a line for every name:
 
     rules               apply_rules, plan_rules, explain, remove, forget, Plan
     rules as data       rules_of, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml

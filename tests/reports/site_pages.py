@@ -1,0 +1,96 @@
+"""Hooks of `mkdocs.yml`: the order of pages, and pages for files outside docs/ that pages link to.
+
+A folder's pages stand in the order in which its `index.md` links to them; pages without a link follow by name.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[2]
+LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
+FOLDERS = {
+    "start": "Start",
+    "tutorials": "Tutorials",
+    "how-to": "How-to",
+    "reference": "Reference",
+    "explanation": "Explanation",
+    "project": "Project",
+    "api": "API",
+    "rules": "Rules",
+    "writing-rules": "Writing rules",
+}
+
+
+def target_of(source: str, link: str) -> str:
+    """The path from the project's root that a link on a page leads to; pages and files are named from there, too."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+
+
+def outside(files: Files) -> dict[str, str]:
+    """Files outside docs/ that pages link to, by the page of the site that shows each."""
+    shown: dict[str, str] = {}
+    waiting = {f"docs/{page.src_uri}": page.content_string for page in files.documentation_pages()}
+    while waiting:
+        source, text = waiting.popitem()
+        for match in LINK.finditer(text):
+            path = target_of(source, match[2])
+            if "://" in match[2] or path.startswith(("docs/", "..")) or path in shown or not (ROOT / path).is_file():
+                continue
+            shown[path] = f"project/{path}" if path.endswith(".md") else f"project/{path}.md"
+            if path.endswith(".md"):
+                waiting[path] = (ROOT / path).read_text(encoding="utf-8")
+    return shown
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    shown = outside(files)
+    config.extra["outside"] = shown
+    for path, page in shown.items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        if not path.endswith(".md"):
+            text = f"# {path}\n\n```{path.rpartition('.')[2]}\n{text}```\n"
+        files.append(File.generated(config, page, content=text))
+    config.nav = branch([page.src_uri for page in files.documentation_pages()], "", files)
+    return files
+
+
+def branch(pages: list[str], folder: str, files: Files) -> list[Any]:
+    """The entries of a folder: its own pages and folders, in order."""
+    inside = [page for page in pages if page.startswith(folder)]
+    names = {page[len(folder) :].partition("/")[0] for page in inside}
+    index = files.get_file_from_path(f"{folder}index.md")
+    links = [match[2] for match in LINK.finditer(index.content_string)] if index else []
+    firsts = ["index.md"] + (list(FOLDERS) if not folder else [link.partition("/")[0] for link in links])
+    order = {name: place for place, name in reversed(list(enumerate(firsts)))}
+    entries: list[Any] = []
+    for name in sorted(names, key=lambda name: (order.get(name, len(order) + len(firsts)), name)):
+        if name.endswith(".md"):
+            entries.append(folder + name)
+        else:
+            entries.append({FOLDERS.get(name, name): branch(inside, f"{folder}{name}/", files)})
+    return entries
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links to files outside docs/ lead to their pages, and links of such pages into docs/ to the site's."""
+    shown: dict[str, str] = config.extra["outside"]
+    here = page.file.src_uri
+    source = next((path for path, name in shown.items() if name == here), f"docs/{here}")
+
+    def moved(match: re.Match[str]) -> str:
+        path = target_of(source, match[2])
+        place = shown.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
+        if "://" in match[2] or place is None:
+            return match[0]
+        return match[1] + os.path.relpath(place, posixpath.dirname(here) or ".") + (match[3] or "") + match[4]
+
+    return LINK.sub(moved, markdown)
