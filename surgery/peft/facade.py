@@ -12,6 +12,7 @@ from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_class import class_of
 from surgery.patterns.wrappers import unwrap
 from surgery.peft import base_config
+from surgery.peft.base_state import load_base_tensors
 from surgery.peft.configuration import on_tensors
 from surgery.peft.defaults import with_defaults
 from surgery.peft.delegation import inside
@@ -170,8 +171,9 @@ def set_peft_model_state_dict(
 ) -> LoadResult:
     """Copy tensors under PEFT's keys into an adapter that is there: which were missing, and which are none of its.
 
-    All or nothing: a tensor of another shape, or on the device meta, is an error, with the adapter as it was. The
-    adapter's tensors on the device meta that the state dict lacks stay there.
+    A tensor of the base that the adapter has no copy of goes into the base, as in PEFT: a bias, for example, that was
+    trained with `bias="all"`. All or nothing: a tensor of another shape, or on the device meta, is an error, with the
+    adapter and the base as they were. The adapter's tensors on the device meta that the state dict lacks stay there.
     """
     base = inside(model)
     with pefts_errors(KeyError):
@@ -186,4 +188,5 @@ def set_peft_model_state_dict(
         own = adapter_state_dict(base, adapter_name)
         tensors = {key: own[key] if tensor.is_meta else tensor for key, tensor in tensors.items()}
         load_adapter_state_dict(base, tensors, adapter_name)
-    return LoadResult(missing, unexpected)
+        loaded = load_base_tensors(base, {key: peft_model_state_dict[key] for key in unexpected})
+    return LoadResult(missing, [key for key in unexpected if key not in loaded])
