@@ -126,7 +126,8 @@ class Layout:
 
     def on_output(self, gain: Tensor) -> Tensor:
         """Returns one number per output feature in a shape that broadcasts against the output."""
-        return gain.view(self.parts[0].magnitude)
+        shape = self.parts[0].magnitude
+        return gain.view(shape[1:] if len(shape) > 2 else shape)  # a convolution's input may have no batch
 
     def base(self, site: Site, x: Tensor) -> Tensor:
         """Returns W x without the bias, for an input after dropout."""

@@ -133,6 +133,8 @@ def make_view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Ten
     own_tensors = {name: tensor for name, tensor in tensors.items() if "." not in name}
     for kind in ("_parameters", "_buffers"):
         state[kind] = {name: own_tensors.get(name, old) for name, old in state[kind].items()}
+    # FSDP1 sets the parameters of a call as plain attributes, too, and these hide those in `_parameters`.
+    state |= {name: tensor for name, tensor in own_tensors.items() if name in state}
     for name, value in list(state.items()):
         # LSTM, GRU and RNN run on a list of their parameters, which they store beside the named parameters.
         if isinstance(value, list) and value and isinstance(value[0], Tensor):
