@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -40,10 +41,10 @@ class Words(nn.Module):
         return None
 
 
-def made(package: object, method: str, bias: str, base: nn.Module) -> nn.Module:
+def made(package: Any, method: str, bias: str, base: nn.Module) -> Any:
     config = getattr(package, f"{method}Config")
     fields = {**METHODS[method], "target_modules": ["first"], "bias": bias}
-    return package.get_peft_model(copy.deepcopy(base), config(**fields)).eval()  # type: ignore[attr-defined]
+    return package.get_peft_model(copy.deepcopy(base), config(**fields)).eval()
 
 
 def trained(method: str, bias: str, base: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
@@ -104,12 +105,12 @@ def test_an_error_leaves_adapter_and_base_unchanged() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_saved_embeddings_go_into_the_base() -> None:
     torch.manual_seed(0)
-    base = Words()
+    base: Any = Words()
     config = {"r": 2, "target_modules": ["embed_tokens"]}
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config, init_lora_weights=False)).eval()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config, init_lora_weights=False)).eval()
     with torch.no_grad():
         theirs.base_model.model.embed_tokens.base_layer.weight.mul_(2)
-    mine = ours.get_peft_model(copy.deepcopy(base), ours.LoraConfig(**config)).eval()
+    mine: Any = ours.get_peft_model(copy.deepcopy(base), ours.LoraConfig(**config)).eval()
     state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=True)
     assert "base_model.model.embed_tokens.base_layer.weight" in state
     assert ours.set_peft_model_state_dict(mine, state) == ([], [])
