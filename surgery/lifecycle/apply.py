@@ -102,7 +102,11 @@ def plan_rules(
     LoraRule     0  Linear  A[2, 8] B[8, 2]         32
 
     Args:
-        model, rules, adapter, example_inputs, freeze: as for `apply_rules`.
+        model: as for `apply_rules`, and so are the other parameters.
+        rules: one rule or several.
+        adapter: the name of the new adapter.
+        example_inputs: one example call or several.
+        freeze: whether the base's parameters stop requiring gradients.
 
     Returns:
         A `Plan`: the steps, the warnings and every problem that would make `apply_rules` fail.

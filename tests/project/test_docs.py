@@ -58,16 +58,29 @@ def rows(name: str) -> dict[str, str]:
     return {row[0].strip(" `"): row[-1].strip() for row in cells}
 
 
-def test_every_public_name_is_in_the_reference() -> None:
-    listed = rows("docs/reference/index.md")
+def public_names() -> set[str]:
+    """Every public name as the reference lists it: those of `surgery` and the rule library without a module."""
     named = (surgery.testing, surgery.trainer, surgery.peft, surgery.onnx)
     modules: dict[str, Any] = {module.__name__: module for module in named}
     public = {*surgery.__all__, *rules.__all__}
     public |= {f"{path}.{name}" for path, module in modules.items() for name in module.__all__}
-    public -= {f"surgery.onnx.{name}" for name in surgery.__all__}  # the same
+    return public - {f"surgery.onnx.{name}" for name in surgery.__all__}  # the same
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    listed, public = rows("docs/reference/index.md"), public_names()
     assert public <= listed.keys(), public - listed.keys()
     assert all(listed[name] for name in public)
     assert {name for name in listed if re.fullmatch(r"[\w.]+", name)} - {"name"} == public
+
+
+def test_every_public_name_has_its_signature_on_one_page() -> None:
+    pages = [text for name, text in TEXT.items() if name.startswith("docs/reference/api/")]
+    shown = [name for text in pages for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)]
+    packages = {name: "surgery.rules." if name in rules.__all__ else "surgery." for name in public_names()}
+    assert sorted(shown) == sorted(
+        name if name.startswith("surgery.") else package + name for name, package in packages.items()
+    )
 
 
 KINDS = [
