@@ -56,10 +56,10 @@ coverage: $(VENV)/.dev ## Trace every module class of every model family and wri
 gallery: $(VENV)/.dev ## Draw the pictures of the rules into docs/pictures/
 	$(BIN)/python -m tests.reports.gallery $(ARGS)
 
-peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write the table of docs/explanation/peers.md
+peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write docs/reference/peft-checkpoints.md
 	$(BIN)/python -m tests.reports.conformance $(ARGS)
 
-peft-suite: $(VENV)/.dev ## Run PEFT's own tests with PEFT and with surgery.peft; PEFT_SOURCE=folder of its source; writes docs/explanation/peers.md
+peft-suite: $(VENV)/.dev ## Run PEFT's own tests with PEFT and with surgery.peft; PEFT_SOURCE=folder of its source; writes docs/reference/peft-suite.md
 	@test -n "$(PEFT_SOURCE)" || { echo "Name a folder with PEFT's source of the installed version: PEFT_SOURCE=…" >&2; exit 1; }
 	$(BIN)/python -m tests.reports.peft_suite --source "$(PEFT_SOURCE)" --jobs $(JOBS) --page $(ARGS)
 

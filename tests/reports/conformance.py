@@ -1,4 +1,4 @@
-"""`make peers`: run every row of tests/support/conformance.py and write the table of docs/explanation/peers.md."""
+"""`make peers`: run every row of tests/support/conformance.py and write docs/reference/peft-checkpoints.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import rules  # noqa: F401  # brings the methods
 from tests.support import ROOT
 from tests.support.conformance import CELLS, ROWS, check
 
-PAGE = ROOT / "docs/explanation/peers.md"
+PAGE = ROOT / "docs/reference/peft-checkpoints.md"
 MARKS = ("<!-- made by make peers -->\n", "<!-- end -->")
 
 

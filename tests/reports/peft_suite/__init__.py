@@ -2,7 +2,7 @@
 
 None of PEFT's code is kept here. Its source of the pinned version is given as a folder: the wheel has no tests, the
 source distribution has. Tests that pass with PEFT are run again with the façade; a test that then fails gets a class
-and a reason (`classes.py`, `reasons.py`), and docs/explanation/peers.md gets the table.
+and a reason (`classes.py`, `reasons.py`), and docs/reference/peft-suite.md gets the table.
 """
 
 from tests.support import ROOT

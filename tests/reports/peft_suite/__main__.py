@@ -23,7 +23,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--seconds", type=int, default=120, help="the limit of one test")
     parser.add_argument("--jobs", type=int, default=1, help="files that run at the same time")
-    parser.add_argument("--page", action="store_true", help="write the table into docs/explanation/peers.md")
+    parser.add_argument("--page", action="store_true", help="write the table into docs/reference/peft-suite.md")
     options = parser.parse_args()
     if options.source is not None:
         source.check(options.source)

@@ -1,4 +1,4 @@
-"""The tables of docs/explanation/peers.md: by file, by method, and every test that differs with its reason."""
+"""The tables of docs/reference/peft-suite.md: by file, by method, and every test that differs with its reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from tests.reports.peft_suite import classes, run
 from tests.support import ROOT
 
-PAGE = ROOT / "docs/explanation/peers.md"
+PAGE = ROOT / "docs/reference/peft-suite.md"
 MARKS = ("<!-- made by make peft-suite -->\n", "<!-- end of make peft-suite -->")
 COLUMNS = ("run", "passed", *classes.KINDS)
 
