@@ -24,8 +24,9 @@ class TokensRule(Rule):
     >>> model[0].adapters.default.rows.shape
     torch.Size([2, 8])
 
-    Works on Embedding and, for a head, on Linear. `rows` is (tokens, features) in the base's dtype and starts as the
-    base's rows. An embedding and a head that share their weight share `rows`, too, if one rule names both.
+    Works on Embedding and, for a head, on Linear. `rows` is (tokens, features), starts as the base's rows, and is float32
+    on modules in half precision. An embedding and a head that share their weight share `rows`, too, if one rule names
+    both.
 
     Args:
         tokens: distinct row numbers.
@@ -80,10 +81,11 @@ class TokensRule(Rule):
         ids = torch.tensor(sorted(self.tokens))
         weight: Tensor = site.module.weight  # type: ignore[assignment]
         start, (name, numbers) = weight.detach()[ids.to(weight.device)], self.names
+        kept: Any = {"dtype": site.dtype if self.trains else start.dtype, "trainable": self.trains, "tied": weight}
         if self.init == "random":
-            rows = site.param(name, start.shape, nn.init.normal_, dtype=start.dtype, trainable=self.trains, tied=weight)
+            rows = site.param(name, start.shape, nn.init.normal_, **kept)
         else:
-            rows = site.param(name, start, trainable=self.trains, tied=weight)
+            rows = site.param(name, start, **kept)
         index = site.buffer(numbers, ids)
         if not self.looks_up(site):
             site.replace(site.weight, site.weight.index_copy(0, index, rows.to(site.weight.dtype)))
@@ -179,7 +181,8 @@ class TokensSlotRule(SlotRule):
 
     def rewrite(self, site: Site) -> Tensor | None:
         weight: Tensor = site.module.weight  # type: ignore[assignment]
-        rows, index = site.param("rows", weight.detach()[:2]), site.buffer("index", torch.arange(2))
+        rows = site.param("rows", weight.detach()[:2], dtype=site.dtype)
+        index = site.buffer("index", torch.arange(2))
         if not _looks_up(site):
             site.replace(site.weight, site.weight.index_copy(0, index, rows.to(site.weight.dtype)))
             return None

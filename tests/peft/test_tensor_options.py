@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from surgery import peft as ours
 from surgery.errors import SurgeryError
 from surgery.peft import (
     BOFTConfig,
@@ -210,3 +212,62 @@ def test_a_safe_merge_of_values_that_are_not_finite_says_so(config: Any) -> None
                 tensor.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
         model.merge_and_unload(safe_merge=True)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.linear = nn.Embedding(12, 8), nn.Linear(8, 4, bias=False)  # PEFT's rows of a head drop its bias
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.linear(self.emb(ids))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        ("TrainableTokensConfig", {"target_modules": ["emb"], "token_indices": [7, 2]}),
+        (
+            "LoraConfig",
+            {"r": 2, "lora_alpha": 1, "target_modules": ["linear"], "trainable_token_indices": {"emb": [7, 2]}},
+        ),
+        (
+            "LoraConfig",
+            {"r": 2, "lora_alpha": 1, "target_modules": ["linear"], "trainable_token_indices": {"linear": [3, 2]}},
+        ),
+    ],
+)
+def test_rows_of_tokens_have_pefts_dtype(
+    kind: str, fields: dict[str, Any], dtype: torch.dtype, autocast: bool, tmp_path: Path
+) -> None:
+    if "linear" in fields.get("trainable_token_indices", {}):
+        fields = {**fields, "target_modules": ["emb"]}
+    torch.manual_seed(0)
+    base, ids = Words().to(dtype), torch.tensor([[1, 7, 2, 11]])
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), getattr(peft, kind)(**fields), autocast_adapter_dtype=autocast
+    ).eval()
+    mine = get_peft_model(copy.deepcopy(base), getattr(ours, kind)(**fields), autocast_adapter_dtype=autocast).eval()
+    assert torch.equal(mine(ids), base(ids))
+    state = peft.get_peft_model_state_dict(theirs)
+    same = get_peft_model_state_dict(mine)
+    assert {key: tensor.dtype for key, tensor in same.items()} == {key: tensor.dtype for key, tensor in state.items()}
+    state = {key: tensor + torch.randn_like(tensor) for key, tensor in state.items()}
+    peft.set_peft_model_state_dict(theirs, state)
+    set_peft_model_state_dict(mine, state)
+    kept = {key: tensor for key, tensor in get_peft_model_state_dict(mine).items() if "tokens" in key}
+    assert kept and all(torch.equal(tensor, state[key]) for key, tensor in kept.items())  # with all of its bits
+    expected = theirs(ids)
+    close = {} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}  # LoRA rounds in another order
+    torch.testing.assert_close(mine(ids), expected, **close)
+    live = mine(ids)
+    mine.merge_adapter()
+    torch.testing.assert_close(mine(ids), live, rtol=2e-2, atol=2e-2)
+    mine.unmerge_adapter()
+    assert torch.equal(mine(ids), live)
+    mine.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=autocast)
+    assert torch.equal(again(ids), live)
+    assert torch.equal(mine.unload()(ids), base(ids))
