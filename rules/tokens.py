@@ -24,9 +24,9 @@ class TokensRule(Rule):
     >>> model[0].adapters.default.rows.shape
     torch.Size([2, 8])
 
-    Works on Embedding and, for a head, on Linear. `rows` is (tokens, features), starts as the base's rows, and is float32
-    on modules in half precision. An embedding and a head that share their weight share `rows`, too, if one rule names
-    both.
+    Works on Embedding and, for a head, on Linear. `rows` is (tokens, features) and starts as the base's rows. It is
+    float32 on modules in half precision. An embedding and a head that share their weight share `rows`, too, if one rule
+    names both.
 
     Args:
         tokens: distinct row numbers.
