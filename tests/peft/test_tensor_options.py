@@ -260,7 +260,7 @@ def test_rows_of_tokens_have_pefts_dtype(
     kept = {key: tensor for key, tensor in get_peft_model_state_dict(mine).items() if "tokens" in key}
     assert kept and all(torch.equal(tensor, state[key]) for key, tensor in kept.items())  # with all of its bits
     expected = theirs(ids)
-    close = {} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}  # LoRA rounds in another order
+    close: Any = {} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}  # LoRA rounds in another order
     torch.testing.assert_close(mine(ids), expected, **close)
     live = mine(ids)
     mine.merge_adapter()
