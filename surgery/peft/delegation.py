@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from surgery.errors import SurgeryError, near_misses
+from surgery.lifecycle.switching import weights_now
+from surgery.patterns.wrappers import unwrap
 from surgery.peft.errors import as_builtin, pefts_errors
 from surgery.routing.route import route
+from surgery.routing.routing_block import RowCountError
+from surgery.state.records import merged_adapters, model_state
 from surgery.transaction.neutral_context import neutral
 from surgery.transaction.undo_log import Journal
 
@@ -102,6 +106,12 @@ class Facade(_Seen):
 
         return called
 
+    @property
+    def _disabled(self) -> bool:
+        """Whether the active adapters rest, so that calls compute the base's output."""
+        state = model_state(unwrap(self._base))
+        return state is not None and bool(state.resting) and not weights_now(state)
+
     def _completed(self, output: Any) -> Any:
         """The output of a call, with what the adapters' methods add to its loss."""
         return output
@@ -133,10 +143,12 @@ class Facade(_Seen):
         with self._rows(adapter_names):
             return self._base.generate(*args, **kwargs)
 
-    def _rows(self, names: Any) -> AbstractContextManager[Any]:
-        """Routes each row to its adapter, if PEFT's adapter_names are given."""
+    @contextmanager
+    def _rows(self, names: Any) -> Iterator[None]:
+        """Routes each row to its adapter, if PEFT's adapter_names are given and the adapters are not disabled."""
         if names is None:
-            return nullcontext()
+            yield
+            return
         unknown = sorted({name for name in names if name != "__base__" and name not in self._configs})
         if unknown:
             raise as_builtin(
@@ -145,4 +157,17 @@ class Facade(_Seen):
                     why=near_misses(unknown[0], self._configs) or f"there are {', '.join(self._configs)}",
                 )
             )
-        return route(self._base, [None if name == "__base__" else name for name in names])
+        if merged := merged_adapters(unwrap(self._base)):
+            what = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            raise as_builtin(SurgeryError(what, why=f"the weights hold {', '.join(merged)}"))
+        if self._disabled:
+            yield
+            return
+        rows = [None if name == "__base__" else name for name in names]
+        try:
+            with pefts_errors(), route(self._base, rows):
+                yield
+        except RowCountError as error:
+            what = "Length of `adapter_names` should be the same as the number of inputs, but got "
+            what += f"{error.names} and {error.rows} respectively."
+            raise as_builtin(SurgeryError(what, fix='name an adapter, or "__base__", for each row')) from None

@@ -112,7 +112,3 @@ class FacadeProperties(Facade):
     @property
     def base_model_torch_dtype(self) -> Any:
         return getattr(self._base, "dtype", None)
-
-    @property
-    def _disabled(self) -> bool:
-        return bool(self.active_adapters) and not surgery.active(self._base)

@@ -18,7 +18,16 @@ from surgery.routing.thread_state import thread_routing
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.records import ModelState, site_state
 
-__all__ = ["RoutingBlock"]
+__all__ = ["RoutingBlock", "RowCountError"]
+
+
+class RowCountError(SurgeryError):
+    """A call of the model has another number of rows than the block has names."""
+
+    def __init__(self, names: int, rows: int):
+        what = f"{names} adapters are named, and the call has {rows} rows"
+        super().__init__(what, fix="name one adapter, or None, for each row")
+        self.names, self.rows = names, rows
 
 
 class RoutingBlock:
@@ -66,10 +75,7 @@ class RoutingBlock:
             return
         size = _batch_of(args, kwargs)
         if size is not None and size != self.rows.count and not (size % self.rows.count == 0 and _generating()):
-            raise SurgeryError(
-                f"{self.rows.count} adapters are named, and the call has {size} rows",
-                fix="name one adapter, or None, for each row",
-            )
+            raise RowCountError(self.rows.count, size)
         self.entry, self.batch, self.arguments = entry, size, (args, kwargs)
 
     def leave(self, entry: nn.Module) -> None:

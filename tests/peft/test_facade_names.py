@@ -309,6 +309,28 @@ def test_rows_of_a_plain_model() -> None:
     assert made[0].targeted_module_names == made[1].targeted_module_names == ["0", "2"]
 
 
+def test_rows_of_disabled_and_merged_adapters() -> None:
+    x, names = torch.ones(3, 8), ["other", "__base__", "default"]
+    for library in (peft, ours):
+        model = library.get_peft_model(
+            nn.Sequential(nn.Linear(8, 8)), library.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        ).eval()
+        model.add_adapter("other", library.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        mixed = model(x, adapter_names=names)
+        with model.disable_adapter():
+            base = model(x)
+            assert torch.equal(model(x, adapter_names=names), base)  # as in PEFT, no row has an adapter
+            assert torch.equal(model.forward(x, adapter_names=names), base)
+        assert torch.equal(model(x, adapter_names=names), mixed) and not torch.equal(mixed, base)
+        with pytest.raises(ValueError, match="Length of `adapter_names` should be .* but got 2 and 3 respectively"):
+            model(x, adapter_names=names[:2])
+        model.merge_adapter(["other"])
+        with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged adapters, please call"):
+            model(x, adapter_names=names)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x, adapter_names=names), mixed)
+
+
 def test_loading_keeps_the_configuration(tmp_path: Path) -> None:
     for library in (peft, ours):
         folder = tmp_path / library.__name__
