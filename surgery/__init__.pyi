@@ -27,7 +27,7 @@ from .forward.hidden_state import hidden_of
 from .forward.parameter_view import call_own
 from .forward.values import Value
 from .inspection.coverage import Coverage, coverage
-from .inspection.show import Summary, draw, show, summary
+from .inspection.show import Summary, show, summary
 from .lifecycle.activation import Adapter, activate, active, adapters, deactivate, using
 from .lifecycle.apply import apply_rules, explain, plan_rules
 from .lifecycle.combine import combine
@@ -42,6 +42,7 @@ from .patterns.pattern import Pattern
 from .patterns.targets import Targets
 from .peft_format.adapter_config import PeftConfig
 from .peft_format.methods import PeftMethod, PeftPart, PeftPlace, peft_method
+from .pictures.draw import Drawing, draw
 from .planning.plan import Plan
 from .rewritten_model.folded_values import folded_adapter
 from .rewritten_model.state_dict import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
@@ -68,6 +69,7 @@ __all__ = [
     "Combination",
     "Const",
     "Coverage",
+    "Drawing",
     "ExportReport",
     "Found",
     "LiveSite",

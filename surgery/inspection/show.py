@@ -1,13 +1,12 @@
-"""`summary`, `show` and `draw`: parameter counts, the code of a site, and a picture of its graph before and after."""
+"""`summary` and `show`: parameter counts, and the code of a site."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from surgery.errors import MatchError, abbreviate, near_misses
 from surgery.forward.own_forward import own_forward
@@ -22,10 +21,8 @@ from surgery.state.site_links import module_at
 from surgery.text_table import table
 from surgery.transaction.gradient_flags import is_lazy
 from surgery.weaving.generated_class import recipe_of
-from surgery.weaving.variant_building import last_traced_forward, layer_at
-from surgery.weaving.weave import weave
 
-__all__ = ["Summary", "draw", "show", "summary"]
+__all__ = ["Summary", "show", "site_at", "summary"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ def show(model: nn.Module, path: str = "", *, generated: bool = False) -> str:
     Raises:
         MatchError: the model does not have the module, or no rule was applied to it; with `generated`, no rule is live.
     """
-    module, state = _site_at(model, path)
+    module, state = site_at(model, path)
     if generated:
         recipe = recipe_of(type(module))
         if recipe is None:
@@ -200,42 +197,7 @@ def show(model: nn.Module, path: str = "", *, generated: bool = False) -> str:
     return "\n".join([*heads, str(readable_forward(module, state, own_forward(module, state.base)))])
 
 
-def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
-    """Draw a site's graph as SVG text: its own graph on the left, the rewritten graph on the right, edits in colour.
-
-    >>> from torch import nn
-    >>> from surgery import apply_rules, draw
-    >>> from surgery.rules import LoraRule
-    >>> draw(apply_rules(nn.Linear(8, 8), [LoraRule(nn.Linear)])).startswith("<svg")
-    True
-
-    Args:
-        model: the model.
-        path: the site's module path; "" is the model itself.
-        before: whether to draw the module's own graph, too.
-
-    Returns:
-        The SVG document as text.
-
-    Raises:
-        MatchError: the model does not have the module, or no rule was applied to it.
-    """
-    module, state = _site_at(model, path)
-    own = last_traced_forward(module, state) if any(applied.inside for applied in state.applied) else None
-    own = own or own_forward(module, state.base)
-    layers = [layer_at(applied, module, state, own) for applied in state.applied]
-    title = f"{path or type(module).__name__} ({type(module).__name__})"
-    layers_by_heading = {"before": [], "after": layers} if before else {"": layers}
-    return _svg(
-        title,
-        {
-            head: weave(own, heading_layers, module.training, lowered=False)
-            for head, heading_layers in layers_by_heading.items()
-        },
-    )
-
-
-def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
+def site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
     """The module at a path and its record. `MatchError` if the path is not a site."""
     check_all_present(model)
     modules = dict(model.named_modules(remove_duplicate=False)) | dict(
@@ -253,82 +215,3 @@ def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
             "no rule was applied here", where=path, why=f"sites are {abbreviate(where)}" if where else None
         )
     return modules[path], state
-
-
-# Drawing ------------------------------------------------------------------------------------------------------
-
-_WIDTH, _HEIGHT, _ACROSS, _DOWN = 168, 34, 188, 62
-
-
-def _svg(title: str, graphs: dict[str, fx.Graph]) -> str:
-    """Draw graphs side by side, each under its heading."""
-    heads, shapes, x, height = [], [], 20.0, 0.0
-    for head, graph in graphs.items():
-        parts, size = _drawn_graph(graph, x, 70 if head else 44)
-        heads.append((x, head))
-        shapes += parts
-        x, height = x + size[0] + 60, max(height, size[1] + (90 if head else 64))
-    width = x - 40
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
-        f'viewBox="0 0 {width:g} {height:g}" '
-        'font-family="sans-serif" font-size="12">',
-        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>',
-        f'<rect width="{width:g}" height="{height:g}" fill="white"/>',
-        f'<text x="20" y="26" font-size="15" font-weight="bold">{escape(title)}</text>',
-        *(f'<text x="{x:g}" y="52" fill="#555">{text}</text>' for x, text in heads if text),
-        *shapes,
-        "</svg>",
-    ]
-    return "\n".join(parts)
-
-
-def _drawn_graph(graph: fx.Graph, x0: float, y0: float) -> tuple[list[str], tuple[float, float]]:
-    """The SVG elements of a graph at a position, and their size."""
-    import networkx as nx
-
-    flow = nx.DiGraph()
-    for node in graph.nodes:
-        flow.add_node(node)
-        flow.add_edges_from((source, node) for source in node.all_input_nodes)
-    rows = [list(row) for row in nx.topological_generations(flow)]
-    across = max(len(row) for row in rows)
-    at = {
-        node: (x0 + (column + (across - len(row)) / 2) * _ACROSS, y0 + level * _DOWN)
-        for level, row in enumerate(rows)
-        for column, node in enumerate(row)
-    }
-    parts = []
-    for source, node in flow.edges:
-        (xa, ya), (xb, yb) = at[source], at[node]
-        start, end = (xa + _WIDTH / 2, ya + _HEIGHT), (xb + _WIDTH / 2, yb - 1)
-        bend = (end[1] - start[1]) / 2
-        (x1, y1), (x2, y2) = start, end
-        curve = f"M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + bend:.0f} {x2:.0f} {y2 - bend:.0f} {x2:.0f} {y2:.0f}"
-        parts.append(f'<path d="{curve}" fill="none" stroke="#555" marker-end="url(#arrow)"/>')
-    for node, (x, y) in at.items():
-        fill, stroke = ("#ffe0b3", "#c76b00") if _inserted(node) else ("#eef3f8", "#6b8aa8")
-        text = escape(_label(node))
-        parts.append(
-            f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{fill}" '
-            f'stroke="{stroke}"/>'
-            f'<text x="{x + _WIDTH / 2:.0f}" y="{y + 21:.0f}" text-anchor="middle">{text}</text>'
-        )
-    return parts, (across * _ACROSS, len(rows) * _DOWN)
-
-
-def _inserted(node: fx.Node) -> bool:
-    return bool(node.meta.get("surgery")) or (node.op == "get_attr" and str(node.target).startswith("adapters."))
-
-
-def _label(node: fx.Node) -> str:
-    if node.op == "get_attr":
-        text = str(node.target).removeprefix("adapters.")
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", str(node.target))
-        rest = [str(arg) for arg in node.args if not isinstance(arg, fx.Node) and isinstance(arg, (int, float, str))]
-        text = f"{name}({', '.join(rest)})" if rest else name
-    else:
-        text = str(node.target)
-    return text if len(text) <= 26 else text[:25] + "…"

@@ -1,8 +1,7 @@
-"""`make gallery`: a picture of every rule at work, drawn from a small model it is applied to, into docs/pictures/."""
+"""`make gallery`: draws docs/pictures/: every rule at work on a small model, and the pictures of docs/how-to/pictures.md."""
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import Rule, apply_rules, draw, rules
+from surgery import Drawing, Rule, activate, apply_rules, draw, rules
 from tests.support import ROOT
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -122,25 +121,37 @@ SHOWN: dict[str, tuple[Rule, Callable[[], nn.Module]]] = {
 EXAMPLES = {"PrefixRule": torch.zeros(1, 3, 8)}  # for rules that need an example call
 
 
-def pictures() -> dict[str, str]:
+def pictures() -> dict[str, Drawing]:
     """A rule's name → its picture, SVG."""
     drawings = {}
     for name, (rule, make) in SHOWN.items():
         model = nn.Sequential(OrderedDict(m=make())).eval()
-        picture = draw(apply_rules(model, [rule], example_inputs=EXAMPLES.get(name)), "m", before=False)
-        # `Site.mark` differs each time
-        drawings[name] = re.sub(r"\b(?=[0-9]*[a-f])[0-9a-f]{7,}…?", "mark", picture)
+        drawings[name] = draw(apply_rules(model, [rule], example_inputs=EXAMPLES.get(name)), "m", before=False)
     return drawings
+
+
+def page_pictures() -> dict[str, Drawing]:
+    """The pictures of docs/how-to/pictures.md: the models that the page's code makes."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    config = BertConfig(**sizes, num_labels=5)  # type: ignore[arg-type,call-arg]
+    model = BertForSequenceClassification(config)
+    apply_rules(model, [rules.LoraRule(["query", "value"], rank=8, alpha=16), rules.TrainRule("classifier")])
+    apply_rules(model, [rules.IA3Rule("key")], adapter="other")
+    activate(model, "default")
+    site = "bert.encoder.layer.0.attention.self.query"
+    return {"page-tree": draw(model), "page-site": draw(model, site)}
 
 
 def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
-    drawings = pictures()
+    drawings = pictures() | page_pictures()
     for old in PICTURES.glob("*.svg"):
         if old.stem not in drawings:
             old.unlink()
     for name, text in drawings.items():
-        (PICTURES / f"{name}.svg").write_text(text + "\n", encoding="utf-8")
+        text.save(PICTURES / f"{name}.svg")
     print(f"{len(drawings)} pictures in {PICTURES}")
 
 
