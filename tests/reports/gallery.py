@@ -1,4 +1,4 @@
-"""`make gallery`: draws docs/pictures/: every rule at work on a small model, and the pictures of docs/how-to/pictures.md."""
+"""`make gallery` draws docs/pictures/: each rule at work on a small model, and the pictures of the how-to."""
 
 from __future__ import annotations
 
