@@ -28,6 +28,7 @@ from tests.support.pages import TEXT, blocks, runs
 
 NEEDS = {
     "README.md": ("accelerate",),
+    "docs/how-to/train-with-the-trainer.md": ("accelerate",),
     "docs/onnx.md": ("onnxscript", "onnxruntime"),
     "docs/how-to/match-by-condition.md": ("yaml",),
 }
