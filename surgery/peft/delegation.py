@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from surgery.errors import SurgeryError, near_misses
 from surgery.lifecycle.switching import weights_now
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.errors import as_builtin, pefts_errors
+from surgery.peft.reported_class import reported_class
 from surgery.routing.route import route
 from surgery.routing.routing_block import RowCountError
 from surgery.state.records import merged_adapters, model_state
@@ -63,17 +64,22 @@ def whole(method: F) -> F:
 class Facade(_Seen):
     """Passes for the model: `isinstance` holds, attributes are read from it and set on it, and calls are its calls.
 
-    The façade is not a module: code that walks over modules walks over the model's, under the model's names.
+    `isinstance` also holds for PEFT's class of the name `_peft_class`, where PEFT is imported. The façade is not a
+    module: code that walks over modules walks over the model's, under the model's names.
     """
 
-    __slots__ = ("__weakref__", "_base", "_configs")
+    __slots__ = ("__weakref__", "_base", "_configs", "_reported")
 
     _base: Any
     _configs: dict[str, Any]
+    _reported: Any  # the class that was reported last: it lives as long as the façade
+    _peft_class: ClassVar[str | None] = None
 
     @property
     def __class__(self) -> Any:  # what isinstance asks after type()
-        return type(self._base)
+        reported = reported_class(type(self._base), self._peft_class)
+        object.__setattr__(self, "_reported", reported)
+        return reported
 
     @property
     def __dict__(self) -> Any:

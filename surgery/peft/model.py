@@ -75,6 +75,7 @@ class PeftModel(FacadeProperties):
 
     __slots__ = ()
     _task: str | None = None
+    _peft_class = "PeftModel"
 
     def __new__(cls, model: nn.Module, peft_config: Any, *args: Any, **options: Any) -> PeftModel:
         task = getattr(peft_config, "task_type", None)
@@ -369,6 +370,7 @@ class PeftMixedModel(PeftModel):
     """A `PeftModel` whose adapters are of several methods, as those of any `PeftModel` here may be."""
 
     __slots__ = ()
+    _peft_class = "PeftMixedModel"
 
     def _check_kind(self, config: Any) -> None:
         if config.is_prompt_learning or config.is_adaption_prompt:
@@ -402,6 +404,7 @@ class PeftMixedModel(PeftModel):
 
 class _Tuner(PeftModel):
     __slots__ = ()
+    _peft_class = None
 
     @property
     def model(self) -> Any:

@@ -53,7 +53,8 @@ class AutoPeftModel:
 
 
 def _kind(name: str, task: str, what: str) -> type[PeftModel]:
-    return type(name, (PeftModel,), {"__slots__": (), "_task": task, "__doc__": f"A `PeftModel` {what}."})
+    names = {"__slots__": (), "_task": task, "_peft_class": name, "__doc__": f"A `PeftModel` {what}."}
+    return type(name, (PeftModel,), names)
 
 
 def _auto(name: str, target: str) -> type[AutoPeftModel]:
