@@ -21,6 +21,7 @@ from surgery.merging.site_merge import NotFiniteError
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.add_idle import new_adapters_idle
 from surgery.peft.base_config import PeftConfig
+from surgery.peft.checkpoints import load_checkpoint, subfolder_of
 from surgery.peft.configuration import check_targets, completed
 from surgery.peft.defaults import with_defaults
 from surgery.peft.delegation import facade, inside, whole
@@ -37,6 +38,7 @@ from surgery.state.adapter_naming import adapter_names as named
 from surgery.state.in_use import check_free
 from surgery.state.records import merged_adapters, model_state
 from surgery.storage.hub_upload import card_of, upload
+from surgery.storage.load_report import LoadReport
 from surgery.tracing.example_call import dummy
 
 __all__ = ["LoadResult", "PeftMixedModel", "PeftModel"]
@@ -177,6 +179,9 @@ class PeftModel(FacadeProperties):
     def load_adapter(self, model_id: Any, adapter_name: str, is_trainable: bool = False, **options: Any) -> LoadResult:
         """Load an adapter from a folder or a repository; into an existing adapter, by `surgery.hotswap`.
 
+        A Trainer's checkpoint of these adapters brings back all that it holds of the active ones, to the bit, and the
+        base's trained tensors and buffers with them.
+
         `options`: `subfolder`, `revision`, `example_inputs`, and a `config` that replaces the one beside the tensors.
         What does not fit is a `LoadError`, with the model unchanged; another base is a warning.
         """
@@ -184,7 +189,10 @@ class PeftModel(FacadeProperties):
             raise SurgeryError("key_mapping is not supported", fix="rename the file's tensors before they are loaded")
         arguments: dict[str, Any] = {name: options.get(name) for name in ("subfolder", "revision")}
         arguments["same_base"] = False
-        if adapter_name in self._configs:
+        if adapter_name in self._configs and not options and load_checkpoint(self, model_id, adapter_name):
+            report = LoadReport(adapter_name)
+        elif adapter_name in self._configs:
+            arguments["subfolder"] = options.get("subfolder") or subfolder_of(model_id, adapter_name)
             report = surgery.hotswap(self._base, adapter_name, model_id, **arguments)
         else:
             settings = options.get("config") and with_defaults(options["config"], self._base, self._task)

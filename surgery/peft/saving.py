@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -16,10 +15,12 @@ from safetensors.torch import load_file
 import surgery
 from surgery.adapter_files.entry import OLD, PEFT
 from surgery.errors import SurgeryError, SurgeryWarning, near_misses
+from surgery.peft.checkpoints import write_checkpoint
 from surgery.peft.delegation import Facade
 from surgery.peft.errors import as_builtin
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names
+from surgery.storage.checkpoint_folder import is_checkpoint
 from surgery.storage.hub_upload import card_of
 
 __all__ = ["save_folder", "write_card"]
@@ -53,6 +54,8 @@ def save_folder(
     if not is_main_process:
         return
     tensors = state_dict or model.state_dict()
+    if (folder / OLD).is_dir():  # of `write_checkpoint`
+        (folder / OLD).rmdir()
     for name in adapter_names(rewritten(model)[1], selected_adapters):
         place, config = folder if name == "default" else folder / name, configs.get(name)
         arguments: dict[str, Any] = {"config": config and config.to_dict(), "state_dict": tensors}
@@ -68,10 +71,8 @@ def save_folder(
             if config is not None:  # PEFT finds no tensors beside it
                 config.save_pretrained(place)
     write_card(facade, folder)
-    if re.fullmatch(r"checkpoint-\d+", folder.resolve().name):
-        from surgery.trainer import save_trained
-
-        save_trained(model, folder, tensors)
+    if is_checkpoint(folder):
+        write_checkpoint(facade, folder, tensors)
 
 
 def _pickle_tensors(folder: Path) -> None:

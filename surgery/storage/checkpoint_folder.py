@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.adapter_files.tensor_files import open_tensors
+from surgery.adapter_files.tensor_files import TensorFile, open_tensors
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import plain_name
@@ -20,8 +20,9 @@ from surgery.state.records import base_parameters
 from surgery.storage.hub_upload import card_of, upload
 from surgery.storage.save import save_adapter
 
-__all__ = ["save_folder", "save_trained", "write_adapters"]
+__all__ = ["is_checkpoint", "save_folder", "save_trained", "trained_file", "write_adapters", "write_trained"]
 
+_TRAINED = "model.safetensors"  # the name from which a Trainer resumes
 _MARK = "trained tensors"
 
 
@@ -40,7 +41,7 @@ def write_adapters(model: nn.Module, folder: Path, names: list[str], configs: Ma
     alone = tensors is not None or not any(hasattr(t, "full_tensor") for t in state.values())
     if not main and alone:
         return
-    checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None  # a Trainer's name
+    checkpoint = is_checkpoint(folder)
     save_folder(model, folder, names, state if alone else None, trained=checkpoint)
     if main:
         rest = [] if checkpoint else [name for name, parameter in base_parameters(model) if parameter.requires_grad]
@@ -65,15 +66,22 @@ def save_folder(
         save_adapter(model, place, name, state_dict=state_dict)
     if trained:
         save_trained(model, folder, state_dict)
-    elif _is_marked(folder / "model.safetensors"):  # the Trainer copied it from a checkpoint before a push
-        (folder / "model.safetensors").unlink(missing_ok=True)
+    elif trained_file(folder) is not None:  # the Trainer copied it from a checkpoint before a push
+        (folder / _TRAINED).unlink(missing_ok=True)
 
 
-def _is_marked(file: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name that a Trainer gives its checkpoints."""
+    return re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
+
+
+def trained_file(folder: Path) -> TensorFile | None:
+    """Opens the file that `save_trained` wrote into a folder; None if the folder does not have this file."""
     try:
-        return file.is_file() and open_tensors(file).metadata.get("surgery") == _MARK
+        file = open_tensors(folder / _TRAINED) if (folder / _TRAINED).is_file() else None
     except SurgeryError:
-        return False
+        return None
+    return file if file is not None and file.metadata.get("surgery") == _MARK else None
 
 
 def _keys_outside(model: nn.Module, keys: Iterable[str]) -> list[str]:
@@ -118,6 +126,13 @@ def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
     For checkpoints without the base: `load_state_dict(…, strict=False)` puts it back. Weights that an adapter changed
     at its start (PiSSA) are written, too. `state_dict`: the model's, where it was gathered from elsewhere.
     """
+    write_trained(model, folder, state_dict)
+
+
+def write_trained(
+    model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None, **metadata: str
+) -> None:
+    """Writes the file of `save_trained`, with further metadata."""
     from safetensors.torch import save
 
     state = model.state_dict() if state_dict is None else state_dict
@@ -129,7 +144,5 @@ def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
     }
     tensors = {key: whole(t.detach()).cpu().contiguous().clone() for key, t in chosen.items() if isinstance(t, Tensor)}
     if state_dict is not None or first_process():
-        data = save(tensors, metadata={"format": "pt", "surgery": _MARK})
-        (Path(folder) / "model.safetensors").write_bytes(
-            data
-        )  # save_file would create a file that only its owner may read
+        data = save(tensors, metadata={**metadata, "format": "pt", "surgery": _MARK})
+        (Path(folder) / _TRAINED).write_bytes(data)  # save_file would create a file that only its owner may read
