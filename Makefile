@@ -53,8 +53,9 @@ families: $(VENV)/.dev ## Run the tests of all model families, of which `make te
 coverage: $(VENV)/.dev ## Trace every module class of every model family and write docs/reference/coverage.md
 	$(BIN)/python -m tests.reports.coverage $(ARGS)
 
-gallery: $(VENV)/.dev ## Draw the pictures of the rules into docs/pictures/
+gallery: $(VENV)/.dev ## Draw the pictures of the rules, and try what each works with, for their pages
 	$(BIN)/python -m tests.reports.gallery $(ARGS)
+	$(BIN)/python -m tests.reports.rule_support
 
 peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write docs/reference/peft-checkpoints.md
 	$(BIN)/python -m tests.reports.conformance $(ARGS)

@@ -44,3 +44,11 @@ def test_a_rules_picture(name: str, drawn: dict[str, Drawing]) -> None:
     assert stored == drawn[name] + "\n", "run make gallery"
     words = {element.text for element in ElementTree.fromstring(stored).iter() if element.tag.endswith("text")}
     assert len(words) > 2 and "sg-own sg-c0" in stored  # what was inserted
+
+
+def test_the_tables_of_support_are_what_the_rules_do() -> None:
+    pytest.importorskip("torchao", reason="a quantised Linear is torchao's")
+    from tests.reports.rule_support import pages
+
+    stale = [page.name for page, text in pages() if page.read_text(encoding="utf-8") != text]
+    assert not stale, "run make gallery"
