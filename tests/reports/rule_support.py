@@ -43,6 +43,7 @@ LABELS = {
     "quantised": "quantised Linear",
     "peft": "PEFT's format",
 }
+HEADS = ("merge", "combine", "route", "slots", "quantised", "PEFT")  # the same, in the table of all rules
 INPUTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "Embedding": lambda: (torch.tensor([[1, 2, 7], [3, 7, 2]]),),
     "Text": lambda: (torch.tensor([[1, 2, 7], [3, 7, 2]]),),
@@ -210,8 +211,7 @@ def cell(text: str) -> str:
 
 def overview(supports: dict[str, Support]) -> str:
     """All rules in one table: ✓, – or a short condition."""
-    head = f"| rule | what it does | {' | '.join(LABELS.values())} |"
-    lines = [head, "|---" * (2 + len(LABELS)) + "|"]
+    lines = [f"| rule | what it does | {' | '.join(HEADS)} |", "|---|---" + "|:-:" * len(HEADS) + "|"]
     for name in SHOWN:
         kind: type[Rule] = getattr(rules, name)
         marks = [mark(getattr(supports[name], field.name)) for field in fields(Support)]
@@ -228,7 +228,7 @@ def what(kind: type[Rule]) -> str:
 
 
 def mark(text: str) -> str:
-    return {"yes": "✓", "no": "–", "–": ""}.get(text.partition(":")[0], "✓ *")
+    return {"yes": "✓", "no": "–", "–": ""}.get(text.partition(":")[0], "✓ \\*")
 
 
 def pages() -> Iterator[tuple[Path, str]]:
