@@ -64,7 +64,7 @@ peft-suite: $(VENV)/.dev ## Run PEFT's own tests with PEFT and with surgery.peft
 	@test -n "$(PEFT_SOURCE)" || { echo "Name a folder with PEFT's source of the installed version: PEFT_SOURCE=…" >&2; exit 1; }
 	$(BIN)/python -m tests.reports.peft_suite --source "$(PEFT_SOURCE)" --jobs $(JOBS) --page $(ARGS)
 
-onnx: $(VENV)/.dev ## Run all tests of exports, with every model of tests/support/onnx_models.py, and write the table of docs/onnx.md
+onnx: $(VENV)/.dev ## Run all tests of exports, with every model of tests/support/onnx_models.py, and write docs/reference/onnx-models.md
 	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/onnx --ignore=tests/onnx/test_generation.py -n $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.onnx $(ARGS)
 

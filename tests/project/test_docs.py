@@ -26,10 +26,14 @@ from surgery import rules
 from tests.support import ROOT
 from tests.support.pages import TEXT, blocks, runs
 
+ONNX = (
+    "export-to-onnx", "serve-without-torch", "generate-text-with-onnx", "convert-peft-to-onnx", "run-in-a-browser",
+)  # fmt: skip
 NEEDS = {
     "README.md": ("accelerate",),
     "docs/how-to/train-with-the-trainer.md": ("accelerate",),
-    "docs/onnx.md": ("onnxscript", "onnxruntime"),
+    **{f"docs/how-to/{task}.md": ("onnxscript", "onnxruntime") for task in ONNX},
+    "docs/tutorials/ship.md": ("onnxscript", "onnxruntime"),
     "docs/how-to/match-by-condition.md": ("yaml",),
 }
 
@@ -107,7 +111,7 @@ def test_every_hook_of_a_rule_is_told() -> None:
 
 
 def test_every_rule_is_in_the_table_of_slots() -> None:
-    section = TEXT["docs/onnx.md"].partition("### Which rules have a slot\n")[2].partition("\n## ")[0]
+    section = TEXT["docs/reference/onnx-slots.md"].partition("## Which rules have a slot\n")[2].partition("\n## ")[0]
     table, _, below = section.rpartition("|\n")
     kinds = {kind.__name__: kind for kind in KINDS}
     with_slots = {name for name, kind in kinds.items() if kind.slot_kind is not None}

@@ -1,4 +1,4 @@
-"""`make onnx`: export every row of tests/support/onnx_models.py, compare it, and write the table of docs/onnx.md."""
+"""`make onnx`: export and compare every row of tests/support/onnx_models.py; write docs/reference/onnx-models.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch  # noqa: E402  # what it reads of the environment is set first
 
 from tests.support.onnx_models import ALL, Row  # noqa: E402
 
-PAGE = ROOT / "docs/onnx.md"
+PAGE = ROOT / "docs/reference/onnx-models.md"
 MARKS = ("<!-- made by make onnx -->\n", "<!-- end -->")
 HEAD = ["model", "exported as", "adapter", "moves outputs by", "sizes", "largest difference", "tokens decoded alike"]
 

@@ -1,4 +1,4 @@
-"""The exported models in the table of docs/onnx.md. A row: a model, its adapters, and the options of the export."""
+"""The exported models of docs/reference/onnx-models.md. A row: a model, its adapters, and the options of the export."""
 
 from __future__ import annotations
 

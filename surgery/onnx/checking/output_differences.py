@@ -17,7 +17,8 @@ from surgery.onnx.checking.report import Compared
 __all__ = ["TOLERANCES", "Call", "Comparison", "expected_of"]
 
 # Allowed differences, relative to an output's largest number, which cover another order of rounding. float32: most
-# models differ by 6e-6 or less (docs/onnx.md lists all); a wrong scale or weight gives hundreds of times as much.
+# models differ by 6e-6 or less (docs/reference/onnx-models.md lists all); a wrong scale or weight gives hundreds of
+# times as much.
 # float64: most models compute parts in float32. Half precisions keep 11 and 8 bits, and one side rounds between
 # operations that the other side fuses: some tens of the last bit.
 TOLERANCES = {"float32": 5e-5, "float64": 5e-5, "float16": 2e-2, "bfloat16": 1e-1}
