@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from surgery.rules._low_rank.method import LowRankMethod
 from surgery.rules._low_rank.rule import LowRankRule, TensorSource, sure
 from surgery.rules._shared import fields
 from surgery.rules.bias import EVERYWHERE, BiasesOf, BiasRule
+from surgery.rules.invocation import InvocationRule, within_invocation
 from surgery.rules.slots.low_rank import low_rank_tensors
 
 
@@ -51,6 +52,9 @@ class LoraRule(LowRankMethod):
             restores its bits.
         rank_pattern: path suffix or regular expression → rank there; default None.
         alpha_pattern: path suffix or regular expression → alpha there; default None.
+        invocation: token ids. The adapter acts on a text's tokens from the last such sequence on, the sequence included
+            (aLoRA); rows without it have the base's bits. For Linear and Conv1D; default None: on all tokens. PEFT:
+            alora_invocation_tokens.
         max_rank: A and B have room for this rank, filled with zeros beyond the rule's own, for a later `hotswap`;
             default None, no extra room.
         dtype: dtype of the tensors. Default None: the module's dtype, or float32 if that is half precision or packed.
@@ -58,8 +62,8 @@ class LoraRule(LowRankMethod):
     Raises:
         RuleError: a field is out of range. A module that can't take the rule is a problem of the plan.
 
-    Sources: Hu et al. 2021, arXiv:2106.09685; rsLoRA arXiv:2312.03732; DoRA arXiv:2402.09353; PEFT's LoraConfig, whose
-    defaults these are.
+    Sources: Hu et al. 2021, arXiv:2106.09685; rsLoRA arXiv:2312.03732; DoRA arXiv:2402.09353; aLoRA arXiv:2504.12397;
+    PEFT's LoraConfig, whose defaults these are.
     """
 
     rank: int = 8
@@ -72,6 +76,7 @@ class LoraRule(LowRankMethod):
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "mica", "random"] | str = "kaiming"
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
+    invocation: Sequence[int] | None = None
     max_rank: int | None = None
     dtype: torch.dtype | str | None = None
 
@@ -81,6 +86,11 @@ class LoraRule(LowRankMethod):
         fields.flag(self, "lora_bias", "rslora", "dora")
         if not initial.is_known(self.init):
             raise self.bad("init", f"one of {', '.join(initial.NAMES)} (PEFT's True is 'kaiming', its False 'random')")
+        tokens = self.invocation
+        if tokens is not None and (not tokens or not all(type(token) is int and token >= 0 for token in tokens)):
+            raise self.bad("invocation", "a list of token ids, or None")
+        if tokens is not None and self.dora:
+            raise self.bad("dora", "False beside invocation: it rescales the weight for all tokens")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
@@ -99,6 +109,8 @@ class LoraRule(LowRankMethod):
         layout, used = (sure(layout_of(module, rank)) for rank in (self.room_at(path), self.rank_at(path)))
         if self.lora_bias and not layout.takes_bias(module):
             return "lora_bias needs a map with an output bias of its own"
+        if self.invocation is not None and (layout.weight_space or layout.kind not in ("linear", "conv1d")):
+            return "an invocation needs a map of each token: a Linear or transformers' Conv1D"
         if self.dora and layout.packed:
             return "DoRA needs the weight's norm, and the weight is packed"
         return initial.why_not(
@@ -106,6 +118,8 @@ class LoraRule(LowRankMethod):
         )
 
     def companions(self) -> Iterable[Rule]:
+        if self.invocation is not None:
+            yield InvocationRule(tokens=self.invocation)
         if self.bias == "all":
             yield BiasRule(targets=EVERYWHERE)
         elif self.bias == "lora_only":
@@ -124,6 +138,10 @@ class LoraRule(LowRankMethod):
         magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
         weight = site.tensor(part.weight).to(A.dtype)
         return gain_of(part, magnitude, weight + part.delta(A, B) * self.scale_at(site.path))
+
+    def branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None, scale: float) -> Tensor:
+        added = super().branch(site, layout, A, B, gain, scale)
+        return added if self.invocation is None else site.apply(within_invocation, added, site.this, site.adapter)
 
     def added_bias(self, site: Site, layout: Layout, gain: Tensor | None) -> Tensor | None:
         if not self.lora_bias:
@@ -150,6 +168,18 @@ class LoraRule(LowRankMethod):
                 norm = column_norm(part, weight.to(A.dtype) + part.delta(A, B) * scale)
                 site.params[part.prefix + "magnitude"].copy_(norm)
         return changes
+
+    @property
+    def mergeable(self) -> bool:
+        return self.invocation is None
+
+    @property
+    def why_not_merged(self) -> str:  # type: ignore[override]
+        return "with an invocation, which tokens it acts on depends on the text"
+
+    @property
+    def slot_kind(self) -> str | None:  # type: ignore[override]
+        return "lora" if self.invocation is None else None
 
     def merged(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
         changes = self.changes(site)

@@ -76,7 +76,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
             A, B = self.factors(part, self._maker(site, part, own_part))
             gain = self.gain(site, part, A, B)
             if not layout.weight_space:
-                return site.output + self._branch(site, layout, A, B, gain, scale)
+                return site.output + self.branch(site, layout, A, B, gain, scale)
             weight = site.tensor(part.weight)
             changed = weight.to(A.dtype) + part.delta(A, B) * scale
             changed = changed if gain is None else changed * gain
@@ -100,7 +100,8 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
 
         return make
 
-    def _branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None, scale: float) -> Tensor:
+    def branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None, scale: float) -> Tensor:
+        """Returns what the rule adds to the output."""
         bias = self.added_bias(site, layout, gain)
         x = layout.cast(site.input, A)
         dropping = self.dropout > 0 and layout.kind != "embedding"

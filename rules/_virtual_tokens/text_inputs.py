@@ -24,6 +24,16 @@ def takes_text(module: nn.Module) -> bool:
     return _takes(module, "input_ids", "inputs_embeds", "attention_mask") and hasattr(module, "get_input_embeddings")
 
 
+def readers_of_ids(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the outermost modules that take token ids, and the modules that take a text inside them."""
+    outer: nn.Module | None = None
+    for name, inner in module.named_modules(prefix=path):
+        inside = outer is not None and any(other is inner for other in outer.modules())
+        if _takes(inner, "input_ids") and (takes_text(inner) or not inside):
+            outer = outer if inside else inner
+            yield name, inner
+
+
 def hosts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """Yields the innermost modules that take a text, as ids or embeddings, with its mask, without decoders of two."""
     owners = tuple(inner for inner in module.modules() if has_both(inner))

@@ -64,7 +64,9 @@ class Lora(PeftMethod):
                 "velora_config is passed over: VeLoRA saves memory while training, which is not done here"
             )
         beside = {"bias": "none"} if biases_beside(config) else {}
-        return {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")} | beside
+        invocation = config.take("alora_invocation_tokens") or None  # an empty list is none to PEFT
+        patterns = {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")}
+        return {**patterns, "invocation": invocation, **beside}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         if isinstance(place.module, nn.MultiheadAttention):
@@ -86,7 +88,13 @@ class Lora(PeftMethod):
 
     def write_fields(self, rule: Rule) -> dict[str, Any]:
         assert isinstance(rule, LoraRule)
-        patterns = {"rank_pattern": dict(rule.rank_pattern or {}), "alpha_pattern": dict(rule.alpha_pattern or {})}
+        patterns: dict[str, Any] = {
+            "rank_pattern": dict(rule.rank_pattern or {}), "alpha_pattern": dict(rule.alpha_pattern or {})
+        }  # fmt: skip
+        if rule.invocation is not None:
+            if rule.init == "mica":
+                raise _unsupported("an invocation with init='mica'")
+            patterns["alora_invocation_tokens"] = list(rule.invocation)
         if not rule.lora_bias:
             return patterns
         if rule.dora or rule.init not in ("kaiming", "random", "gaussian", "orthogonal"):
@@ -96,7 +104,7 @@ class Lora(PeftMethod):
 
 def _as_one(placed: Sequence[tuple[LoraRule, Sequence[str]]]) -> LoraRule:
     """Several rules that differ in rank and alpha as one with patterns of paths."""
-    (first, _), same = placed[0], ("dropout", "dora", "lora_bias", "bias", "rslora", "init")
+    (first, _), same = placed[0], ("dropout", "dora", "lora_bias", "bias", "rslora", "init", "invocation")
     if any(getattr(rule, name) != getattr(first, name) for rule, _ in placed for name in same):
         raise _unsupported("LoraRules that differ in more than targets, rank and alpha")
     by_path = {path: rule for rule, paths in placed for path in paths}

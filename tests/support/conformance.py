@@ -309,6 +309,8 @@ def _lora() -> Iterator[Row]:
     yield lora("GPT2LMHeadModel", "wte")
     yield lora("GPT2LMHeadModel", "lm_head", "c_attn", use_dora=True)
     yield replace(lora("GPT2LMHeadModel", "c_attn"), grown=3)
+    for model, name in (("LlamaForCausalLM", "up_proj"), ("GPT2LMHeadModel", "c_attn")):
+        yield replace(lora(model, name, alora_invocation_tokens=[28, 71], task_type="CAUSAL_LM"), unmerged=True)
     yield lora("LlamaForSequenceClassification num_labels=3", "q_proj", task_type="SEQ_CLS")
     yield lora("LlamaForSequenceClassification num_labels=3", "score")
     yield lora("bert", "classifier", "query")
