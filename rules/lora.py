@@ -140,8 +140,8 @@ class LoraRule(LowRankMethod):
         return gain_of(part, magnitude, weight + part.delta(A, B) * self.scale_at(site.path))
 
     def branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None, scale: float) -> Tensor:
-        added = super().branch(site, layout, A, B, gain, scale)
-        return added if self.invocation is None else site.apply(within_invocation, added, site.this, site.adapter)
+        branch = super().branch(site, layout, A, B, gain, scale)
+        return branch if self.invocation is None else site.apply(within_invocation, branch, site.this, site.adapter)
 
     def added_bias(self, site: Site, layout: Layout, gain: Tensor | None) -> Tensor | None:
         if not self.lora_bias:
