@@ -27,6 +27,7 @@ FOLDERS = {
     "api": "API",
     "rules": "Rules",
     "writing-rules": "Writing rules",
+    "internals": "Internals",
 }
 
 
