@@ -43,6 +43,7 @@ from .patterns.targets import Targets
 from .peft_format.adapter_config import PeftConfig
 from .peft_format.methods import PeftMethod, PeftPart, PeftPlace, peft_method
 from .pictures.draw import Drawing, draw
+from .pictures.report import report
 from .planning.plan import Plan
 from .rewritten_model.folded_values import folded_adapter
 from .rewritten_model.state_dict import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
@@ -143,6 +144,7 @@ __all__ = [
     "push_adapter",
     "remove",
     "rename_adapter",
+    "report",
     "route",
     "rule",
     "rules_from_json",

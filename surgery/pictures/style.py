@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from surgery.pictures.figure import Owner
 
-__all__ = ["colours_of", "css"]
+__all__ = ["border_css", "colours_of", "css"]
 
 # Okabe and Ito's colours, darker on light pages and lighter on dark ones: (light, dark).
 _COLOURS = (
@@ -37,6 +37,14 @@ def css() -> str:
         ".sg-end-text{text-anchor:end}.sg-guide{fill:none;stroke-width:1}.sg-merged{fill-opacity:.45}"
         f"{light}@media (prefers-color-scheme:dark){{{dark}}}"
     )
+
+
+def border_css() -> str:
+    """The colours of the marks of a page, .m0 to .m5, as borders."""
+    light, dark = (
+        "".join(f".m{n}{{border-color:{pair[place]}}}" for n, pair in enumerate(_COLOURS)) for place in (0, 1)
+    )
+    return f"{light}@media (prefers-color-scheme:dark){{{dark}}}"
 
 
 def _scheme(colours: Mapping[str, str], place: int) -> str:

@@ -14,16 +14,16 @@ from surgery.pictures.text_size import shorten, text_width
 __all__ = ["document", "site_svg"]
 
 _MARGIN, _GAP, _HEAD = 20.0, 56.0, 26.0
-_BESIDE = 1080.0  # pixels; a wider picture has the figures below each other
+_BESIDE = 1130.0  # pixels; a wider picture has the figures below each other
 
 
-def document(parts: Sequence[str], width: float, height: float, label: str) -> str:
-    """An SVG document around elements. `label` is read to people who don't see it."""
+def document(parts: Sequence[str], width: float, height: float, label: str, styled: bool = True) -> str:
+    """An SVG document around elements. `label` is read to people who don't see it. `styled`: with its own style."""
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" class="sg" width="{width:.0f}" height="{height:.0f}" '
             f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}">',
-            f"<style>{css()}</style>",
+            *([f"<style>{css()}</style>"] if styled else []),
             f'<rect class="sg-paper" width="{width:.0f}" height="{height:.0f}"/>',
             *parts,
             "</svg>",
@@ -31,8 +31,11 @@ def document(parts: Sequence[str], width: float, height: float, label: str) -> s
     )
 
 
-def site_svg(site: SiteFigure, colours: Mapping[Owner, int]) -> str:
-    """The picture of a site: a heading, its figures, and below them a line for each rule."""
+def site_svg(site: SiteFigure, colours: Mapping[Owner, int], styled: bool = True) -> str:
+    """The picture of a site: a heading, its figures, and below them a line for each rule.
+
+    `styled`: with a style of its own, which a page with `css()` does not need.
+    """
     title = f"{site.path or 'the model itself'} ({site.module})"
     figures = [("before", site.before), ("after", site.after)] if site.before is not None else [("", site.after)]
     placed = [(head, figure, place_figure(figure)) for head, figure in figures if figure is not None]
@@ -54,7 +57,7 @@ def site_svg(site: SiteFigure, colours: Mapping[Owner, int]) -> str:
     y = bottom + 30
     for owner, text in [*site.formulas, *((None, note) for note in site.notes)]:
         y = _caption(parts, owner, text, y, right, colours)
-    return document(parts, right + _MARGIN, y, f"{title}: {', '.join(text for _, text in site.formulas)}")
+    return document(parts, right + _MARGIN, y, f"{title}: {', '.join(text for _, text in site.formulas)}", styled)
 
 
 def _caption(
