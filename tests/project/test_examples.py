@@ -64,7 +64,7 @@ def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     assert results["same"] and results["difference"] < 1e-3 and results["onnx"] == results["after"]
     assert "the same bits" in printed and "equal" in printed and "DIFFERS" not in printed
     written = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"adapter", "topics.onnx", "topics.svg"} <= written
+    assert {"adapter", "topics.onnx", "topics.svg", "surgery.html"} <= written
     saved = {file.name: file.stat().st_mode & 0o077 for file in (tmp_path / "out" / "adapter").iterdir()}
     assert saved.keys() == {"adapter_config.json", "adapter_model.safetensors"} and len(set(saved.values())) == 1
 
