@@ -71,3 +71,10 @@ def test_search_has_its_index_in_a_file(site: Path) -> None:
     index = (site / "search" / "search_index.js").read_text(encoding="utf-8")
     assert "LoraRule" in index
     assert "assets/iframe-worker.js" in (site / "404.html").read_text(encoding="utf-8")
+
+
+def test_every_name_of_the_api_is_on_its_page(site: Path) -> None:
+    for source in (ROOT / "docs" / "reference" / "api").glob("*.md"):
+        names = re.findall(r"^::: ([\w.]+)$", source.read_text(encoding="utf-8"), re.MULTILINE)
+        page = (site / "reference" / "api" / f"{source.stem}.html").read_text(encoding="utf-8")
+        assert not [name for name in names if f'id="{name}"' not in page], source.name

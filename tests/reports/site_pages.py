@@ -17,6 +17,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
+LONG_CODE, BREAK = re.compile(r"(?<=<code>)[^<]{25,}(?=</code>)"), re.compile(r"[_./](?=\w)")
 FOLDERS = {
     "start": "Start",
     "tutorials": "Tutorials",
@@ -95,3 +96,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[1] + os.path.relpath(place, posixpath.dirname(here) or ".") + (match[3] or "") + match[4]
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Long names in tables may break after an underscore, a dot or a slash, so that no column takes all the width."""
+    return LONG_CODE.sub(lambda match: BREAK.sub(r"\g<0><wbr>", match[0]), html)
