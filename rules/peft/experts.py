@@ -8,6 +8,7 @@ from typing import Any
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
 from surgery.rules._shared.path_patterns import fits
 from surgery.rules.experts import ExpertLoraRule
+from surgery.rules.peft.extras import targeted_parameters
 from surgery.rules.peft.lora import Lora
 
 FIELDS = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
@@ -19,14 +20,9 @@ class ExpertLora(PeftPart):
     peft_type, layer = "LORA", "ParamWrapper"
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
-        named = config.take("target_parameters") or ()
-        if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
-            raise SurgeryError("PEFT's target_parameters is not a list of names")
-        by_module: dict[tuple[str, ...], list[str]] = {}
-        for path, module in config.modules.by_path.items():
-            hit = [n for n in module._parameters if any(f".{path}.{n}".endswith(f".{end}") for end in named)]
-            if hit:
-                by_module.setdefault(tuple(hit), []).append(path)
+        named, by_module = config.take("target_parameters"), dict[tuple[str, ...], list[str]]()
+        for path, names in targeted_parameters(config).items():
+            by_module.setdefault(tuple(names), []).append(path)
         if named and not by_module:
             raise config.refuse("target_parameters", "the model has no such parameters")
         settings = {ours: config.take(theirs) for theirs, ours in FIELDS.items() if config.take(theirs) is not None}

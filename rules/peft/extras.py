@@ -10,6 +10,7 @@ from torch import nn
 
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
 from surgery.rules.bias import BiasRule, biases, trains_biases
+from surgery.rules.experts import ExpertLoraRule
 from surgery.rules.peft.tasks import HEADS, ending
 from surgery.rules.peft.tied_modules import (
     NAMES,
@@ -89,13 +90,25 @@ def trained_modules(config: PeftConfig) -> list[str]:
     return ending(config.modules.by_path, [*(name for name in names if isinstance(name, str)), *_heads(config)])
 
 
+def targeted_parameters(config: PeftConfig) -> dict[str, list[str]]:
+    """The parameters that `target_parameters` means, by their module's path."""
+    named = config.data.get("target_parameters") or ()
+    if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
+        raise SurgeryError("PEFT's target_parameters is not a list of names")
+    return config.modules.parameters_of(named)
+
+
 def biases_beside(config: PeftConfig) -> bool:
     """Whether the field `bias` is held by a BiasRule beside the method's own rule.
 
-    LoRA's rule has the field itself. Where further modules are trained as a whole, their biases are among them.
+    LoRA's rule has the field itself. Where further modules are trained as a whole, their biases are among them; and
+    LoRA on parameters has another rule.
     """
-    return config.data.get("peft_type") != "LORA" or (
-        config.data.get("bias") == "all" and any(map(biases, _inner(config.modules, trained_modules(config)).values()))
+    return (
+        config.data.get("peft_type") != "LORA"
+        or bool(config.data.get("target_parameters"))
+        or config.data.get("bias") == "all"
+        and any(map(biases, _inner(config.modules, trained_modules(config)).values()))
     )
 
 
@@ -122,9 +135,13 @@ class Biases(PeftPart):
             inner = _inner(config.modules, trained_modules(config))
             yield BiasRule(exclude=config.regular(sorted(inner))) if inner else BiasRule()
         elif isinstance(bias, str) and bias.endswith("_only"):
-            paths = sorted(path for path in config.targeted if biases(config.modules.by_path[path]))
+            parameters = targeted_parameters(config)
+            targeted = set[str]() if parameters and not config.data.get("target_modules") else config.targeted
+            modules = config.modules.by_path
+            paths = {path for path in targeted if biases(modules[path])}
+            paths |= {path for path in parameters if modules[path]._parameters.get("bias") is not None}
             if paths:
-                yield BiasRule(targets=config.regular(paths))
+                yield BiasRule(targets=config.regular(sorted(paths)))
         else:
             raise config.refuse("bias", 'it is neither "none" nor "all" nor of the kind of "lora_only"')
 
@@ -148,7 +165,10 @@ class Biases(PeftPart):
         method = str(config["peft_type"])
         if of_rules == there:
             return {"bias": "all"}
-        if of_rules == {path for path in main if biases(modules.by_path[path])}:
+        stacks = {path for path, rule in placed if isinstance(rule, ExpertLoraRule)}
+        own = {path for path in main if path not in stacks and biases(modules.by_path[path])}
+        own |= {path for path in stacks if modules.by_path[path]._parameters.get("bias") is not None}
+        if of_rules == own:
             return {"bias": f"{method.lower()}_only"}
         raise SurgeryError(
             "PEFT's format can't hold a BiasRule on some modules",

@@ -77,6 +77,11 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
     data = config.to_dict()
     targets, parameters = data.get("target_modules"), data.get("target_parameters")
     modules = Modules.of(model)
+    for name in parameters or ():
+        if isinstance(name, str) and name in model._parameters:
+            what = f"Targeting an nn.Parameter on the top-level module is not supported (parameter {name!r})."
+            fix = "put the model into a module, whose child it is; or give its path to a rule: ExpertLoraRule"
+            raise as_builtin(SurgeryError(what, fix=fix))
     if parameters and not targets and not any(targeted_parameters(parameters, modules)):
         what = "No `target_modules` passed but also no `target_parameters` found. "
         raise NoMatchingPeftModuleError(f"{what}Please check the values for these arguments.")
@@ -99,10 +104,8 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
 
 def targeted_parameters(targets: Any, modules: Modules) -> Iterator[str]:
     """The names of the parameters that `target_parameters` mean."""
-    for path, module in modules.by_path.items():
-        for name in module._parameters:
-            if any(f".{path}.{name}".endswith(f".{target}") for target in targets or ()):
-                yield f"{path}.{name}"
+    for path, names in modules.parameters_of(targets or ()).items():
+        yield from (f"{path}.{name}" for name in names)
 
 
 def _near(config: PeftConfig, model: nn.Module) -> str | None:

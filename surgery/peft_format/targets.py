@@ -43,11 +43,28 @@ class Modules:
         pattern = as_pattern(ALL)
         return [path for path in self.by_path if pattern.verdict(self.tree.candidate(path))]
 
+    def parameters_of(self, targets: Iterable[str]) -> dict[str, list[str]]:
+        """The parameters that `target_parameters` means, by their module's path; those with a parametrization, too."""
+        by_path = {
+            path: [name for name in _parameter_names(module) if _names(targets, f"{path}.{name}")]
+            for path, module in self.by_path.items()
+        }
+        return {path: names for path, names in by_path.items() if names}
+
     def matched(self, rule: Rule) -> set[str]:
         try:
             return {match.path for match in matches(self.tree, rule)}
         except MatchError:
             return set()
+
+
+def _parameter_names(module: nn.Module) -> list[str]:
+    parametrized = module._modules.get("parametrizations")
+    return [*module._parameters, *(parametrized._modules if parametrized is not None else ())]
+
+
+def _names(targets: Iterable[str], full: str) -> bool:
+    return any(f".{full}".endswith(f".{target}") for target in targets)
 
 
 def chosen_by(config: Mapping[str, Any], modules: Modules) -> set[str]:

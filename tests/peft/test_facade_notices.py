@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import surgery.peft as ours
@@ -100,6 +101,17 @@ def test_what_peft_refuses_is_refused_in_its_words(name: str, fields: dict[str, 
     kind = next(k for k in (NotImplementedError, ValueError) if isinstance(theirs, k))
     assert isinstance(mine, kind) and re.split(r"\. (?:Curr|Make)", str(theirs))[0] in str(mine)
     assert {key: id(value) for key, value in base.named_parameters()} == before
+
+
+def test_parameters_that_are_no_targets() -> None:
+    base: Any = nn.Sequential(nn.Linear(8, 8))
+    base.own = nn.Parameter(torch.ones(8, 8))
+    for library in (peft, ours):
+        with pytest.raises(ValueError, match=r"on the top-level module is not supported \(parameter 'own'\)"):
+            library.get_peft_model(base, library.LoraConfig(target_parameters=["own"]))
+    torch.nn.utils.parametrize.register_parametrization(base[0], "weight", nn.Identity())
+    with pytest.raises(SurgeryError, match="its weight is parametrized"):
+        ours.get_peft_model(base, ours.LoraConfig(target_parameters=["0.weight"]))
 
 
 @pytest.mark.parametrize(("name", "target"), [

@@ -271,6 +271,9 @@ def _lora() -> Iterator[Row]:
     yield Row("Lora", "MHA", {"target_modules": ["mha", "lin0"]}, **DOUBLE)
     yield Row("Lora", "Matrices", {"target_parameters": ["lin0.weight"]})
     yield lora("MLP", "lin0", target_parameters=["lin1.weight"])
+    for bias in ("all", "lora_only"):
+        yield Row("Lora", "Matrices", {"target_parameters": ["lin0.weight"], "bias": bias})
+    yield lora("MLP", "lin0", target_parameters=["lin1.weight"], bias="lora_only")
     drawn = "its matrices are drawn anew at each call"
     yield Row("Lora", "MLP", {"target_modules": ["lin0"], "monteclora_config": "Monteclora(num_samples=2)"},
               ("monteclora_config", drawn))  # fmt: skip

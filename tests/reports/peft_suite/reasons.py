@@ -49,6 +49,11 @@ _WORKS = (
     ),
     ("test_vera_add_second_adapter", "VeRA adapters with projections of their own"),
     ("test_unload_adapter", "`unload` of virtual tokens"),
+    ("target_parameters.*test_weighted_combination", "`add_weighted_adapter` of adapters on parameters"),
+    ("target_parameters.*mixed_adapter_batches", "`adapter_names` of adapters on parameters"),
+    ("test_mixed_adapter_batches_training_mode_raises", "`adapter_names` in training"),
+    ("test_mixed_adapter_batches_lora_with_dora_raises", "`adapter_names` with DoRA"),
+    ("modules_to_save_merging_adapters", "`add_weighted_adapter` of adapters that train the same module"),
     ("test_set_requires_grad_prompt_learning_raises", "`set_requires_grad` of virtual tokens"),
     ("low_cpu_mem", "`low_cpu_mem_usage=True` with VeRA"),
 )
@@ -105,6 +110,7 @@ REASONS: tuple[Reason, ...] = (
     ),
     # Refused.
     Reason("c", "`target_modules`: {0} on {1}", {"text": r"^(\w+)Rule can't go on this (\w+)"}),
+    Reason("c", "`target_parameters`: a parametrized {0}", {"text": r"its (\w+) is parametrized"}),
     Reason("c", "PEFT's format: {0}", {"text": r"^PEFT's format can't hold ([^\n]*?)(?: \(.*)?\n"}),
     Reason("c", "`peft_type`: a prefix on a model without attention", {"text": r"^PrefixRule finds nothing to do"}),
     Reason("c", "`adapter_name`: another adapter has the name", {"text": r"^there is an adapter '\w+' already"}),
