@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import LiveSite, Rule, Site, rule
+from surgery import LiveSite, MergeError, Rule, Site, rule
 from surgery.rules._linear import maps
+from surgery.rules._linear.layouts import Layout
 from surgery.rules._shared import complex_weights, fields
 from surgery.rules._shared.solving import cayley
 
@@ -29,8 +31,10 @@ class OftRule(Rule):
     R = (I - Q) (I + Q)⁻¹, or with `use_cayley_neumann` its series I + 2 Q + 2 Q² + … + Qⁿ, which is a rotation while Q
     is small. On Linear, transformers' Conv1D and quantised Linear (unmerged) the input is rotated. On an Embedding the
     output is rotated: each row w of the weight becomes w R, as in PEFT. On a convolution the weight is rotated,
-    (in/groups · kernel) numbers of each output channel at a time. `R` is (blocks, block_size · (block_size - 1) / 2),
-    and float32 on modules in half precision. PEFT's module_dropout has no effect in PEFT, so it is not a field here.
+    (in/groups · kernel) numbers of each output channel at a time. With `patches`, which is PEFT's OFT of a Conv2d,
+    every patch of the input is rotated, (in · kernel) numbers, and the rotated patches are added up. `R` is
+    (blocks, block_size · (block_size - 1) / 2), and float32 on modules in half precision. PEFT's module_dropout has no
+    effect in PEFT, so it is not a field here.
 
     Args:
         block_size: rows of a block; default 32. PEFT: oft_block_size.
@@ -44,6 +48,9 @@ class OftRule(Rule):
         num_cayley_neumann_terms: terms of the series, at most 100; default 5.
         nearest: whether a site whose numbers `block_size` or `blocks` does not divide takes the nearest divisor, as
             PEFT does; default False: such a site is a problem of the plan.
+        patches: rotate the patches of a Conv2d's input, as PEFT does; default False. PEFT adds the patches up where
+            they overlap, and at other places than they came from, so the output changes also where R is the identity.
+            No weight computes the same: such a Conv2d can't be merged. A 1×1 kernel and other modules are as without.
         init: "identity" (default; PEFT's init_weights=True) or "random" (False).
 
     Raises:
@@ -61,10 +68,11 @@ class OftRule(Rule):
     num_cayley_neumann_terms: int = 5
     init: Literal["identity", "random"] = "identity"
     nearest: bool = False
+    patches: bool = False
 
     def validate(self) -> None:
         fields.either(self, "block_size", "blocks")
-        fields.flag(self, "block_share", "coft", "use_cayley_neumann", "nearest")
+        fields.flag(self, "block_share", "coft", "use_cayley_neumann", "nearest", "patches")
         fields.positive(self, "eps")
         fields.whole(self, "num_cayley_neumann_terms")
         if self.num_cayley_neumann_terms > 100:  # each is a product of matrices
@@ -73,7 +81,7 @@ class OftRule(Rule):
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
-        return self.init == "identity"
+        return self.init == "identity" and not self.patches
 
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module, "coft bounds the size of real numbers" if self.coft else ""):
@@ -81,13 +89,24 @@ class OftRule(Rule):
         layout = maps.linear_map(module, "linear", "conv1d", "convolution", "embedding")
         if isinstance(layout, str):
             return layout
+        turns_patches = self.turns_patches(module, layout)
+        if turns_patches and max(module.dilation) > 1:  # type: ignore[arg-type, type-var]
+            return "Conv2d with dilation > 1 is not supported by OFT. Its patches have gaps"
         if self.nearest:
             return None
-        size = maps.block_of(layout, self.block_size, self.blocks)
+        size = maps.block_of(layout, self.block_size, self.blocks, patch_width(module) if turns_patches else None)
         return size if isinstance(size, str) else None
 
+    def turns_patches(self, module: nn.Module, layout: Layout) -> bool:
+        """Whether the patches of a module's input are rotated. With a 1×1 kernel, its weight is rotated instead."""
+        if not self.patches or not isinstance(module, nn.Conv2d):
+            return False
+        return module.groups > 1 or patch_width(module) > module.in_channels or not layout.plain
+
     def rewrite(self, site: Site) -> Tensor | None:
-        width = maps.turned_width(maps.at(site))
+        layout, module = maps.at(site), site.module
+        turns_patches = self.turns_patches(module, layout)
+        width = patch_width(module) if turns_patches else maps.turned_width(layout)
         block_size, blocks = self.block_size, self.blocks
         if self.nearest:
             block_size, blocks = (count and nearest_divisor(width, count) for count in (block_size, blocks))
@@ -97,10 +116,18 @@ class OftRule(Rule):
         index[rows, columns] = torch.arange(len(rows))
         shape = (1 if self.block_share else width // size, len(rows))
         R = site.param("R", shape, partial(nn.init.normal_, std=0.1) if self.init == "random" else 0.0)
-        turned = partial(_rotate, rotation=self._rotation(R, site.buffer("index", index), shape[0], site.apply))
-        return maps.turn(site, turned, R.dtype)
+        rotation = self._rotation(R, site.buffer("index", index), shape[0], site.apply)
+        if turns_patches:
+            x = site.input
+            site.replace(x, _turn_patches(x.to(R.dtype), rotation, module.kernel_size).to(x.dtype))  # type: ignore[arg-type]
+            return None
+        return maps.turn(site, partial(_rotate, rotation=rotation), R.dtype)
 
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
+        if self.turns_patches(site.module, maps.at(site)):
+            why = "it adds up patches of the input, as PEFT's OFT does, and no weight computes the same"
+            fix = "keep it unmerged; OftRule(patches=False) has the weight that PEFT merges to, live and merged"
+            raise MergeError(f"{self.label} can't be merged", where=site.path, why=why, fix=fix)
         R = site.params["R"].detach()
         return maps.turn_weight(
             site, partial(_rotate, rotation=self._rotation(R, site.params["index"], len(R))), R.dtype
@@ -134,3 +161,19 @@ def nearest_divisor(width: int, count: int) -> int:
 def _rotate(rows: Tensor, back: bool, rotation: Tensor) -> Tensor:
     """Multiplies each row (…, in) block by block: x R, or w Rᵀ."""
     return maps.by_block(rows, rotation.transpose(-1, -2) if back else rotation)
+
+
+def patch_width(module: Any) -> int:
+    """The numbers of one patch of a convolution's input."""
+    return module.in_channels * math.prod(module.kernel_size)
+
+
+def _turn_patches(x: Tensor, rotation: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """Rotates each patch of (…, in, height, width), at every place, and adds the patches up where they overlap.
+
+    PEFT (to 0.21.2) reads a channel's numbers, which are (places, kernel), as (kernel, places) before it adds them.
+    """
+    patches = F.unfold(x, kernel).transpose(-1, -2)  # (…, places, in · kernel)
+    turned = maps.by_block(patches, rotation).unflatten(-1, (-1, math.prod(kernel)))
+    mixed = turned.transpose(-2, -3).flatten(-3).unflatten(-1, (-1, patches.shape[-2]))
+    return F.fold(mixed, (x.shape[-2], x.shape[-1]), kernel)

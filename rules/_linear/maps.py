@@ -131,9 +131,9 @@ def by_block(rows: Tensor, blocks: Tensor) -> Tensor:
     return torch.einsum("...kb,kbc->...kc", rows.unflatten(-1, (-1, blocks.shape[-1])), blocks).flatten(-2)
 
 
-def block_of(layout: Layout, block_size: int, blocks: int) -> int | str:
+def block_of(layout: Layout, block_size: int, blocks: int, width: int | None = None) -> int | str:
     """Returns the size of the blocks of a map's input, from the size or the number of blocks, or why not."""
-    width = turned_width(layout)
+    width = turned_width(layout) if width is None else width
     number, name = (blocks, "blocks") if blocks else (block_size, "block_size")
     if width % number == 0:
         return width // number if blocks else number

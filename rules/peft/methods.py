@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, peft_method
+from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
 from surgery.rules._linear import maps
 from surgery.rules.boft import BoftRule
 from surgery.rules.c3a import C3aRule
@@ -18,7 +18,7 @@ from surgery.rules.loha import LohaRule
 from surgery.rules.lokr import LokrRule
 from surgery.rules.miss import MissRule
 from surgery.rules.norm import NormRule
-from surgery.rules.oft import OftRule, nearest_divisor
+from surgery.rules.oft import OftRule, nearest_divisor, patch_width
 from surgery.rules.peft.path_values import PathValuesMethod
 from surgery.rules.road import RoadRule
 from surgery.rules.shira import ShiraRule
@@ -90,27 +90,44 @@ class Oft(PeftMethod):
         config.silent("fan_in_fan_out", "module_dropout")  # the latter does nothing in PEFT
         if "use_cayley_neumann" not in config.data:  # OFT of before PEFT 0.16: R holds whole blocks, on another side
             raise config.refuse("use_cayley_neumann", "the file is of PEFT before 0.16, whose OFT was another")
-        if any(isinstance(config.modules.by_path[path], nn.Conv2d) for path in config.targeted):
-            raise config.refuse("target_modules", "PEFT's OFT of a Conv2d adds overlapping patches: no turned weight")
-        return self._nearest(config)
+        convolutions = any(isinstance(config.modules.by_path[path], nn.Conv2d) for path in config.targeted)
+        return self._nearest(config) | ({"patches": True} if convolutions else {})
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         if isinstance(place.module, nn.Embedding):
             return {"R": PeftEntry("oft_embedding_R.weight")}
         return super().entries(place)
 
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        for rule, paths in placed:
+            for path in paths:
+                module, patched = modules.by_path[path], rule.replace(patches=True)
+                if not rule.patches and patched.turns_patches(module, maps.linear_map(module, *maps.NAMES)):
+                    why = "PEFT's OFT rotates the patches of its input"
+                    fix = 'OftRule(patches=True) does that; save_adapter(…, format="surgery") holds any rules'
+                    what = "PEFT's format can't hold the OFT of a Conv2d's weight"
+                    raise SurgeryError(what, where=path, why=why, fix=fix)
+        return super().write(placed, modules)
+
     def _nearest(self, config: PeftConfig) -> dict[str, Any]:
         """Where the blocks divide not every site, PEFT takes the nearest number that does."""
         name = "r" if config.data.get("r") else "oft_block_size"
         count = config.data.get(name) or (0 if name == "r" else 32)
-        layouts = [maps.linear_map(config.modules.by_path[path], *maps.NAMES) for path in config.targeted]
-        widths = {maps.turned_width(layout) for layout in layouts if not isinstance(layout, str)}
+        widths = set(map(_width, (config.modules.by_path[path] for path in config.targeted))) - {0}
         others = sorted(width for width in widths if isinstance(count, int) and count > 0 and width % count)
         if not others:
             return {}
         sizes = ", ".join(f"{nearest_divisor(width, count)} for {width} features" for width in others)
         config.notes.append(f"Invalid `{name}` ({count})! Adjusted `{name}` to the nearest that divides: {sizes}")
         return {"nearest": True}
+
+
+def _width(module: nn.Module) -> int:
+    """How many numbers PEFT's OFT of a module rotates together; 0 where there is none."""
+    layout = maps.linear_map(module, *maps.NAMES)
+    if isinstance(layout, str):
+        return 0
+    return patch_width(module) if isinstance(module, nn.Conv2d) else maps.turned_width(layout)
 
 
 @peft_method

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-import rules  # noqa: F401  # brings the methods
+import surgery.rules  # noqa: F401  # brings the methods
 from tests.support import ROOT
 from tests.support.conformance import CELLS, ROWS, check
 

@@ -126,6 +126,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
         lambda: Chain((3, 10), "lin0", conv1d=nn.Conv1d(3, 10, 1), lin0=nn.Linear(100, 2)), numbers(9, 30),
     ),
     "Conv2d": (lambda: Chain((5, 3, 3), "lin0", conv2d=nn.Conv2d(5, 10, 3), lin0=nn.Linear(10, 2)), numbers(2, 45)),
+    "Conv2d of many patches": (
+        lambda: Chain((5, 4, 5), "lin0", conv2d=nn.Conv2d(5, 10, 3), lin0=nn.Linear(60, 2)), numbers(2, 100),
+    ),
     "Conv2d 1x1": (lambda: Chain((1, 3, 3), "lin0", conv2d=nn.Conv2d(1, 10, 1), lin0=nn.Linear(90, 2)), numbers(2, 9)),
     "Conv2d groups": (
         lambda: Chain((16, 3, 3), "lin0", conv2d=nn.Conv2d(16, 16, 3, groups=8), lin0=nn.Linear(16, 2)),
@@ -347,6 +350,12 @@ def _others() -> Iterator[Row]:
     yield from _on("OFT", ("MLP", ["lin0"]), ("MLP", ["lin0"], {"coft": True, "eps": 0.01}),
                    ("MLP", ["lin0"], {"block_share": True}), ("MLP", ["lin0"], {"use_cayley_neumann": False}),
                    oft_block_size=5)  # fmt: skip
+    for model, fields in (("Conv2d", {"r": 5}), ("Conv2d of many patches", {"r": 5, "coft": True, "eps": 0.01}),
+                          ("Conv2d of many patches", {"r": 5, "block_share": True}),
+                          ("Conv2d groups, padded", {"r": 8})):  # fmt: skip
+        targets = ["conv2d", "lin0"] if "many" in model else ["conv2d"]
+        note = "PEFT merges another function than it computes live; here this is not merged"
+        yield Row("OFT", model, {"target_modules": targets, "oft_block_size": 0, **fields}, note=note, unmerged=True)
     yield from _on("BOFT", ("MLP", ["lin1"]), ("MLP", ["lin0"]), ("MLP", "lin0"), ("MLP", ["lin0", "lin1"]),
                    ("MLP", ["lin0"], SAVE), boft_block_size=2)  # fmt: skip
     yield from _on("BOFT", ("Conv2d", ["conv2d"]), boft_block_size=5)
