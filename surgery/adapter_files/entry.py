@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # the names of files are read without torch, too
+    from torch import Tensor
 
 __all__ = ["Entry", "PeftEntry", "as_it_is", "names_in"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from surgery.adapter_files.plain_json import parse_json
+from surgery.adapter_files.tensor_headers import Header, damaged_entry, read_header
 from surgery.errors import SurgeryError
 from surgery.progress import Progress, each_step
 
@@ -167,23 +166,25 @@ def open_tensors(path: Path) -> TensorFile:
 def _open_safetensors(path: Path) -> TensorFile:
     from safetensors import SafetensorError, safe_open
 
-    header, metadata, start = _header(path)
+    header = _header(path)
     try:
-        if set(safe_open(str(path), "pt").keys()) != set(header):
+        if set(safe_open(str(path), "pt").keys()) != set(header.tensors):
             raise SafetensorError("its header is ambiguous")
     except (SafetensorError, OSError, ValueError) as error:
         raise SurgeryError(f"{path.name} is damaged", why=str(error)[:200]) from None
-    shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-    dtypes = {key: DTYPES[entry["dtype"]] for key, entry in header.items()}
-    data = _map_bytes(path)[start:]
+    shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
+    dtypes = {key: DTYPES[tensor.dtype] for key, tensor in header.tensors.items()}
+    data = _map_bytes(path)[header.start :]
 
     def read(key: str) -> Tensor:  # a view of the mapped file
-        first, end = header[key]["data_offsets"]
+        first, end = header.tensors[key].start, header.tensors[key].end
         slice_of_data = data[first:end]
-        aligned = (start + first) % dtypes[key].itemsize == 0
+        aligned = (header.start + first) % dtypes[key].itemsize == 0
         return (slice_of_data if aligned else slice_of_data.clone()).view(dtypes[key]).view(shapes[key])
 
-    return TensorFile(shapes, dtypes, metadata, cache(read), cache(partial(_all_finite, data, set(dtypes.values()))))
+    return TensorFile(
+        shapes, dtypes, header.metadata, cache(read), cache(partial(_all_finite, data, set(dtypes.values())))
+    )
 
 
 def _map_bytes(path: Path) -> Tensor:
@@ -201,36 +202,13 @@ def _all_finite(data: Tensor, dtypes: set[torch.dtype]) -> bool:
     return all(bool(piece.float().isfinite().all()) for piece in data.view(dtype).split(1 << 20))
 
 
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """Returns a header that fits the file's size, the metadata, and the start of the data."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MOST_HEADER):
-            raise SurgeryError(f"{path.name} is damaged", why=f"a header of {length} bytes in a file of {size}")
-        header = parse_json(file.read(length), f"the header of {path.name}")
-    space = size - 8 - length
-    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(header, dict) or not isinstance(metadata, dict):
-        raise SurgeryError(f"{path.name} is damaged", why="its header is not a mapping of tensors")
-    for key, entry in header.items():
-        if not _is_valid_entry(entry, space):
-            raise SurgeryError(
-                f"{path.name} is damaged", where=key[:200], why=f"{str(entry)[:200]} in {space} bytes of data"
-            )
-    return header, {str(key): value for key, value in metadata.items() if isinstance(value, str)}, 8 + length
-
-
-def _is_valid_entry(entry: Any, space: int) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
-        return False
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
-        return False
-    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)) or len(shape) > 16:
-        return False
-    start, end = offsets
-    return start <= end <= space and math.prod(shape) * DTYPES[entry["dtype"]].itemsize == end - start
+def _header(path: Path) -> Header:
+    """Returns a header that fits the file's size, and whose tensors torch can hold."""
+    header = read_header(path, MOST_HEADER)
+    for key, tensor in header.tensors.items():
+        if tensor.dtype not in DTYPES or tensor.numbers * DTYPES[tensor.dtype].itemsize != tensor.nbytes:
+            raise damaged_entry(path, key, tensor._asdict(), header.space)
+    return header
 
 
 def _open_pickle(path: Path) -> TensorFile:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from surgery.errors import SurgeryError
 
-__all__ = ["COMPONENTS", "PREFIX", "WRAPPERS", "Spelt", "current_keys"]
+__all__ = ["COMPONENTS", "METHOD_KEY", "PREFIX", "WRAPPERS", "Spelt", "current_keys"]
 
 PREFIX = "base_model.model."
 WRAPPERS = frozenset("module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module".split())
@@ -27,9 +27,9 @@ _SPELLINGS = (
     (re.compile(r"\.lora\.alpha$|_lora\.alpha$|\.lora_[AB]\.alpha$"), ".alpha"),
 )  # diffusers' layers of old
 _METHODS = "lora hada lokr oft boft ia3 vera randlora road hra fourierft shira c3a miss bone ln_tuning trainable_tokens"
-_MARK = rf"\.(?:{'|'.join(_METHODS.split())})_\w+"
-_UNNAMED = re.compile(rf"{_MARK}(?:\.(?:weight|bias))?$")
-_NAMED = re.compile(rf"{_MARK}\.(?!weight$|bias$|alpha$)([^.]+)(?:\.(?:weight|bias))?$")  # an adapter's own name
+METHOD_KEY = rf"\.(?:{'|'.join(_METHODS.split())})_\w+"
+_UNNAMED = re.compile(rf"{METHOD_KEY}(?:\.(?:weight|bias))?$")
+_NAMED = re.compile(rf"{METHOD_KEY}\.(?!weight$|bias$|alpha$)([^.]+)(?:\.(?:weight|bias))?$")  # an adapter's own name
 _DEEPEST = 4  # segments that follow a module's path, at most
 
 

@@ -74,6 +74,14 @@ def test_it_works_where_nothing_else_is_installed(python: Path, tmp_path: Path) 
     assert "remove work" in run(python, "-I", distribution.SMOKE, folder=tmp_path)
 
 
+def test_the_command_is_installed(python: Path, tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    from surgery import __version__
+
+    (script,) = python.parent.glob("surgery*")
+    assert run(script, "--version", folder=tmp_path) == f"surgery {__version__}\n"
+
+
 def test_the_runner_needs_no_torch(python: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     code = """

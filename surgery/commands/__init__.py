@@ -1,0 +1,1 @@
+"""The command `surgery`: one file a command."""

@@ -1,0 +1,156 @@
+"""What a command answers, and how it is printed: as text or as JSON, with warnings, errors and exit codes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+import traceback as tracebacks
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from surgery.commands.main import INTERRUPTED
+from surgery.errors import PlanError, SurgeryError, SurgeryWarning
+from surgery.report_data import plain
+from surgery.text_table import table
+
+__all__ = ["Answer", "Table", "answers", "size_text"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a head. On a terminal, long cells are wrapped to its width."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass
+class Answer:
+    """Data for `--json`, and texts and tables for people. `code`: the exit code."""
+
+    data: Any
+    parts: list[str | Table] = field(default_factory=list)
+    code: int = 0
+
+
+JSON = typer.Option("--json", help="Print one JSON document, also for an error.")
+TRACEBACK = typer.Option("--traceback", help="Print the traceback of an error.")
+
+
+def answers(function: Callable[..., Answer]) -> Callable[..., None]:
+    """Makes a function that returns an `Answer` a command: adds `--json` and `--traceback`, prints, and exits."""
+
+    def run(*, json: bool, traceback: bool, **arguments: Any) -> None:
+        noted: list[str] = []
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", SurgeryWarning)
+                show = warnings.showwarning
+
+                def note(message: Any, category: type[Warning], *where: Any, **other: Any) -> None:
+                    if issubclass(category, SurgeryWarning):
+                        noted.append(str(message))
+                    else:
+                        show(message, category, *where, **other)
+
+                warnings.showwarning = note
+                answer = function(**arguments)
+        except KeyboardInterrupt:
+            print("interrupted: no file is half written", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if traceback:
+                tracebacks.print_exc()
+            _print_error(error, json, traceback)
+            raise typer.Exit(1) from None
+        _print_answer(answer, json, noted)
+        raise typer.Exit(answer.code)
+
+    functools.update_wrapper(run, function)
+    del run.__wrapped__  # type: ignore[attr-defined]  # the signature is another one
+    signature = inspect.signature(function, eval_str=True)
+    flags = {"json": Annotated[bool, JSON], "traceback": Annotated[bool, TRACEBACK]}
+    further = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in flags.items()
+    ]
+    parameters = [*signature.parameters.values(), *further]
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def size_text(nbytes: float) -> str:
+    """A number of bytes as people read it.
+
+    >>> size_text(999), size_text(24_900_000)
+    ('999 bytes', '24.9 MB')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{int(nbytes)} bytes"
+
+
+def _print_answer(answer: Answer, as_json: bool, noted: Iterable[str]) -> None:
+    noted = list(dict.fromkeys(noted))
+    if as_json:
+        data = plain(answer.data)
+        print(json.dumps({**data, "warnings": [*data.get("warnings", ()), *noted]}, indent=2, ensure_ascii=False))
+        return
+    for text in noted:
+        print(f"warning: {text}", file=sys.stderr)
+    for part in answer.parts:
+        if sys.stdout.isatty():
+            _print_on_terminal(part)
+        else:
+            print(table(part.head, part.rows) if isinstance(part, Table) else part)
+
+
+def _print_on_terminal(part: str | Table) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console(markup=False)
+    if isinstance(part, str):
+        console.print(part, soft_wrap=True)
+        return
+    rich_table = RichTable(box=None, pad_edge=False, header_style="bold")
+    for name in part.head:
+        rich_table.add_column(name, overflow="fold")
+    for row in part.rows:
+        rich_table.add_row(*row)
+    console.print(rich_table)
+
+
+def _print_error(error: Exception, as_json: bool, traceback: bool) -> None:
+    ours = isinstance(error, SurgeryError)
+    text = str(error) if ours else f"{type(error).__name__}: {error}"
+    if not ours and not isinstance(error, OSError) and not traceback:
+        text += "\n  fix:   --traceback shows where it comes from"
+    if as_json:
+        print(json.dumps({"error": _error_data(error, text)}, indent=2, ensure_ascii=False))
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        Console(stderr=True, markup=False, highlight=False).print(f"error: {text}", style="red", soft_wrap=True)
+    else:
+        print(f"error: {text}", file=sys.stderr)
+
+
+def _error_data(error: Exception, text: str) -> dict[str, Any]:
+    data: dict[str, Any] = {"type": type(error).__name__, "text": text}
+    if isinstance(error, PlanError):
+        data["problems"] = [_error_data(problem, str(problem)) for problem in error.problems]
+    elif isinstance(error, SurgeryError):
+        data |= {name: getattr(error, name) for name in ("what", "where", "why", "fix")}
+    return data

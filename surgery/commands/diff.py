@@ -1,0 +1,167 @@
+"""`surgery diff`: what differs between two adapters, or between two models, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.adapter_files.entry import SURGERY, names_in
+from surgery.adapter_files.tensor_headers import TensorHeader, read_header
+from surgery.commands.adapter_description import describe_adapter, our_place, peft_keys, peft_place
+from surgery.commands.answer import Answer, Table
+from surgery.commands.model_description import weight_files
+from surgery.commands.paths import existing
+from surgery.errors import SurgeryError
+from surgery.report_data import plain
+
+__all__ = ["diff"]
+
+MOST = 20  # rows of the table, without --all
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a file."""
+
+    file: Path
+    key: str
+    header: TensorHeader
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="An adapter or a model: a folder or a safetensors file.")],
+    b: Annotated[Path, typer.Argument(help="The other one.")],
+    all: Annotated[
+        bool, typer.Option("--all", help=f"List all tensors that differ; default: the first {MOST}.")
+    ] = False,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="The exit code is 1 if anything differs.")] = False,
+) -> Answer:
+    """Compare two adapters or two models: settings, tensors, and the norm of each difference.
+
+    Tensors are read one at a time. The relative difference is |B - A| / |A|.
+
+        surgery diff adapters/monday adapters/tuesday
+    """
+    from surgery.progress import each_step
+
+    first, second = _tensors(existing(a)), _tensors(existing(b))
+    settings = _setting_differences(a, b)
+    rows: list[dict[str, Any]] = []
+    names = list(dict.fromkeys([*first, *second]))
+    with each_step(names, True, "compare") as steps:
+        for name in steps:
+            rows.append(_compare(name, first.get(name), second.get(name)))
+    counts = Counter(row["status"] for row in rows)
+    differing = [row for row in rows if row["status"] != "equal"]
+    differing.sort(key=lambda row: -(row["relative"] if row["relative"] is not None else float("inf")))
+    equal = not differing and not settings
+    data = {"a": str(a), "b": str(b), "equal": equal, "settings": settings, "counts": dict(counts), "tensors": rows}
+    head = f"{len(rows):,} tensors: " + (", ".join(f"{count:,} {status}" for status, count in counts.items()) or "none")
+    parts: list[str | Table] = [head]
+    parts += [f"  {name}: {values['a']} and {values['b']}" for name, values in settings.items()]
+    shown = differing if all else differing[:MOST]
+    if shown:
+        columns = ("tensor", "status", "norm of A", "norm of B", "norm of B - A", "relative")
+        parts.append(Table(columns, [_cells(row) for row in shown]))
+    if len(shown) < len(differing):
+        parts.append(f"and {len(differing) - len(shown):,} more that differ: --all lists them")
+    return Answer(data, parts, code=1 if exit_code and not equal else 0)
+
+
+def _tensors(path: Path) -> dict[str, Place]:
+    """The tensors of an adapter under `<site>.<tensor>`, and those of a model under their own names."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise SurgeryError(f"{path} can't be compared", why="only safetensors files are read", fix="save it as one")
+        adapter = names_in(path.parent) if (names_in(path.parent) or ("",))[0] == path.name else None
+        files = [path]
+    else:
+        adapter = names_in(path)
+        if adapter is not None and not adapter[0].endswith(".safetensors"):
+            raise SurgeryError(f"{path / adapter[0]} is a pickle", why="pickles are not opened", fix="save it again")
+        files = [path / adapter[0]] if adapter else weight_files(path)[0]
+    if not files:
+        raise SurgeryError(f"{path} holds no safetensors file", fix="name an adapter's or a model's folder")
+    places: dict[str, Place] = {}
+    for file in files:
+        header = read_header(file)
+        if adapter is None:
+            named = {key: (key, tensor) for key, tensor in header.tensors.items()}
+        else:
+            ours = adapter[0] == SURGERY[0]
+            keys = {key: key for key in header.tensors} if ours else peft_keys(header)
+            named = {_name(today, ours): (key, header.tensors[key]) for today, key in keys.items()}
+        places |= {name: Place(file, key, tensor) for name, (key, tensor) in named.items()}
+    return places
+
+
+def _name(key: str, ours: bool) -> str:
+    """One name for a tensor in both formats, as far as that is plain: LoRA's A and B."""
+    path, name = our_place(key) if ours else peft_place(key)
+    return ".".join(filter(None, (path, {"lora_A": "A", "lora_B": "B"}.get(name, name))))
+
+
+def _compare(name: str, a: Place | None, b: Place | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"tensor": name, "status": "equal", "norm_a": None, "norm_b": None}
+    row |= {"difference": None, "relative": None, "shape_a": None, "shape_b": None, "dtype_a": None, "dtype_b": None}
+    for place, side in ((a, "a"), (b, "b")):
+        if place is not None:
+            row |= {f"shape_{side}": list(place.header.shape), f"dtype_{side}": place.header.dtype}
+            row[f"norm_{side}"] = float(_read(place).norm())
+    if a is None or b is None:
+        return {**row, "status": "only in B" if a is None else "only in A"}
+    if a.header.shape != b.header.shape:
+        return {**row, "status": "other shape"}
+    x, y = _read(a), _read(b)
+    same = bool((x == y).logical_or(x.isnan() & y.isnan()).all())
+    if same and a.header.dtype == b.header.dtype:
+        return {**row, "difference": 0.0, "relative": 0.0}
+    difference = float((y - x).norm())
+    relative = difference / row["norm_a"] if row["norm_a"] else float("inf") if difference else 0.0
+    return {**row, "status": "other dtype" if same else "different", "difference": difference, "relative": relative}
+
+
+def _read(place: Place) -> Any:
+    """The tensor in float64, or complex128."""
+    import torch
+
+    from surgery.adapter_files.tensor_files import open_tensors
+
+    tensor = open_tensors(place.file).read(place.key)
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _setting_differences(a: Path, b: Path) -> dict[str, Any]:
+    """The settings of two adapters that differ, by name; fields of rules only within one format."""
+    if not all(path.is_dir() and names_in(path) for path in (a, b)):
+        return {}
+    first, second = (describe_adapter(path) for path in (a, b))
+    names = ["format", "base", "licence", "metadata"]
+    if first["format"] == second["format"]:
+        names.append("rules")
+    x, y = (_flat({name: plain(side.get(name)) for name in names}) for side in (first, second))
+    return {
+        name: {"a": x.get(name), "b": y.get(name)} for name in dict.fromkeys([*x, *y]) if x.get(name) != y.get(name)
+    }
+
+
+def _flat(data: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings and lists of mappings as one mapping: `rules.0.rank`."""
+    if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
+        data = {str(index): item for index, item in enumerate(data)}
+    if not isinstance(data, dict):
+        return {path: data}
+    items = [_flat(item, f"{path}.{name}" if path else name) for name, item in data.items()]
+    return {name: item for part in items for name, item in part.items()}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    numbers = [row[name] for name in ("norm_a", "norm_b", "difference", "relative")]
+    status = row["status"]
+    if status == "other shape":
+        status += f" {row['shape_a']} and {row['shape_b']}"
+    return [row["tensor"], status, *("" if number is None else f"{number:.4g}" for number in numbers)]

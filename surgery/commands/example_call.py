@@ -1,0 +1,43 @@
+"""Example calls of models: from a file of tensors, or made for the model's main input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.commands.paths import existing
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["example_call"]
+
+
+def example_call(model: nn.Module, file: Path | None, batch: int = 2, length: int = 8) -> dict[str, Any]:
+    """Arguments of a call by name: the tensors of a safetensors file, or random ones of the model's main input."""
+    if file is not None:
+        from safetensors.torch import load_file
+
+        if existing(file).suffix != ".safetensors":
+            fix = 'safetensors.torch.save_file({"input_ids": ids, …}, "example.safetensors")'
+            raise SurgeryError(f"{file} is not a safetensors file", why="an example is tensors by name", fix=fix)
+        return dict(load_file(file))
+    import torch
+
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(0)
+    text = getattr(config, "get_text_config", lambda: config)()
+    name = getattr(model, "main_input_name", None)
+    if name == "input_ids" and isinstance(getattr(text, "vocab_size", None), int):
+        ids = torch.randint(0, text.vocab_size, (batch, length), generator=generator)
+        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return example | ({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and isinstance(size, (int, list, tuple)):
+        height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.randn(batch, channels, height, width, generator=generator)}
+    why = f"no example can be made for the input {name!r}"
+    fix = "--example FILE.safetensors, with the tensors of one call by name"
+    raise SurgeryError("the model needs an example call", why=why, fix=fix)

@@ -1,0 +1,28 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["AdapterPaths", "ClassName", "DryRun", "Example", "ModelPath", "RulesPath", "Trust"]
+
+ModelPath = Annotated[
+    Path, typer.Argument(help="A folder with a model of transformers (config.json).", show_default=False)
+]
+RulesPath = Annotated[
+    Path, typer.Argument(help='A file of rules, YAML or JSON; "-" is the standard input.', show_default=False)
+]
+AdapterPaths = Annotated[list[Path], typer.Argument(help="Adapters: folders or safetensors files.", show_default=False)]
+ClassName = Annotated[
+    str | None,
+    typer.Option("--class", help="The model's class in transformers; default: the one that the files name."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and check only: read no weights, write nothing.")]
+Example = Annotated[
+    Path | None,
+    typer.Option(help="A safetensors file with the tensors of one call by name; default: made for the model."),
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Accept rules that name code to import.")]

@@ -1,0 +1,111 @@
+"""`surgery merge`, `surgery export` and `surgery bench`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from surgery import activate, load_adapter, merge
+from tests.support.command_line import Files, run
+
+IDS = torch.arange(8).reshape(2, 4)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_several_adapters_with_weights(files: Files, tmp_path: Path) -> None:
+    words = ["--weight", "0.5", "--weight", "-2"]
+    done = run("merge", files.model, files.peft, files.ours, "--out", tmp_path / "m", *words, "--json")
+    assert done.code == 0 and [report["adapter"] for report in done.data["adapters"]] == ["news", "mail"]
+    expected = files.load()
+    for folder in (files.peft, files.ours):
+        load_adapter(expected, folder, folder.name)
+    activate(expected, ["news", "mail"], weights=[0.5, -2.0])
+    merge(expected)
+    assert torch.equal(logits(files.load(tmp_path / "m")), logits(expected))
+
+
+def test_a_dry_run_checks_the_adapter_and_reads_no_weights(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((files.model / "config.json").read_bytes())
+    done = run("merge", tmp_path, files.peft, "--out", tmp_path / "m", "--dry-run")
+    assert done.code == 0 and "4 tensors fit" in done.out and not (tmp_path / "m").exists()
+    real = run("merge", tmp_path, files.peft, "--out", tmp_path / "m")
+    assert real.code == 1 and "no weights in safetensors files" in real.err and not (tmp_path / "m").exists()
+
+
+def test_what_does_not_fit_is_an_error(files: Files, tmp_path: Path) -> None:
+    wrong = run("merge", files.model, files.peft, "--out", tmp_path / "m", "--weight", "1", "--weight", "2")
+    assert wrong.code == 1 and "2 weights for 1 adapters" in wrong.err
+    twice = run("merge", files.model, files.peft, files.peft, "--out", tmp_path / "m")
+    assert twice.code == 1 and "two adapters have the name 'news'" in twice.err
+    other = tmp_path / "other"
+    shutil.copytree(files.model, other)
+    model = files.load()
+    torch.nn.init.ones_(model.bert.embeddings.word_embeddings.weight)
+    model.save_pretrained(other)
+    refused = run("merge", other, files.peft, "--out", tmp_path / "m", "--json")
+    assert refused.code == 1 and "another base" in refused.data["error"]["text"]
+    assert not (tmp_path / "m").exists()
+    loose = run("merge", other, files.peft, "--out", tmp_path / "m", "--any-base", "--json")
+    assert loose.code == 0 and any("another base" in warning for warning in loose.data["warnings"])
+
+
+def test_weights_that_are_absent_are_a_warning(files: Files, tmp_path: Path) -> None:
+    done = run("merge", files.model, files.ours, "--out", tmp_path / "m", "--class", "BertForTokenClassification")
+    assert done.code == 0 or "another base" in done.err
+    assert "files of" in run("bench", files.model, "--class", "BertForMaskedLM", "--rounds", "1").err
+
+
+def test_an_export_with_slots(files: Files, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    out, form = tmp_path / "deep" / "m.onnx", "slots"
+    done = run("export", files.model, files.peft, "--out", out, "--as", form, "--no-verify", "--json")
+    assert done.code == 0 and done.data["parity"] is None and done.data["path"] == str(out)
+    names = ["m.onnx", "m.onnx.manifest.json", "news.onnx_adapter"]
+    assert sorted(file.name for file in out.parent.iterdir()) == names == done.data["files"]
+    described = run("inspect", out, "--json").data
+    assert described["format"] == "ONNX, adapters as slots" and described["outputs"] == ["logits"]
+    again = run("export", files.model, files.peft, "--out", out, "--as", form)
+    assert again.code == 1 and "--overwrite" in again.err
+
+
+def test_an_export_that_can_not_be(files: Files, tmp_path: Path) -> None:
+    assert (
+        "slots are made for adapters" in run("export", files.model, "--out", tmp_path / "m.onnx", "--as", "slots").err
+    )
+    assert "is a folder" in run("export", files.model, "--out", tmp_path).err
+    dry = run("export", files.model, files.peft, "--out", tmp_path / "m.onnx", "--dry-run")
+    assert dry.code == 0 and "4 tensors fit" in dry.out
+    usage = run("export", files.model, "--out", tmp_path / "m.onnx", "--as", "slot")
+    assert usage.code == 2 and "slots" in usage.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_example_from_a_file(files: Files, tmp_path: Path) -> None:
+    save_file({"input_ids": IDS}, tmp_path / "call.safetensors")
+    done = run("bench", files.model, "--example", tmp_path / "call.safetensors", "--rounds", "1", "--json")
+    assert done.code == 0 and done.data["example"] == {"input_ids": [2, 4]}
+    assert {"apply_rules", "merge", "call, live"} <= done.data["milliseconds"].keys()
+    (tmp_path / "call.pt").write_bytes(b"")
+    assert "not a safetensors file" in run("bench", files.model, "--example", tmp_path / "call.pt").err
+
+
+def test_example_calls_are_made_for_texts_and_images() -> None:
+    from surgery.commands.example_call import example_call
+    from surgery.errors import SurgeryError
+    from tests.support import tiny
+
+    for build in (tiny.bert, tiny.gpt2, tiny.t5, tiny.vit):
+        model, _ = build()
+        with torch.no_grad():
+            model.eval()(**example_call(model, None))
+    with pytest.raises(SurgeryError, match="needs an example call"):
+        example_call(tiny.whisper()[0], None)
