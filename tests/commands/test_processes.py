@@ -92,7 +92,7 @@ def interrupted(words: list[object], place: str, folder: Path, signal: str = "SI
         ("apply", "surgery.adapter_files.tensor_files:write_safetensors"),
         ("merge", "surgery.storage.merged_checkpoint:_merge"),
         ("merge", "surgery.storage.merged_checkpoint:_copy_tokenizer"),
-        ("export", "onnx_ir:save"),
+        ("export", "surgery.commands.export:example_call"),
         ("diff", "surgery.commands.diff:_read"),
         ("bench", "surgery.commands.bench:load_model"),
     ],
