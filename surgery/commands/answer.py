@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.commands.main import INTERRUPTED
+from surgery.commands.exit_codes import ERROR, INTERRUPTED
 from surgery.errors import PlanError, SurgeryError, SurgeryWarning
 from surgery.report_data import plain
 from surgery.text_table import table
@@ -68,7 +68,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., None]:
             if traceback:
                 tracebacks.print_exc()
             _print_error(error, json, traceback)
-            raise typer.Exit(1) from None
+            raise typer.Exit(ERROR) from None
         _print_answer(answer, json, noted)
         raise typer.Exit(answer.code)
 

@@ -9,16 +9,16 @@ import sys
 from importlib.util import find_spec
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "main"]
+from surgery.commands.exit_codes import ERROR, INTERRUPTED
 
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, by convention 128 + the signal
+__all__ = ["main"]
 
 
 def main() -> None:
     """Run the command with the arguments of the process, and exit with its code."""
     if absent := [name for name in ("typer", "rich") if find_spec(name) is None]:
         print(f"the command surgery needs {' and '.join(absent)}: pip install 'model-surgery[cli]'", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(ERROR)
     signal.signal(signal.SIGTERM, _end)
     _set_up_libraries()
     try:
