@@ -16,8 +16,8 @@
     merging             merge, unmerge, merge_to, folded_adapter, MergeReport
     files               save_adapter, load_adapter, load_adapters, push_adapter, adapter_state_dict, base_state_dict,
                         load_adapter_state_dict, LoadReport
-    looking             show, draw, report, summary, coverage, trace, trace_site, graph_of, as_digraph, class_of, Drawing,
-                        Summary, Coverage
+    looking             show, draw, report, summary, coverage, trace, trace_site, graph_of, as_digraph, class_of,
+                        Drawing, Summary, Coverage
     ONNX                export_onnx, verify_onnx, ExportReport, ParityReport
     where a rule goes   Targets, Pattern, Structure, ANY, Const, having, maybe, module_of, one_of, Found, Occurrence
     writing a rule      rule, Rule, SlotRule, Site, LiveSite, SiteModule, Value, Member, Combination, Share, LowRank,
