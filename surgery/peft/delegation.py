@@ -13,6 +13,7 @@ from surgery.errors import SurgeryError, near_misses
 from surgery.lifecycle.switching import weights_now
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.errors import as_builtin, pefts_errors
+from surgery.peft.fused_head import fused_head
 from surgery.peft.reported_class import reported_class
 from surgery.routing.route import route
 from surgery.routing.routing_block import RowCountError
@@ -107,7 +108,8 @@ class Facade(_Seen):
         @functools.wraps(method)
         def called(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
             if adapter_names is None:
-                return self._completed(method(*args, **kwargs))
+                with fused_head(self._base, kwargs):
+                    return self._completed(method(*args, **kwargs))
             return self(*args, adapter_names=adapter_names, **kwargs)  # rows are counted in calls of the model itself
 
         return called
@@ -141,7 +143,7 @@ class Facade(_Seen):
         return facade, (type(self), self._base, self._configs)
 
     def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        with self._rows(adapter_names):
+        with self._rows(adapter_names), fused_head(self._base, kwargs):
             return self._completed(self._base(*args, **kwargs))
 
     def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
