@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast families coverage lint bench docs docs-serve docs-test gallery peers peft-suite onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
+.PHONY: help demo test test-fast families coverage lint bench docs docs-serve docs-test gallery peers peft-suite libraries onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,10 @@ peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write 
 peft-suite: $(VENV)/.dev ## Run PEFT's own tests with PEFT and with surgery.peft; PEFT_SOURCE=folder of its source; writes docs/reference/peft-suite.md
 	@test -n "$(PEFT_SOURCE)" || { echo "Name a folder with PEFT's source of the installed version: PEFT_SOURCE=…" >&2; exit 1; }
 	$(BIN)/python -m tests.reports.peft_suite --source "$(PEFT_SOURCE)" --jobs $(JOBS) --page $(ARGS)
+
+libraries: $(VENV)/.dev ## Train by trl and sentence-transformers with surgery.peft, beside PEFT; installs the two
+	$(PIP) install "trl>=1.16" "sentence-transformers>=6.2"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peft/test_facade_libraries.py $(ARGS)
 
 onnx: $(VENV)/.dev ## Run all tests of exports, with every model of tests/support/onnx_models.py, and write docs/reference/onnx-models.md
 	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/onnx --ignore=tests/onnx/test_generation.py -n $(JOBS)

@@ -20,6 +20,7 @@ import surgery.peft as ours
 from tests.support import ROOT
 from tests.support.facade_models import bert, llama, out
 from tests.support.peers import peft, transformers
+from tests.support.words import words
 
 TASKS = {
     "CAUSAL_LM": "PeftModelForCausalLM",
@@ -168,18 +169,6 @@ def test_transformers_adds_and_loads_our_adapters(tmp_path: Any) -> None:
     torch.testing.assert_close(out(loaded, example), out(model, example), atol=2e-5, rtol=1e-4)
 
 
-class Words:
-    """A tokenizer of sixty words."""
-
-    def __new__(cls) -> Any:
-        tokenizers = pytest.importorskip("tokenizers")
-        words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))])}
-        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
-
-
 @pytest.mark.parametrize("task", ["text-classification", "text-generation", "feature-extraction"])
 def test_a_pipeline_takes_a_facade(task: str, caplog: pytest.LogCaptureFixture) -> None:
     """Its answers are those of the base with the adapter merged, and nothing is logged of an unsupported model."""
@@ -193,10 +182,10 @@ def test_a_pipeline_takes_a_facade(task: str, caplog: pytest.LogCaptureFixture) 
     logger.addHandler(caplog.handler)
     options = {"max_new_tokens": 4, "do_sample": False} if task == "text-generation" else {}
     try:
-        pipe = transformers.pipeline(task, model=model, tokenizer=Words(), device="cpu")
+        pipe = transformers.pipeline(task, model=model, tokenizer=words(), device="cpu")
         answers = pipe(["w1 w2 w3", "w4"], **options)
         merged = copy.deepcopy(model).merge_and_unload()
-        expected = transformers.pipeline(task, model=merged, tokenizer=Words(), device="cpu")(
+        expected = transformers.pipeline(task, model=merged, tokenizer=words(), device="cpu")(
             ["w1 w2 w3", "w4"], **options
         )
     finally:
