@@ -30,8 +30,8 @@ ONNX = (
     "export-to-onnx", "serve-without-torch", "generate-text-with-onnx", "convert-peft-to-onnx", "run-in-a-browser",
 )  # fmt: skip
 NEEDS = {
-    "README.md": ("accelerate",),
     "docs/how-to/train-with-the-trainer.md": ("accelerate",),
+    "docs/tutorials/classifier.md": ("accelerate",),
     **{f"docs/how-to/{task}.md": ("onnxscript", "onnxruntime") for task in ONNX},
     "docs/tutorials/ship.md": ("onnxscript", "onnxruntime"),
     "docs/how-to/match-by-condition.md": ("yaml",),
@@ -121,9 +121,19 @@ def test_every_rule_is_in_the_table_of_slots() -> None:
 
 def test_every_field_of_pefts_config_is_told() -> None:
     peft = optional_peft()
-    code_words = in_code(TEXT["README.md"])
+    code_words = in_code(TEXT["docs/reference/peft-names.md"])
     missing = [field.name for field in dataclasses.fields(peft.LoraConfig) if field.name not in code_words]
     assert not missing
+
+
+def test_the_figures_of_the_readme_are_measured() -> None:
+    """The readme is short, and its figures are in the table of benchmarks."""
+    assert len(TEXT["README.md"].splitlines()) <= 150
+    figures = re.findall(r"\d+(?:\.\d+)? [×%]", TEXT["README.md"].partition("## Why")[2].partition("\n## ")[0])
+    assert figures
+    measured = TEXT["docs/explanation/benchmarks.md"]
+    for figure in figures:
+        assert figure in measured or f"| {figure[:-2]} |" in measured, figure
 
 
 def optional_peft() -> Any:
