@@ -49,6 +49,9 @@ class SurgeryError(Exception):
         lines += [f"  {label:<6} {text}" for label, text in self._details() if text]
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self).partition(chr(10))[0]!r})"  # the first line
+
     def _details(self) -> list[tuple[str, str | None]]:
         return [("where:", self.where), ("why:", self.why), ("fix:", self.fix)]
 

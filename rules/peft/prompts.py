@@ -7,6 +7,7 @@ the text the embeddings alone: `whole=True`. Of p-tuning a file holds what the n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, class_of, peft_method
 from surgery.rules._virtual_tokens import text_inputs
 from surgery.rules.multitask import MultitaskPromptRule
+from surgery.rules.multitask import task_of as calls_of
 from surgery.rules.peft.tasks import HEADS, sizes_of, task_of, with_head
 from surgery.rules.prompt import PromptRule
 
@@ -63,7 +65,7 @@ class _Prompts(PeftMethod):
         length, rows = rule.length, rule.length * submodules(place.config)
 
         def first(matrix: Tensor) -> Tensor:  # of an encoder-decoder PEFT keeps as many rows again, and uses none
-            if matrix.shape[0] != rows:
+            if matrix.shape[0] not in (length, rows):
                 raise ValueError(f"it has {matrix.shape[0]} rows for {rows} virtual tokens")
             return matrix[:length]
 
@@ -123,6 +125,10 @@ class Multitask(_Prompts):
             raise config.refuse("task_type", "PEFT does not name a task there")
         tasks, ranks = config.take("num_tasks", 1), config.take("num_ranks", 1)
         return MultitaskPromptRule(**fields, tasks=tasks, ranks=ranks)
+
+    def call_context(self, keywords: dict[str, Any]) -> AbstractContextManager[Any]:
+        ids = keywords.pop("task_ids", None)
+        return nullcontext() if ids is None else calls_of(ids)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         more = {"columns": PeftEntry("/prefix_task_cols"), "rows": PeftEntry("/prefix_task_rows")}

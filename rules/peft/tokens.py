@@ -164,9 +164,9 @@ def _groups(indices: Any, modules: Any, tying: bool) -> Groups:
         same = [name for name in names if embedding.endswith(name) or any(_means(name, path) for path in tied)]
         differ = any(indices[name] != indices[same[0]] for name in same[1:])
         if differ and tying:
-            raise SurgeryError(
-                "PEFT's ensure_weight_tying wants the same tokens of tied modules", where=", ".join(same)
-            )
+            what = "Cannot ensure weight tying when different token indices are specified"
+            fix = "give the tied modules the same tokens, or leave ensure_weight_tying out"
+            raise SurgeryError(what, where=", ".join(same), fix=fix)
         if not differ and len(same) > 1:
             indices = {name: ids for name, ids in indices.items() if name not in tied}
         tied = [] if differ else tied
@@ -174,7 +174,9 @@ def _groups(indices: Any, modules: Any, tying: bool) -> Groups:
     for name, ids in indices.items():
         paths = [path for path in modules.by_path if path.endswith(name) and path not in used]
         if not paths:
-            raise SurgeryError(f"the model has no module {name!r}, whose tokens are to be trained")
+            raise SurgeryError(
+                f"Target modules {{{name!r}}} not found in the base model.", why="its tokens are to be trained"
+            )
         used.update(paths)
         for path in paths:
             groups[(path,)] = ids

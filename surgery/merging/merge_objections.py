@@ -11,7 +11,7 @@ from surgery.state.absent_values import without_values
 from surgery.state.adapter_tensors import box_of
 from surgery.state.records import Applied, Merged, SiteState
 from surgery.weaving.class_objections import reason_against
-from surgery.weaving.conflicts import find_live_conflict
+from surgery.weaving.conflicts import find_hidden_rule, find_live_conflict
 
 __all__ = ["already_merged", "objections_to_merge"]
 
@@ -46,7 +46,8 @@ def objections_to_merge(
             )
         )
     if not problems and len(chosen) > 1:
-        problem = find_live_conflict(chosen, module, site.path, own_forward(module, site.base))
+        problem = find_hidden_rule(chosen, site.path, "merged together")
+        problem = problem or find_live_conflict(chosen, module, site.path, own_forward(module, site.base))
         problems += [problem] if problem is not None else []
     if not problems:
         problems += _packed(path, module, site, chosen)

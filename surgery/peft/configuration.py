@@ -85,7 +85,8 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
     if parameters and not targets and not any(targeted_parameters(parameters, modules)):
         what = "No `target_modules` passed but also no `target_parameters` found. "
         raise NoMatchingPeftModuleError(f"{what}Please check the values for these arguments.")
-    if not targets or parameters or not method_of(config.method).targeted:
+    named = method_of(config.method).targeted or config.method == "TRAINABLE_TOKENS"
+    if not targets or parameters or not named:
         return
     if chosen_by(data, modules):
         return
@@ -93,7 +94,10 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
     note = "".join(f" Note: You specified '{name}': {data[name]}." for name in around)
     left = {name: data[name] for name in ("exclude_modules", "modules_to_save") if data.get(name)}
     kept = select_targets({"target_modules": ".*", **left}, modules.by_path)
-    what = "No modules were targeted for adaptation."
+    what = (
+        "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules "
+        "and excluded modules."
+    )
     if not kept:
         what = "All modules were excluded. This is likely unintended."
     elif len(kept) == len(modules.by_path):

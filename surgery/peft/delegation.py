@@ -108,7 +108,7 @@ class Facade(_Seen):
         @functools.wraps(method)
         def called(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
             if adapter_names is None:
-                with fused_head(self._base, kwargs):
+                with fused_head(self._base, kwargs), self._call_context(kwargs):
                     return self._completed(method(*args, **kwargs))
             return self(*args, adapter_names=adapter_names, **kwargs)  # rows are counted in calls of the model itself
 
@@ -119,6 +119,10 @@ class Facade(_Seen):
         """Whether the active adapters rest, so that calls compute the base's output."""
         state = model_state(unwrap(self._base))
         return state is not None and bool(state.resting) and not weights_now(state)
+
+    def _call_context(self, keywords: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Takes the keywords of a call that the adapters' methods have in PEFT; returns the context of their effect."""
+        return nullcontext()
 
     def _completed(self, output: Any) -> Any:
         """The output of a call, with what the adapters' methods add to its loss."""
@@ -143,12 +147,12 @@ class Facade(_Seen):
         return facade, (type(self), self._base, self._configs)
 
     def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        with self._rows(adapter_names), fused_head(self._base, kwargs):
+        with self._rows(adapter_names), fused_head(self._base, kwargs), self._call_context(kwargs):
             return self._completed(self._base(*args, **kwargs))
 
     def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The model's own `generate`."""
-        with self._rows(adapter_names):
+        with self._rows(adapter_names), self._call_context(kwargs):
             return self._base.generate(*args, **kwargs)
 
     @contextmanager

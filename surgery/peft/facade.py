@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_class import class_of
-from surgery.patterns.wrappers import unwrap
+from surgery.patterns.wrappers import inner_of, unwrap
 from surgery.peft import base_config
 from surgery.peft.base_state import load_base_tensors
 from surgery.peft.configuration import on_tensors
 from surgery.peft.defaults import with_defaults
-from surgery.peft.delegation import inside
+from surgery.peft.delegation import Facade, inside
 from surgery.peft.errors import pefts_errors
 from surgery.peft.model import LoadResult, PeftMixedModel, PeftModel
 from surgery.peft.notices import warn_of_names
 from surgery.peft.tensor_options import materialise
+from surgery.peft_format.key_history import PREFIX
 from surgery.peft_format.writing import from_peft, to_peft
 from surgery.rewritten_model.state_dict import adapter_state_dict, load_adapter_state_dict
 from surgery.rewritten_model.verb_root import records_in, rewritten
@@ -152,18 +154,25 @@ def get_peft_model_state_dict(
         options: `save_embedding_layers`, as in `save_adapter`.
 
     Returns:
-        PEFT's key → tensor.
+        PEFT's key → tensor. The keys of a model without a façade do not begin with `base_model.model.`, as in PEFT.
 
     Raises:
         SurgeryError: the adapter is unknown, or PEFT's format can't hold it.
+
+    A model whose adapters transformers put there, by its own `add_adapter` or `load_adapter`, is one of PEFT's; PEFT
+    itself then reads the tensors.
     """
     base = inside(model)
     save = options.get("save_embedding_layers", "auto")
+    if vars(unwrap(base)).get("_hf_peft_config_loaded"):  # its adapters are PEFT's: transformers put them there
+        theirs = import_module("peft").get_peft_model_state_dict
+        return theirs(unwrap(base), state_dict, adapter_name, save_embedding_layers=save)
     if state_dict is None and class_of(model).__name__ == "FullyShardedDataParallel":
         state_dict = model.state_dict()  # which gathers the parts of all processes
     with pefts_errors(KeyError):
         adapter_names(rewritten(base)[1], adapter_name)
-        return to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]
+        tensors = to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]
+        return dict(zip(_own_keys(model, tensors), tensors.values(), strict=True))
 
 
 def set_peft_model_state_dict(
@@ -178,6 +187,9 @@ def set_peft_model_state_dict(
     base = inside(model)
     with pefts_errors(KeyError):
         adapter_names(rewritten(base)[1], adapter_name)
+    if not _has_facade(model):
+        named = {key: key if key.startswith("base_model.") else f"{PREFIX}{key}" for key in peft_model_state_dict}
+        peft_model_state_dict = {named[key]: tensor for key, tensor in peft_model_state_dict.items()}
     with pefts_errors(RuntimeError), Journal():
         if on_meta := [key for key, tensor in peft_model_state_dict.items() if tensor.is_meta]:
             what, fix = f"{len(on_meta)} tensors of the state dict are on the device meta", "load their values first"
@@ -189,4 +201,17 @@ def set_peft_model_state_dict(
         tensors = {key: own[key] if tensor.is_meta else tensor for key, tensor in tensors.items()}
         load_adapter_state_dict(base, tensors, adapter_name)
         loaded = load_base_tensors(base, {key: peft_model_state_dict[key] for key in unexpected})
-    return LoadResult(missing, [key for key in unexpected if key not in loaded])
+    unexpected = [key for key in unexpected if key not in loaded]
+    return LoadResult(_own_keys(model, missing), _own_keys(model, unexpected))
+
+
+def _own_keys(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """Keys of PEFT's file as PEFT has them for this model: a model without a façade has no prefix."""
+    return list(keys) if _has_facade(model) else [key.removeprefix(PREFIX) for key in keys]
+
+
+def _has_facade(model: nn.Module) -> bool:
+    layer: nn.Module | None = model
+    while layer is not None and not issubclass(type(layer), Facade):
+        layer = inner_of(layer)
+    return layer is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from surgery.state.records import merged_adapters
 from surgery.transaction.undo_log import Journal
 
 __all__ = ["hotswap_adapter", "prepare_model_for_compiled_hotswap"]
+
+
+_NOT_ITS = re.compile(r"(?:one tensor is|\d+ tensors are) not of this adapter: (.*)")
 
 
 def hotswap_adapter(
@@ -76,8 +80,18 @@ def hotswap_adapter(
             try:
                 surgery.hotswap(base, name, model_name_or_path, same_base=False, **place)
             except LoadError as error:
-                what = SurgeryError("Hot swapping the adapter did not succeed", where=str(model_name_or_path))
-                raise as_builtin(LoadError([what, *error.problems]), RuntimeError) from None
+                raise as_builtin(_unsuccessful(name, model_name_or_path, error), RuntimeError) from None
+
+
+def _unsuccessful(adapter: str, source: str | Path, error: LoadError) -> LoadError:
+    """PEFT's sentence before the problems; it names the keys that the adapter does not have."""
+    what = "Hot swapping the adapter did not succeed"
+    found = (_NOT_ITS.fullmatch(problem.what) for problem in error.problems)
+    keys = [key for match in found if match for key in match[1].split(", ")]
+    if keys:  # PEFT puts the adapter's name into them
+        named = ", ".join(re.sub(r"(lora_\w+)(?=\.|$)", rf"\1.{adapter}", key) for key in keys)
+        what = f"{what}, unexpected keys found: {named}"
+    return LoadError([SurgeryError(what, where=str(source)), *error.problems])
 
 
 def prepare_model_for_compiled_hotswap(

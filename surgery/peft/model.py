@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,19 @@ from surgery.peft.configuration import check_targets, completed
 from surgery.peft.defaults import with_defaults
 from surgery.peft.delegation import facade, inside, whole
 from surgery.peft.errors import as_builtin, pefts_errors
-from surgery.peft.notices import check_fields, check_together, fields_for_rules, warn_of_fields
+from surgery.peft.notices import (
+    check_fields,
+    check_merge,
+    check_together,
+    fields_for_rules,
+    warn_of_changed_base,
+    warn_of_fields,
+)
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder, write_card
 from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_idle_gradients
 from surgery.peft.training import add_to_loss, allocation_of
-from surgery.peft_format.methods import rules_by
+from surgery.peft_format.methods import method_of, rules_by
 from surgery.peft_format.writing import to_peft
 from surgery.rewritten_model.verb_root import rewritten, root_of
 from surgery.state.adapter_naming import adapter_names as named
@@ -96,6 +103,17 @@ class PeftModel(FacadeProperties):
             return allocate
         return super().__getattr__(name)
 
+    def _call_context(self, keywords: dict[str, Any]) -> AbstractContextManager[Any]:
+        names = {str(self._configs[name].method) for name in self.active_adapters if name in self._configs}
+        methods = [method for method in map(method_of, sorted(names)) if method.has_call_context]
+        if not methods:
+            return nullcontext()
+        stack = ExitStack()
+        stack.enter_context(pefts_errors())
+        for method in methods:
+            stack.enter_context(method.call_context(keywords))
+        return stack
+
     def _completed(self, output: Any) -> Any:
         return add_to_loss(self, self.active_adapters, output) if hasattr(output, "loss") else output
 
@@ -106,10 +124,13 @@ class PeftModel(FacadeProperties):
                 why = near_misses(str(name), self._configs) or f"the model's adapters: {', '.join(self._configs)}"
                 raise as_builtin(SurgeryError(what.format(name), why=why))
 
+    def _check_names(self, names: Names) -> None:
+        self._check_known(names, "Adapter {} not found.")
+
     @whole
     def set_adapter(self, adapter_name: Names, inference_mode: bool = False) -> None:
         """Make only these adapters live, and trainable unless `inference_mode`."""
-        self._check_known(adapter_name, "Adapter {} not found.")
+        self._check_names(adapter_name)
         check_together(self._base, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         self._unmerge_first("Adapter cannot be set when the model is merged. Unmerging the model first.")
         self._enter(adapter_name, self._disabled, train=not inference_mode)
@@ -120,7 +141,10 @@ class PeftModel(FacadeProperties):
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
         check_free(root_of(self._base))
         state = rewritten(self._base)[1]
-        set_trained(state, named(state, adapter_names), requires_grad)
+        names = named(state, adapter_names)
+        set_trained(state, names, requires_grad)
+        for name in set(names).difference(surgery.active(self._base)):
+            require_idle_gradients(self._base, name, requires_grad)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Return a context in which the model computes the base's bits."""
@@ -202,6 +226,7 @@ class PeftModel(FacadeProperties):
             arguments |= {"config": settings and settings.to_dict(), "example_inputs": self._example(config, options)}
             arguments["resize"] = bool(options.get("resize"))
             arguments["freeze"] = True  # PEFT freezes the base with any adapter
+            warn_of_changed_base([*self._configs.values(), config])
             with new_adapters_idle(self._base):
                 report = surgery.load_adapter(self._base, model_id, adapter_name, **arguments)
             self._place(adapter_name, options)
@@ -290,6 +315,7 @@ class PeftModel(FacadeProperties):
         if merged and not new:
             warnings.warn("All adapters are already merged, nothing to do.", SurgeryWarning, stacklevel=3)
             return
+        check_merge(self._base, [*merged, *new])
         if merged:
             more = f"Already following adapters were merged {','.join(merged)}."
             warnings.warn(f"{more} You are now additionally merging {','.join(new)}.", SurgeryWarning, stacklevel=3)
@@ -310,10 +336,17 @@ class PeftModel(FacadeProperties):
     @whole
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
         """Return the plain model with adapters (default: the active ones) in its weights; all others are removed."""
+        was_tied = self._says_tied()
         if not merged_adapters(unwrap(self._base)):
             self.merge_adapter(adapter_names, safe_merge)
         surgery.forget(self._base)
+        if was_tied and not self._says_tied():
+            text = "Setting `tie_word_embeddings=False` in the model's config: the merged weights are no longer tied."
+            warnings.warn(text, SurgeryWarning, stacklevel=3)
         return self.unload()
+
+    def _says_tied(self) -> bool:
+        return bool(getattr(getattr(self._base, "config", None), "tie_word_embeddings", False))
 
     @whole
     def unload(self) -> Any:
@@ -387,14 +420,17 @@ class PeftMixedModel(PeftModel):
             fix = "get_peft_model without mixed=True takes adapters of several methods, prompts and prefixes among them"
             raise as_builtin(RuleError(what, fix=fix))
 
+    def _check_names(self, names: Names) -> None:
+        unknown = sorted({*([names] if isinstance(names, str) else names)} - self._configs.keys())
+        if unknown:
+            what = f"Adapter(s) {unknown} not found, available adapters: {sorted(self._configs)}"
+            raise as_builtin(SurgeryError(what, why=near_misses(unknown[0], self._configs)))
+
     @whole
     def delete_adapter(self, adapter_name: Names) -> None:
         """Remove one or several adapters."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        unknown = sorted({*names} - self._configs.keys())
-        if unknown:
-            what = f"Adapter(s) {unknown} not found, available adapters: {sorted(self._configs)}"
-            raise as_builtin(SurgeryError(what, why=near_misses(unknown[0], self._configs)))
+        self._check_names(names)
         self._check_unmerged(names)
         for name in names:
             super().delete_adapter(name)

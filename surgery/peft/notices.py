@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import PlanError, RuleError, SiteError, SurgeryError, SurgeryWarning
+from surgery.errors import MergeError, PlanError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.patterns.module_class import class_of
 from surgery.patterns.paths import pattern_matcher, pattern_value, select_targets
 from surgery.patterns.wrappers import unwrap
@@ -20,11 +20,20 @@ from surgery.peft.errors import PeftRuntimeWarning, as_builtin
 from surgery.peft_format.methods import method_of, part_of
 from surgery.peft_format.targets import Modules, chosen_by
 from surgery.rewritten_model.verb_root import records_in, rewritten
-from surgery.state.records import sites
+from surgery.state.records import Applied, sites
 
-__all__ = ["check_fields", "check_together", "fields_for_rules", "warn_of_fields", "warn_of_names"]
+__all__ = [
+    "check_fields",
+    "check_merge",
+    "check_together",
+    "fields_for_rules",
+    "warn_of_changed_base",
+    "warn_of_fields",
+    "warn_of_names",
+]
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT knows a tied module
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # modules that no code calls
 _LOW_RANK = ("LORA", "ADALORA", "RANDLORA")
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
@@ -40,6 +49,7 @@ def check_fields(config: PeftConfig, model: nn.Module) -> None:
     if not (bias in (None, "none", "all") or (isinstance(bias, str) and bias.endswith("_only"))):
         raise as_builtin(PlanError([RuleError(f"Requested bias: {bias}, is not implemented.")]), NotImplementedError)
     modules = Modules.of(model)
+    _check_copies(data, modules)
     chosen = chosen_by(data, modules) if data.get("target_modules") else set[str]()
     problem_of, parameters = _PROBLEMS.get(str(config.method)), data.get("target_parameters")
     wrapped = {name.rpartition(".")[0] for name in targeted_parameters(parameters, modules)}
@@ -59,22 +69,55 @@ def check_fields(config: PeftConfig, model: nn.Module) -> None:
         raise as_builtin(PlanError(problems))
 
 
+def _check_copies(data: Mapping[str, Any], modules: Modules) -> None:
+    """Raises PEFT's error where `modules_to_save` names a container, or an embedding whose rows are trained."""
+    names, rows = data.get("modules_to_save"), data.get("trainable_token_indices")
+    twice = [name for name in rows if name in (names or ())] if isinstance(rows, Mapping) else []
+    if twice:
+        what = "The embedding layer is already marked to be trained fully"
+        fix = f"name {twice[0]!r} in `modules_to_save` or in `trainable_token_indices`, but not in both"
+        raise as_builtin(PlanError([RuleError(what, where=twice[0], fix=fix)]))
+    ends = tuple(name for name in names or () if isinstance(name, str))
+    for path, module in modules.by_path.items():
+        if isinstance(module, _CONTAINERS) and path.endswith(ends):
+            what = f"modules_to_save cannot be applied to modules of type {class_of(module)}"
+            inner = ", ".join(f"{path}.{name}" for name, _ in module.named_children())
+            fix = f"name the modules in it: {inner}" if inner else "name the module whose forward reads its parameters"
+            raise as_builtin(PlanError([RuleError(what, where=path, fix=fix)]), TypeError)
+
+
 def check_together(model: nn.Module, adapters: Iterable[str]) -> None:
     """Raises PEFT's error where several adapters have a copy of one module, or a row of one token."""
-    names = set(adapters)
-    if len(names) < 2 or not records_in(unwrap(model)):
+    for path, first, second in _pairs(model, adapters):
+        wrapper, why = None, second.rule.hides(first.rule)
+        if why is not None:
+            wrapper = "TrainableTokensWrapper"  # of the rules that PEFT's format has, those of rows alone hide
+        elif first.adapter != second.adapter and all(_is_copy(applied.rule) for applied in (first, second)):
+            wrapper, why = "ModulesToSaveWrapper", "each has a copy of the module"
+        if wrapper is not None:
+            what = f"Only one adapter can be set at a time for {wrapper}, got {first.adapter} and {second.adapter}"
+            raise as_builtin(SiteError(what, where=path, why=why, fix="combine them into one adapter"))
+
+
+def check_merge(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Raises PEFT's error where two adapters, to be merged, have a row of one token."""
+    for path, first, second in _pairs(model, adapters):
+        why = second.rule.hides(first.rule)
+        if why is not None:
+            what = f"Token indices of adapter {second.adapter} are already defined and would result in undefined "
+            fix = "merge one of them, or combine them into one adapter"
+            raise as_builtin(MergeError(f"{what}merging behavior.", where=path, why=why, fix=fix))
+
+
+def _pairs(model: nn.Module, adapters: Iterable[str]) -> Iterator[tuple[str, Applied, Applied]]:
+    """Each two rules of these adapters that are at one site, with its path; those of the first adapters first."""
+    order = {name: number for number, name in enumerate(adapters)}
+    if len(order) < 2 or not records_in(unwrap(model)):
         return
     for path, _, site in sites(rewritten(model)[0]):
-        rules = [applied for applied in site.applied if applied.adapter in names]
-        for first, second in itertools.combinations(rules, 2):
-            wrapper, why = None, second.rule.hides(first.rule)
-            if why is not None:
-                wrapper = "TrainableTokensWrapper"  # of the rules that PEFT's format has, those of rows alone hide
-            elif first.adapter != second.adapter and all(_is_copy(applied.rule) for applied in (first, second)):
-                wrapper, why = "ModulesToSaveWrapper", "each has a copy of the module"
-            if wrapper is not None:
-                what = f"Only one adapter can be set at a time for {wrapper}, got {first.adapter} and {second.adapter}"
-                raise as_builtin(SiteError(what, where=path, why=why, fix="combine them into one adapter"))
+        rules = [applied for applied in site.applied if applied.adapter in order]
+        for first, second in itertools.combinations(sorted(rules, key=lambda rule: order[rule.adapter]), 2):
+            yield path, first, second
 
 
 def _is_copy(rule: Any) -> bool:
@@ -106,6 +149,16 @@ def fields_for_rules(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
         text = "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). "
         _warn(f"{text}Weight tying will not be applied for trainable_token_indices.")
     return data if rows else {**data, "ensure_weight_tying": False}  # rows of tokens are tied without such names
+
+
+def warn_of_changed_base(configs: Iterable[PeftConfig]) -> None:
+    """Warns of PiSSA and OLoRA beside another adapter, for they change the base's weights."""
+    starts = [str(getattr(config, "init_lora_weights", "")).lower() for config in configs]
+    for name in ("PiSSA", "OLoRA"):
+        if len(starts) > 1 and any(start.partition("_niter")[0] == name.lower() for start in starts):
+            text = f"{name} changes the base weights of the model and should thus not be used with other adapters. "
+            _warn(f"{text}It can't be inactive: deactivating it, or activating another adapter alone, is an error.")
+            return
 
 
 def warn_of_fields(config: PeftConfig, model: nn.Module) -> None:

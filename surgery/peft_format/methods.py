@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from typing import Any, ClassVar, TypeVar
@@ -162,6 +163,14 @@ class PeftMethod(PeftPart):
     def allocator_of(self, model: nn.Module, adapter: str) -> Any:
         """An object with PEFT's `update_and_allocate(step)` for an adapter of this method; None where PEFT has none."""
         return None
+
+    @property
+    def has_call_context(self) -> bool:
+        return type(self).call_context is not PeftMethod.call_context
+
+    def call_context(self, keywords: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Takes the keywords that only PEFT's calls with this method have; returns the context of their effect."""
+        return nullcontext()
 
     def complete(
         self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Modules

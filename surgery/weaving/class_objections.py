@@ -37,13 +37,13 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
                 f"a forward was set on the instance ({getattr(forward, '__qualname__', forward)!s})",
                 "apply rules before whatever replaces forward (kernels, hooks)",
             )
-    if cls is nn.Module:
-        return (
-            "it only holds what is in it, and is never called",
-            "target what is in it; layers of a graph of torch.export are made anew by with_layers(model)",
-        )
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return f"a {cls.__name__} iterates over its children, adapters included", "target its children, or its parent"
+    if cls.forward is nn.Module.forward:
+        fix = "target what is in it; layers of a graph of torch.export are made anew by with_layers(model)"
+        if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
+            fix = "exclude it: no rule reaches parameters that a container hands out"
+        return "it only holds what is in it, and is never called", fix
     state = site_state(module)
     if state is not None and cls is not state.base and "_surgery_recipe" not in vars(cls):
         return f"another class was put on top of it: {qualified_name(cls)}", "undo that first"

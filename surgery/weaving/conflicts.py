@@ -119,8 +119,11 @@ def find_live_conflict(
     return None
 
 
-def find_hidden_rule(live: Sequence[Applied], path: str) -> SurgeryError | None:
-    """Returns an error if one adapter's rule says that it hides what an earlier adapter's rule does, or None."""
+def find_hidden_rule(live: Sequence[Applied], path: str, how: str = "live together") -> SurgeryError | None:
+    """Returns an error if one adapter's rule says that it hides what an earlier adapter's rule does, or None.
+
+    `how`: what these rules can't be, as the error says it.
+    """
     for at, later in enumerate(live):
         if type(later.rule).hides is Declaration.hides:
             continue
@@ -129,7 +132,7 @@ def find_hidden_rule(live: Sequence[Applied], path: str) -> SurgeryError | None:
             if why is not None:
                 first, second = (f"{record.rule.label} [{record.adapter}]" for record in (earlier, later))
                 return SiteError(
-                    f"{first} and {second} can't be live together",
+                    f"{first} and {second} can't be {how}",
                     where=path,
                     why=why,
                     fix="make one of them live at a time; combine(model, weights, into) makes one of both",

@@ -22,12 +22,13 @@ from surgery import (
     activate,
     adapters,
     apply_rules,
+    deactivate,
     merge,
     remove,
     rule,
     unmerge,
 )
-from surgery.rules import IA3Rule, LoraRule, TrainRule
+from surgery.rules import IA3Rule, LoraRule, TokensRule, TrainRule
 from surgery.testing import Snapshot, assert_equivalent, assert_reversible
 
 
@@ -177,6 +178,17 @@ def test_a_converted_model_is_found_out() -> None:
     model.half()
     with pytest.raises(MergeError, match="changed"):
         unmerge(model)
+
+
+def test_adapters_of_which_one_hides_the_other_are_not_merged_together() -> None:
+    model = apply_rules(nn.Sequential(nn.Embedding(9, 4)), [TokensRule("0", tokens=[1, 2])], adapter="a")
+    deactivate(model)
+    apply_rules(model, [TokensRule("0", tokens=[2, 3])], adapter="b")
+    before = Snapshot(model)
+    with pytest.raises(PlanError, match="can't be merged together.*\n.*\n.*both have rows for 2"):
+        merge(model, ["a", "b"])
+    assert not before.differences(model)
+    merge(model, "b")
 
 
 def test_a_rule_without_a_closed_form_is_refused_with_its_reason() -> None:

@@ -717,6 +717,19 @@ def test_dora_heads_and_tokens_for_an_exported_gpt2(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_peft_adapters_of_rows_alone_are_refused(tmp_path: Path) -> None:
+    from surgery.rules import TokensRule
+
+    model, inputs = tiny_gpt2(LAYERS)
+    config = peft_of().TrainableTokensConfig(target_modules=["wte"], token_indices=[3, 1])
+    peft_on(copy.deepcopy(model), config, tmp_path / "peft")
+    file = export_slots(model, [TokensRule("wte", tokens=[1, 3])], inputs, tmp_path)
+    with pytest.raises(LoadError, match="(?s)'TRAINABLE_TOKENS' can't be converted.*LORA"):
+        convert_peft(tmp_path / "peft", file, tmp_path / "rows.adapter")
+    assert not (tmp_path / "rows.adapter").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_trained_biases_for_slots_of_whole_modules(tmp_path: Path) -> None:
     """Modules without a weight in the checkpoint keep the base's, which is in the file."""
     from surgery.rules import LoraRule, TrainRule

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft.utils import hotswap as theirs  # noqa: E402
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgery.peft as ours
@@ -85,6 +86,17 @@ def test_ranks_of_configurations_become_the_target_rank() -> None:
     ours.prepare_model_for_compiled_hotswap(model)  # scales need nothing
 
 
+def test_a_key_that_the_adapter_does_not_have_is_named(tmp_path: Path) -> None:
+    model = adapted(1, target_modules=["0"])
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.2.lora_A.weight": torch.zeros(2, 8)}, file)
+    for library, swap in ((peft, theirs.hotswap_adapter), (ours, ours.hotswap_adapter)):
+        again = library.get_peft_model(net(), library.LoraConfig(r=2, target_modules=["0"]))
+        with pytest.raises(RuntimeError, match="unexpected keys found: base_model.model.2.lora_A.default.weight"):
+            swap(again, tmp_path, adapter_name="default")
+
+
 def test_what_does_not_fit_is_refused_in_pefts_words(tmp_path: Path) -> None:
     adapted(2).save_pretrained(tmp_path / "both")
     loha = ours.get_peft_model(net(), ours.LoHaConfig(target_modules=["0"]))
@@ -92,7 +104,12 @@ def test_what_does_not_fit_is_refused_in_pefts_words(tmp_path: Path) -> None:
     model = adapted(1, target_modules=["0"])
     before = Snapshot(model)
     cases: list[tuple[Any, str, type[Exception], str]] = [
-        (model, "both", RuntimeError, "Hot swapping the adapter did not succeed"),
+        (
+            model,
+            "both",
+            RuntimeError,
+            "Hot swapping the adapter did not succeed",
+        ),
         (model, "loha", ValueError, "Incompatible PEFT types found: LORA and LOHA"),
         (loha, "loha", ValueError, "Hotswapping only supports LORA but LOHA was passed"),
         (model, "absent", ValueError, "is not a folder, a file or a repository's name"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,3 +298,118 @@ def test_biases_that_no_module_has_are_a_warning(bias: Any) -> None:
         "0.adapters.default.A",
         "0.adapters.default.B",
     }
+
+
+CONTAINERS = {
+    "ModuleDict": lambda: nn.ModuleDict({"one": nn.Linear(8, 8)}),
+    "ModuleList": lambda: nn.ModuleList([nn.Linear(8, 8)]),
+    "ParameterDict": lambda: nn.ParameterDict({"one": nn.Parameter(torch.ones(8, 8))}),
+    "ParameterList": lambda: nn.ParameterList([nn.Parameter(torch.ones(8, 8))]),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_modules_to_save_names_the_modules_in_a_container(kind: str) -> None:
+    for library in (peft, ours):
+        model = nn.ModuleDict({"other": nn.Linear(8, 8), "held": CONTAINERS[kind]()})
+        before = {name: type(module) for name, module in model.named_modules()}
+        config = library.LoraConfig(r=2, target_modules=["other"], modules_to_save=["held"])
+        with pytest.raises(TypeError, match=f"modules_to_save cannot be applied to modules of type .*{kind}"):
+            library.get_peft_model(model, config)
+        if library is ours:
+            assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_rows_of_one_token_are_not_merged_twice() -> None:
+    for library in (peft, ours):
+        first, second = (
+            library.LoraConfig(r=2, target_modules=["inner"], trainable_token_indices={"embed_tokens": rows})
+            for rows in ([0, 1], [1, 2])
+        )
+        model: Any = library.get_peft_model(Tied(False), first, "first")
+        model.add_adapter("second", second)
+        pattern = "(?s)second.*already defined and would result in undefined merging behavior"
+        with pytest.raises(ValueError, match=pattern):
+            model.merge_adapter(["first", "second"])
+        model.merge_adapter(["first"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already following adapters were merged")
+            with pytest.raises(ValueError, match=pattern):
+                model.merge_adapter(["second"])
+        assert model.get_model_status().merged_adapters == ["first"]
+
+
+def test_targets_that_do_not_exist() -> None:
+    cases = (
+        ("TrainableTokensConfig", {"target_modules": ["none"], "token_indices": [1]}, r"Target modules \['none'\] not"),
+        (
+            "LoraConfig",
+            {"trainable_token_indices": {"none": [1]}, "target_modules": ["inner"]},
+            "Target modules {'none",
+        ),
+        (
+            "LoraConfig",
+            {"target_modules": ["inner"], "modules_to_save": ["inner"]},
+            "No modules were targeted for adaptation. This might be caused by a combination",
+        ),
+        (
+            "LoraConfig",
+            {"target_modules": ["inner"], "modules_to_save": ["embed_tokens"]}
+            | {"trainable_token_indices": {"embed_tokens": [1]}},
+            "The embedding layer is already marked to be trained fully",
+        ),
+        (
+            "LoraConfig",
+            {"target_modules": ["inner"], "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}
+            | {"ensure_weight_tying": True},
+            "Cannot ensure weight tying when different token indices are specified",
+        ),
+    )
+    for library in (peft, ours):
+        for name, fields, pattern in cases:
+            config = getattr(library, name)(**fields)
+            error, _ = told(library, lambda library, config=config: library.get_peft_model(Tied(), config))
+            assert isinstance(error, ValueError) and re.search(pattern, str(error)), library
+            assert re.search(pattern, repr(error)), library
+
+
+def test_pissa_beside_another_adapter_is_told(tmp_path: Path) -> None:
+    plain = ours.get_peft_model(nn.Sequential(nn.Linear(8, 8)), ours.LoraConfig(r=2, target_modules=["0"]))
+    plain.save_pretrained(tmp_path)
+    for library in (peft, ours):
+        for start, name in (("pissa", "PiSSA"), ("olora", "OLoRA")):
+            config = library.LoraConfig(r=2, target_modules=["0"], init_lora_weights=start)
+            model = library.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+            with pytest.warns(UserWarning, match=f"^{name} changes the base weights"):
+                model.load_adapter(tmp_path, "other")
+
+
+def test_a_merge_that_unties_says_so() -> None:
+    for tied in (True, False):
+        model: Any = tiny.llama(layers=1)[0]
+        model.config.tie_word_embeddings = tied
+        if tied:
+            model.lm_head.weight = model.get_input_embeddings().weight
+        config = ours.LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            merged = ours.get_peft_model(model, config).merge_and_unload()
+        assert any("Setting `tie_word_embeddings=False`" in str(note.message) for note in notes) == tied
+        assert not merged.config.tie_word_embeddings
+
+
+def test_gradients_of_an_adapter_that_is_not_active() -> None:
+    found = []
+    for library in (peft, ours):
+        config = library.LoraConfig(r=2, target_modules=["0"])
+        model: Any = library.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+        model.add_adapter("other", config)
+        states = [dict(model.get_model_status().requires_grad)]
+        model.set_requires_grad("other")
+        model.set_requires_grad("default", requires_grad=False)
+        states.append(dict(model.get_model_status().requires_grad))
+        model.set_adapter("other")
+        states.append(dict(model.get_model_status().requires_grad))
+        found.append(states)
+    assert found[0] == found[1]
+    assert found[0][1] == {"default": False, "other": True}

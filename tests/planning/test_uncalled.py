@@ -253,3 +253,20 @@ def test_the_output_map_of_an_attention_is_trained_with_it() -> None:
     assert not plan.problems and not plan.warnings
     (step,) = [step for step in plan.steps if step.path == "attention"]
     assert {spec.name for spec in step.specs} == {"in_proj_bias", "out_proj_bias"}
+
+
+@pytest.mark.parametrize("held", [nn.ParameterDict({"w": torch.ones(4, 4)}), nn.ParameterList([torch.ones(4, 4)])])
+def test_a_container_of_parameters_is_refused(held: nn.Module) -> None:
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.held = nn.Linear(4, 4), held
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) @ next(self.held.parameters())
+
+    model = Holding()
+    before = Snapshot(model)
+    with pytest.raises(PlanError, match="(?s)never called.*no rule reaches parameters that a container hands out"):
+        apply_rules(model, [TrainRule("held")])
+    assert not before.differences(model)

@@ -13,8 +13,8 @@ class Reason:
     """A class, the reason in words, and the patterns by which its failures are known.
 
     Keys of the patterns: `type` and `text` of the exception; `line`, the test's line that failed; `test`, its id;
-    `expected`, the `pytest.raises` or `pytest.warns` around the line; `method`, the configuration's class. The words
-    may quote the patterns' groups.
+    `expected`, the `pytest.raises` or `pytest.warns` around the line; `method`, the configuration's class; `causes`,
+    the exceptions that the failure came from. The words may quote the patterns' groups.
     """
 
     kind: str
@@ -34,7 +34,8 @@ INTERNAL_ATTRIBUTE = (
 INTERNAL_LINE = (
     r"\.(lora_[ABa-z]\w*|base_layer|ranknum|hada_\w+|lokr_\w+|oft_[rR]|boft_[RSP]|ia3_l|token_adapter|modules_to_save|"
     r"original_module|base_model\.model\.\w+|trainable_tokens_\w+|prompt_encoder)|ModulesToSaveWrapper|"
-    r"TrainableTokensWrapper|BaseTunerLayer|LoraLayer|tuner_types|num_wrappers|wrappers\b"
+    r"TrainableTokensWrapper|BaseTunerLayer|LoraLayer|tuner_types|num_wrappers|wrappers\b|"
+    r"hasattr\([^\n]*\"(?:lora_[AB]|token_adapter)\""
 )
 
 _WORKS = (
@@ -56,6 +57,14 @@ _WORKS = (
     ("modules_to_save_merging_adapters", "`add_weighted_adapter` of adapters that train the same module"),
     ("test_set_requires_grad_prompt_learning_raises", "`set_requires_grad` of virtual tokens"),
     ("low_cpu_mem", "`low_cpu_mem_usage=True` with VeRA"),
+    ("test_generate_pos_args", "`generate` of an encoder-decoder by position"),
+    ("test_targeting_trainable_tokens_raises", "LoRA on an embedding with trained rows"),
+    ("rejects_shared_state_tuners", "`inject_adapter_in_model` of VeRA"),
+    (
+        "test_(vera|randlora)\\.py.*test_multiple_adapters_different_prng_raises",
+        "adapters with projections of their own",
+    ),
+    ("test_boft_conv2d_groups_greater_than_one_raises", "BOFT on a convolution with groups"),
 )
 _BASE_LAYER = r"'(?:Linear|Embedding|Conv[123]d|Conv1D|MultiheadAttention|LayerNorm|BatchNorm\dd)' object"
 
@@ -73,7 +82,22 @@ REASONS: tuple[Reason, ...] = (
         "`model.model` for the model: it is the model's own attribute",
         {"text": r"^'\w+' object has no attribute 'model'"},
     ),
+    Reason("a", "peft.convert_to_lora", {"test": r"test_lora_conversion\.py", "text": r"attribute 'peft_config'"}),
     # PEFT's internals.
+    Reason(
+        "b", "`{0}` of PEFT", {"type": "AttributeError", "text": r"^'function' object", "line": r"(\w+)\.cache_clear"}
+    ),
+    Reason("b", "values that are put into PEFT's layers", {"test": r"test_miss_bat_approximate_conversion"}),
+    Reason("b", "names of PEFT's parameters", {"line": r"assert devices_lora_weights =="}),
+    Reason(
+        "b",
+        "names of PEFT's parameters",
+        {"test": r"test_training_gradient_checkpointing\[\w+-Prompt", "line": r"assert param\.grad is None"},
+    ),
+    Reason("b", "names of PEFT's tensors in `state_dict()`", {"test": r"test_from_pretrained_missing_keys_warning"}),
+    Reason("b", "the base's own biases in training: `bias` trains copies", {"test": r"test_lora_with_bias_argument"}),
+    Reason("b", "adapters of PEFT's layers", {"line": r"assert available_adapters =="}),
+    Reason("b", "attributes set on PEFT's layers", {"test": r"test_transient_attribute_access_non_existing_adapter"}),
     Reason(
         "b",
         "`set_adapter` of each of PEFT's layers",
@@ -111,6 +135,19 @@ REASONS: tuple[Reason, ...] = (
     # Refused.
     Reason("c", "`target_modules`: {0} on {1}", {"text": r"^(\w+)Rule can't go on this (\w+)"}),
     Reason("c", "`target_parameters`: a parametrized {0}", {"text": r"its (\w+) is parametrized"}),
+    Reason(
+        "c", "`target_modules`: {0} on a packed weight", {"text": r"^(\w+)Rule edits the weight of a \w+, which can't"}
+    ),
+    Reason("c", "merging {0} into a packed weight", {"text": r"^(\w+)Rule can't be merged here.*quantised"}),
+    Reason("c", "`init_lora_weights`: a PiSSA or OLoRA that is not active", {"text": r"can't be idle.*at its start"}),
+    Reason("c", "adapters that transformers put on the model", {"text": r"^this model has adapters of PEFT"}),
+    Reason("c", "a hot-swap while another adapter is merged", {"test": r"hotswap_allowed_when_other_adapter_merged"}),
+    Reason("c", "`mask_fn`", {"text": r"^property 'mask_fn' of 'ShiraConfig'"}),
+    Reason(
+        "c",
+        "`adapter_name`: another adapter has the name",
+        {"causes": r"(?:there is an adapter|Adapter with name) '\w+' already"},
+    ),
     Reason("c", "PEFT's format: {0}", {"text": r"^PEFT's format can't hold ([^\n]*?)(?: \(.*)?\n"}),
     Reason("c", "`peft_type`: a prefix on a model without attention", {"text": r"^PrefixRule finds nothing to do"}),
     Reason("c", "`adapter_name`: another adapter has the name", {"text": r"^there is an adapter '\w+' already"}),
@@ -118,6 +155,17 @@ REASONS: tuple[Reason, ...] = (
         "c",
         "PEFT's format can't hold the adapter: it is saved in a format of its own",
         {"type": r"AssertionError", "line": r"target_adapter_filename|\"adapter_model\.safetensors\" in os\.listdir"},
+    ),
+    # Words.
+    Reason(
+        "e",
+        "a warning that asks to untie the embeddings before a merge, which unties them here",
+        {"test": r"test_warn_for_tied_embeddings_merge"},
+    ),
+    Reason(
+        "e",
+        "an error of torch about two dtypes, in the words of another operation",
+        {"test": r"test_no_disable_input_dtype_casting", "text": r"must have the same dtype"},
     ),
     # PEFT refuses what works here.
     *(Reason("f", words, {"test": test, "text": r"DID NOT RAISE"}) for test, words in _WORKS),
