@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 @pytest.fixture
 def base(tmp_path: Path) -> Any:
     """A decoder that is loaded from a folder, whose name its configuration has."""
-    model = tiny.llama(layers=1)[0]
+    model: Any = tiny.llama(layers=1)[0]
     model.save_pretrained(tmp_path / "base")
     return type(model).from_pretrained(tmp_path / "base").eval()
 

@@ -94,7 +94,7 @@ def test_a_key_that_the_adapter_does_not_have_is_named(tmp_path: Path) -> None:
     for library, swap in ((peft, theirs.hotswap_adapter), (ours, ours.hotswap_adapter)):
         again = library.get_peft_model(net(), library.LoraConfig(r=2, target_modules=["0"]))
         with pytest.raises(RuntimeError, match="unexpected keys found: base_model.model.2.lora_A.default.weight"):
-            swap(again, tmp_path, adapter_name="default")
+            swap(again, str(tmp_path), adapter_name="default")
 
 
 def test_what_does_not_fit_is_refused_in_pefts_words(tmp_path: Path) -> None:
