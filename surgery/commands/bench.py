@@ -22,7 +22,10 @@ __all__ = ["bench"]
 def bench(
     model: ModelPath,
     rules: Annotated[
-        Path | None, typer.Argument(help="A file of rules; default: lora on all linear layers.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="RULES", help="A file of rules; default: LoRA on all linear layers.", show_default=False
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="The device of torch.")] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each kind; the median is shown.")] = 5,

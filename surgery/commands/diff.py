@@ -33,8 +33,8 @@ class Place:
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="An adapter or a model: a folder or a safetensors file.")],
-    b: Annotated[Path, typer.Argument(help="The other one.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="An adapter or a model: a folder or a safetensors file.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
     all: Annotated[
         bool, typer.Option("--all", help=f"List all tensors that differ; default: the first {MOST}.")
     ] = False,

@@ -25,7 +25,8 @@ def export(
     model: ModelPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx file to write.")],
     adapters: Annotated[
-        list[Path] | None, typer.Argument(help="Adapters: folders or safetensors files.", show_default=False)
+        list[Path] | None,
+        typer.Argument(metavar="ADAPTER", help="Adapters: folders or safetensors files.", show_default=False),
     ] = None,
     form: Annotated[
         Literal["merged", "constant", "slots"],

@@ -24,7 +24,8 @@ MOST = 20  # rows of the table of sites, without --all
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="An adapter, a model, or a file: safetensors, ONNX.", show_default=False)
+        Path,
+        typer.Argument(metavar="PATH", help="An adapter, a model, or a file: safetensors, ONNX.", show_default=False),
     ],
     all: Annotated[bool, typer.Option("--all", help=f"List all sites; default: the first {MOST}.")] = False,
 ) -> Answer:

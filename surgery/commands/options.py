@@ -10,12 +10,17 @@ import typer
 __all__ = ["AdapterPaths", "ClassName", "DryRun", "Example", "ModelPath", "RulesPath", "Trust"]
 
 ModelPath = Annotated[
-    Path, typer.Argument(help="A folder with a model of transformers (config.json).", show_default=False)
+    Path, typer.Argument(metavar="MODEL", help="A folder with a model of transformers.", show_default=False)
 ]
 RulesPath = Annotated[
-    Path, typer.Argument(help='A file of rules, YAML or JSON; "-" is the standard input.', show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RULES", help='A file of rules, YAML or JSON; "-" is the standard input.', show_default=False
+    ),
 ]
-AdapterPaths = Annotated[list[Path], typer.Argument(help="Adapters: folders or safetensors files.", show_default=False)]
+AdapterPaths = Annotated[
+    list[Path], typer.Argument(metavar="ADAPTER", help="Adapters: folders or safetensors files.", show_default=False)
+]
 ClassName = Annotated[
     str | None,
     typer.Option("--class", help="The model's class in transformers; default: the one that the files name."),

@@ -15,7 +15,8 @@ def existing(path: Path) -> Path:
         return path
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     missing = path.absolute().relative_to(folder).parts[0]
-    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    files = folder.iterdir() if folder.is_dir() else ()
+    names = sorted(file.name for file in files if not file.name.startswith("."))
     near = near_misses(missing, names)
     listed = f"{folder} holds {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else None
     fix = "name a file or folder here; commands ask no hub, so download a repository first"

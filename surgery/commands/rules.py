@@ -29,7 +29,8 @@ def _names(incomplete: str = "") -> list[str]:
 
 def rules(
     name: Annotated[
-        str | None, typer.Argument(help="A rule, to list its fields.", autocompletion=_names, show_default=False)
+        str | None,
+        typer.Argument(metavar="RULE", help="List its fields.", autocompletion=_names, show_default=False),
     ] = None,
 ) -> Answer:
     """List all rules, or the fields of one rule.
