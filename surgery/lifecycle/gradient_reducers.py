@@ -7,8 +7,9 @@ differ between processes. A model does not know that DDP wraps it, so the check 
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,12 +41,17 @@ class _GradientWatch:
         self.adapter = adapter
         self.handles: dict[int, Any] = {}
         self.wrappers: list[tuple[weakref.ref[nn.Module], set[int], set[int]]] = []
+        self.backward: int | None = None  # the backward pass in which the wrappers were looked for
 
     def __call__(self, parameter: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
         if not self._reduced(parameter):
-            self.wrappers = [
-                (weakref.ref(wrapper), _parameters_of(wrapper), _reduced_parameters(wrapper)) for wrapper in _wrappers()
-            ]
+            if backward != self.backward:
+                self.wrappers = [
+                    (weakref.ref(wrapper), _parameters_of(wrapper), _reduced_parameters(wrapper))
+                    for wrapper in _wrappers()
+                ]
+                self.backward = backward
             if not self._reduced(parameter) and any(id(parameter) in members for _, members, _ in self.wrappers):
                 raise SurgeryError(
                     f"DDP does not reduce the gradients of the adapter {self.adapter!r}",
@@ -63,11 +69,34 @@ class _GradientWatch:
 
 def _wrappers() -> list[Any]:
     kind = nn.parallel.DistributedDataParallel
-    return [
-        candidate
-        for candidate in gc.get_objects()
-        if issubclass(type(candidate), kind) and "reducer" in vars(candidate)
+    return [candidate for candidate in _objects() if issubclass(type(candidate), kind) and "reducer" in vars(candidate)]
+
+
+def _objects() -> Iterable[Any]:
+    """All objects that the garbage collector tracks, also those that `gc.freeze` took off its lists."""
+    listed = gc.get_objects()
+    return _reachable(listed) if gc.get_freeze_count() else listed
+
+
+def _reachable(listed: list[Any]) -> Iterator[Any]:
+    """Yields objects, and all that can be reached from them, from modules and from the variables of running functions.
+
+    This takes seconds where there are millions of objects. `gc.unfreeze` would be faster, but `gc.freeze` could not
+    restore the state before: it freezes all objects.
+    """
+    level: list[Any] = [
+        *listed,
+        *(vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")),
     ]
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            level.append(frame.f_locals)
+            frame = frame.f_back
+    seen: set[int] = set()
+    while level:
+        level = [new for new in level if id(new) not in seen and not seen.add(id(new))]
+        yield from level
+        level = [new for new in gc.get_referents(*level) if gc.is_tracked(new)]
 
 
 def _parameters_of(wrapper: Any) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import multiprocessing
 import os
 import sys
@@ -179,6 +180,15 @@ def ddp_and_what_trains_later(rank: int) -> None:
     wrapped = DDP(model)
     apply_rules(model, [LoraRule("q_proj", rank=2, init="random")], adapter="b")
     drifts(wrapped)
+    del wrapped
+    model, _ = patient()
+    wrapped = DDP(model)
+    gc.freeze()  # the wrapper is not in gc.get_objects()
+    try:
+        apply_rules(model, [LoraRule("q_proj", rank=2, init="random")], adapter="b")
+        drifts(wrapped)
+    finally:
+        gc.unfreeze()
 
 
 def shard_and_check(rank: int, modules: Any, slack: float = 0.0, **fields: Any) -> Any:
