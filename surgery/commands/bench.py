@@ -45,8 +45,9 @@ def bench(
     from surgery.rules import LoraRule
 
     chosen = [LoraRule("all-linear")] if rules is None else read_rules(rules, trust)
-    net: Any = load_model(model, class_name).to(device)
+    net: Any = load_model(model, class_name)
     call = {name: tensor.to(device) for name, tensor in example_call(net, example, batch, length).items()}
+    net.to(device)
 
     def timed(work: Callable[[], object], count: int = 1) -> float:
         seconds = []

@@ -25,7 +25,24 @@ def example_call(model: nn.Module, file: Path | None, batch: int = 2, length: in
         return dict(load_file(file))
     import torch
 
-    config: Any = model.config
+    example = _made(model, batch, length)
+    try:
+        with torch.no_grad():
+            model(**example)
+    except Exception as error:  # models raise errors of any class
+        why = f"it can't be called with {', '.join(example)} made for it: {type(error).__name__}: {error}"[:300]
+        raise SurgeryError("the model needs an example call", why=why, fix=_FIX) from error
+    return example
+
+
+_FIX = "--example FILE.safetensors, with the tensors of one call by name"
+
+
+def _made(model: Any, batch: int, length: int) -> dict[str, Any]:
+    """Random arguments for the model's main input, if it is a text or images."""
+    import torch
+
+    config = model.config
     generator = torch.Generator().manual_seed(0)
     text = getattr(config, "get_text_config", lambda: config)()
     name = getattr(model, "main_input_name", None)
@@ -37,7 +54,7 @@ def example_call(model: nn.Module, file: Path | None, batch: int = 2, length: in
     if name == "pixel_values" and isinstance(size, (int, list, tuple)):
         height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
         channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.randn(batch, channels, height, width, generator=generator)}
+        images = torch.randn(batch, channels, height, width, generator=generator)
+        return {"pixel_values": images.to(model.dtype)}
     why = f"no example can be made for the input {name!r}"
-    fix = "--example FILE.safetensors, with the tensors of one call by name"
-    raise SurgeryError("the model needs an example call", why=why, fix=fix)
+    raise SurgeryError("the model needs an example call", why=why, fix=_FIX)

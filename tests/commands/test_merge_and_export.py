@@ -107,5 +107,6 @@ def test_example_calls_are_made_for_texts_and_images() -> None:
         model, _ = build()
         with torch.no_grad():
             model.eval()(**example_call(model, None))
-    with pytest.raises(SurgeryError, match="needs an example call"):
-        example_call(tiny.whisper()[0], None)
+    for build, why in ((tiny.whisper, "no example can be made"), (tiny.clip, "can't be called with input_ids")):
+        with pytest.raises(SurgeryError, match=why):
+            example_call(build()[0], None)
