@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,8 @@ class LoraRule(LowRankMethod):
         invocation: token ids. The adapter acts on a text's tokens from the last such sequence on, the sequence included
             (aLoRA); rows without it have the base's bits. For Linear and Conv1D; default None: on all tokens. PEFT:
             alora_invocation_tokens.
+        tied: sites that share their weight share A and B, such as an embedding and its head. Both have the tensors of
+            an Embedding, and the same ΔW. For Embedding and Linear; default False. PEFT: ensure_weight_tying.
         max_rank: A and B have room for this rank, filled with zeros beyond the rule's own, for a later `hotswap`;
             default None, no extra room.
         dtype: dtype of the tensors. Default None: the module's dtype, or float32 if that is half precision or packed.
@@ -77,15 +80,18 @@ class LoraRule(LowRankMethod):
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     invocation: Sequence[int] | None = None
+    tied: bool = False
     max_rank: int | None = None
     dtype: torch.dtype | str | None = None
 
     def validate(self) -> None:
         super().validate()
         fields.one_of(self, "bias", "none", "all", "lora_only")
-        fields.flag(self, "lora_bias", "rslora", "dora")
+        fields.flag(self, "lora_bias", "rslora", "dora", "tied")
         if not initial.is_known(self.init):
             raise self.bad("init", f"one of {', '.join(initial.NAMES)} (PEFT's True is 'kaiming', its False 'random')")
+        if self.tied and (self.dora or self.invocation is not None or initial.needs_weight(self.init)):
+            raise self.bad("tied", "False beside dora, an invocation or a start from the weight")
         tokens = self.invocation
         if tokens is not None and (not tokens or not all(type(token) is int and token >= 0 for token in tokens)):
             raise self.bad("invocation", "a list of token ids, or None")
@@ -111,6 +117,8 @@ class LoraRule(LowRankMethod):
             return "lora_bias needs a map with an output bias of its own"
         if self.invocation is not None and (layout.weight_space or layout.kind not in ("linear", "conv1d")):
             return "an invocation needs a map of each token: a Linear or transformers' Conv1D"
+        if self.tied and (layout.weight_space or layout.packed or layout.kind not in ("linear", "embedding")):
+            return "tied factors are for an Embedding or a Linear whose forward is the map"
         if self.dora and layout.packed:
             return "DoRA needs the weight's norm, and the weight is packed"
         return initial.why_not(
@@ -126,11 +134,20 @@ class LoraRule(LowRankMethod):
             yield BiasesOf(targets=self.targets, exclude=self.exclude, layers=self.layers)
 
     def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+        if self.tied:
+            return self._tied_factors(part, tensor)
         A = tensor("A", part.A, initial.fill(self.init, "A", part))
         return A, tensor("B", part.B, initial.fill(self.init, "B", part), trainable=initial.trains(self.init, "B"))
 
+    def _tied_factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+        """The factors of an Embedding; those of a Linear are their transposes, so that ΔW is the same matrix."""
+        (down, up) = (part.A, part.B) if part.looked_up else (part.B[::-1], part.A[::-1])
+        A = tensor("A", down, initial.fill(self.init, "A", replace(part, looked_up=True)))
+        B = tensor("B", up, initial.fill_transposed(self.init))
+        return (A, B) if part.looked_up else (B.t(), A.t())
+
     def tensors_for(self, part: WeightPart, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        return {"A": A, "B": B}
+        return {"A": B.t(), "B": A.t()} if self.tied and not part.looked_up else {"A": A, "B": B}
 
     def gain(self, site: Site, part: WeightPart, A: Tensor, B: Tensor) -> Tensor | None:
         if not self.dora:

@@ -46,8 +46,14 @@ def fill(name: str, which: str, part: WeightPart) -> Callable[[Tensor], Any]:
     if which == "B":
         return _kaiming if name == "random" else Tensor.zero_
     if name == "gaussian":
-        return lambda A: nn.init.normal_(A, std=1 / len(A))
+        return _gaussian
     return _kaiming
+
+
+def fill_transposed(name: str) -> Callable[[Tensor], Any]:
+    """Returns the function that fills the B of an embedding as the A of the head that shares it."""
+    fills: dict[str, Callable[[Tensor], Any]] = {"random": nn.init.normal_, "gaussian": _gaussian}
+    return lambda B: fills.get(name, _kaiming)(B.t())
 
 
 def needs_weight(name: str) -> bool:
@@ -89,6 +95,10 @@ def fill_jointly(name: str, part: WeightPart, weight: Tensor, A: Tensor, B: Tens
     A.copy_(root.unsqueeze(1) * vh)
     B.copy_(u * root)
     return True
+
+
+def _gaussian(A: Tensor) -> Tensor:
+    return nn.init.normal_(A, std=1 / len(A))
 
 
 def _kaiming(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,10 +93,12 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
     def _maker(self, site: Site, part: WeightPart, own_part: WeightPart) -> TensorSource:
         """Returns the source that creates a part's tensors. Room for more rank is filled with zeros."""
         shapes = None if part == own_part else self.shapes(own_part)
+        tied = site.module._parameters["weight"] if self.tied else None
 
         def make(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
             started = fill if shapes is None else swapping.fill_room(fill, shapes[name], own_part)
-            return site.param(part.prefix + name, shape, started, dtype=self.dtype, trainable=trainable)
+            options: dict[str, Any] = {"dtype": self.dtype, "trainable": trainable, "tied": tied}
+            return site.param(part.prefix + name, shape, started, **options)
 
         return make
 

@@ -42,6 +42,7 @@ class LowRankRule(Rule):
     rslora: bool = False
     lora_bias: bool = False
     dora: bool = False
+    tied: bool = False
 
     def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
         """Computes A and B in the shapes of `part` from tensors that `tensor(name, shape, fill)` returns.

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
+from surgery.rules._shared import path_patterns
 from surgery.rules.lora import LoraRule
 from surgery.rules.peft.extras import biases_beside
+from surgery.rules.peft.tied_modules import NAMES, embedding_path, targeted_group, tied_paths
 
 SURGERY = 'save_adapter(…, format="surgery") holds any rules'
 
@@ -44,7 +46,20 @@ class Lora(PeftMethod):
         if config.data.get("target_parameters") and not config.data.get("target_modules"):
             config.take("target_modules")
             return []
-        return super().read(config)
+        return self._with_tied(config, *super().read(config))
+
+    def _with_tied(self, config: PeftConfig, rule: Any) -> Iterable[Rule]:
+        """The rule, and one with shared factors for the modules that `ensure_weight_tying` ties."""
+        group = targeted_group(config)
+        others = sorted(config.targeted.difference(group)) if group else []
+        if not group:
+            yield rule
+            return
+        for paths, more in ((others, {}), (group, {"tied": True, "bias": "none" if others else rule.bias})):
+            if paths:
+                yield rule.replace(
+                    targets=config.regular(paths), exclude=(), layers=None, **_patterns(rule, paths), **more
+                )
 
     def start(self, config: PeftConfig) -> Iterable[Rule]:
         if config.data.get("init_lora_weights") == "eva":  # of a saved adapter it is past
@@ -71,12 +86,17 @@ class Lora(PeftMethod):
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         if isinstance(place.module, nn.MultiheadAttention):
             return _attention(place)
+        if place.rule.tied and not isinstance(place.module, nn.Embedding):  # type: ignore[attr-defined]
+            return {"A": _transposed("lora_B.weight"), "B": _transposed("lora_A.weight")}
         if isinstance(place.module, nn.Embedding):
             return {**super().entries(place), **{name: PeftEntry(f"lora_embedding_{name}") for name in "AB"}}
         groups = getattr(place.module, "groups", 1)
         return super().entries(place) | ({"A": _by_group(groups)} if groups != 1 else {})
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        tied = [path for rule, paths in placed if rule.tied for path in paths]
+        bias = next((rule.bias for rule, _ in placed if not rule.tied), placed[0][0].bias)
+        placed = [(rule.replace(tied=False, bias=bias) if rule.tied else rule, paths) for rule, paths in placed]
         placed = [(rule if rule.max_rank is None else _fill_rank(rule, paths), paths) for rule, paths in placed]
         single = placed[0][0] if len(placed) == 1 else _as_one(placed)
         paths = [path for _, inner in placed for path in inner]
@@ -84,7 +104,11 @@ class Lora(PeftMethod):
             groups = getattr(modules.by_path[path], "groups", 1)
             if single.rank_at(path) % groups or (groups > 1 and single.dora):
                 raise _unsupported("DoRA, or a rank that the groups don't divide, on a convolution with groups", path)
-        return super().write([(single, paths)], modules)
+        config = super().write([(single, paths)], modules)
+        if tied:
+            _check_tied(tied, config["target_modules"], modules)
+            config["ensure_weight_tying"] = True
+        return config
 
     def write_fields(self, rule: Rule) -> dict[str, Any]:
         assert isinstance(rule, LoraRule)
@@ -100,6 +124,16 @@ class Lora(PeftMethod):
         if rule.dora or rule.init not in ("kaiming", "random", "gaussian", "orthogonal"):
             raise _unsupported("lora_bias with DoRA, or with a start from the weight")
         return {**patterns, "init_lora_weights": True}  # PEFT knows no other start beside it; of a file it is past
+
+
+def _patterns(rule: LoraRule, paths: Sequence[str]) -> dict[str, Any]:
+    """The rule's patterns without those that fit none of the paths."""
+    patterns: dict[str, Any] = {}
+    for name in ("rank_pattern", "alpha_pattern"):
+        values = getattr(rule, name) or {}
+        unused = path_patterns.unused(values, paths)
+        patterns[name] = {key: value for key, value in values.items() if key not in unused} or None
+    return patterns
 
 
 def _as_one(placed: Sequence[tuple[LoraRule, Sequence[str]]]) -> LoraRule:
@@ -149,6 +183,21 @@ def _by_group(groups: int) -> PeftEntry:
         return blocks.flatten(2, 3).flatten(0, 1)
 
     return PeftEntry("lora_A.weight", read, write)
+
+
+def _transposed(key: str) -> PeftEntry:
+    return PeftEntry(key, lambda tensor: tensor.t(), lambda tensor: tensor.t().contiguous())
+
+
+def _check_tied(tied: Sequence[str], targets: Any, modules: Any) -> None:
+    """Raises where PEFT would share A and B between other modules."""
+    embedding, others = embedding_path(modules), tied_paths(modules)
+    if embedding is None or not others or set(tied) != {embedding, *others}:
+        raise _unsupported("tied factors of other modules than the embedding and all that share its weight", tied[0])
+    named = [name for name in NAMES if isinstance(targets, str) and re.fullmatch(targets, name)]
+    named += [] if isinstance(targets, str) else [name for name in targets if name.rpartition(".")[2] in NAMES]
+    if not named:
+        raise _unsupported(f"tied factors where none of the targets is called {' or '.join(NAMES)}", tied[0])
 
 
 def _attention(place: PeftPlace) -> dict[str, PeftEntry]:

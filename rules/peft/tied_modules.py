@@ -56,19 +56,26 @@ def tied_group(config: PeftConfig, saved: Sequence[str]) -> list[str]:
     return group if asked and any(f"{path}.".startswith(inside) for path in group) else []
 
 
+def targeted_group(config: PeftConfig) -> list[str]:
+    """The embedding and its tied modules, where `ensure_weight_tying` asks for LoRA with the same factors on them."""
+    asked = config.data.get("ensure_weight_tying") and not config.data.get("trainable_token_indices")
+    embedding, tied = embedding_path(config.modules), tied_paths(config.modules)
+    group = [embedding, *tied] if asked and embedding is not None and tied else []
+    return group if any(path in config.targeted for path in group) else []
+
+
 def take_tying(config: PeftConfig, saved: Sequence[str]) -> list[str]:
-    """Takes `ensure_weight_tying` where it has no effect or ties copies; else no rule holds it. Returns the group."""
+    """Takes `ensure_weight_tying`, but for rows of tokens. Returns the modules that share a copy of their weight."""
     if not config.data.get("ensure_weight_tying") or config.data.get("trainable_token_indices"):
         return []
-    embedding, tied = embedding_path(config.modules), tied_paths(config.modules)
-    both = [*([embedding] if embedding else []), *tied]
-    targeted = [path for path in both if path in config.targeted] if tied else []
-    if targeted:
-        why = f"PEFT shares the A and B of LoRA between {' and '.join(both)}; no rule here does"
-        fix = "leave the field out: then each target has its own A and B; or name them in modules_to_save instead"
-        raise config.refuse("ensure_weight_tying", why, fix)
     config.take("ensure_weight_tying")
     group = tied_group(config, saved)
+    targeted = targeted_group(config)
+    if targeted and (group or config.data.get("peft_type") != "LORA"):
+        why = f"{' and '.join(targeted)} share one copy of their weight, and are targets, too"
+        if not group:
+            why = f"PEFT has no tied factors of this method for {' and '.join(targeted)}"
+        raise config.refuse("ensure_weight_tying", why, "leave the field out: then each target has its own factors")
     for path in group[1:]:
         module = config.modules.by_path[path]
         tensors = [name for name, tensor in (module._parameters | module._buffers).items() if tensor is not None]

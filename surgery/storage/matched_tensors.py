@@ -24,7 +24,7 @@ def locate_tensors(
 ) -> list[tuple[PlannedRule, str, Entry]]:
     """Returns the plan's tensors that fit the file, and lists all others in the report."""
     file, used_keys, located = stored.file, set[str](), list[tuple[PlannedRule, str, Entry]]()
-    shared: dict[Any, str] = {}
+    shared: dict[Any, Entry] = {}
     for step in plan.steps:
         for spec in step.specs:
             try:
@@ -40,9 +40,9 @@ def locate_tensors(
             used_keys.add(entry.key)
             misfit = _misfit(file, entry, spec.shape, spec.dtype, finite)
             tie = spec.tie(step.rule)
-            first = entry.key if tie is None else shared.setdefault(tie, entry.key)
-            if not misfit and first != entry.key and not torch.equal(file.read(first), file.read(entry.key)):
-                misfit = f"differs from {first}, but in this model the two modules share one weight and its change"
+            first = entry if misfit or tie is None else shared.setdefault(tie, entry)
+            if first.key != entry.key and not torch.equal(_value(file, first), _value(file, entry)):
+                misfit = f"differs from {first.key}, but in this model the two modules share one weight and its change"
             if misfit:
                 report.misfits.append(f"{entry.key} {misfit}")
             else:
@@ -50,6 +50,10 @@ def locate_tensors(
     report.missing = list(dict.fromkeys(report.missing))
     report.unexpected = [key for key in file.shapes if key not in used_keys and key not in stored.ignored]
     return located
+
+
+def _value(file: TensorFile, entry: Entry) -> torch.Tensor:
+    return entry.read(file.read(entry.key))
 
 
 def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:

@@ -16,14 +16,18 @@ import surgery.peft as ours
 from surgery import (
     LoadError,
     PlanError,
+    RuleError,
     SurgeryError,
     apply_rules,
+    combine,
     load_adapter,
     merge,
     remove,
+    route,
     rules_of,
     save_adapter,
     unmerge,
+    using,
 )
 from surgery.rules import LokrRule, LoraRule, TrainRule
 from surgery.testing import Snapshot
@@ -36,6 +40,7 @@ LLAMA, GPT2, T5 = "LlamaForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGenera
 SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 0}
 INNER = {LLAMA: "q_proj", GPT2: "c_attn", T5: "q", "RobertaForMaskedLM": "query"}
 EMBEDDING = {LLAMA: "model.embed_tokens", GPT2: "transformer.wte", T5: "shared"}
+PATHS = (EMBEDDING[LLAMA], "lm_head")
 CASES = [(LLAMA, ["embed_tokens"]), (LLAMA, ["lm_head"]), (LLAMA, ["lm_head", "embed_tokens"]), (GPT2, ["lm_head"])]
 
 
@@ -147,12 +152,113 @@ def test_rows_of_tokens_are_tied(tokens: Any, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "q_proj"], ".*(lm_head|q_proj)"], ids=str)
-def test_low_rank_changes_of_tied_modules_are_refused(targets: Any) -> None:
+TARGETS = [(LLAMA, ["lm_head"]), (LLAMA, ["embed_tokens", "q_proj"]), (LLAMA, ".*(lm_head|q_proj)"),
+           (GPT2, ["lm_head", "c_attn"])]  # fmt: skip
+
+
+def factors(model: Any, name: str) -> list[Any]:
+    """The trained tensors of the head and of the embedding."""
+    boxes = [model.get_submodule(path).adapters.default for path in ("lm_head", EMBEDDING[name])]
+    return [getattr(box, which) for which in "AB" for box in boxes]
+
+
+@pytest.mark.parametrize(("name", "targets"), TARGETS, ids=str)
+def test_low_rank_factors_are_shared_as_in_peft(name: str, targets: Any, tmp_path: Path) -> None:
+    """Both ways through files, and trained by SGD, whose steps add up: PEFT's optimizer has four parameters."""
+    theirs = peft.get_peft_model(build(name), config(peft, name, target_modules=targets)).eval()
+    new = ours.get_peft_model(build(name), config(ours, name, target_modules=targets)).eval()
+    theirs.save_pretrained(tmp_path / "start")
+    mine = ours.PeftModel.from_pretrained(build(name), tmp_path / "start", is_trainable=True).eval()
+    for model in (new, mine):
+        assert len({id(tensor) for tensor in factors(model, name)}) == 2
+        assert torch.equal(logits(model), logits(build(name)))
+    files = [library.get_peft_model_state_dict(m).keys() for library, m in ((peft, theirs), (ours, new))]
+    assert not {key for key in files[0] ^ files[1] if "base_layer" not in key}  # PEFT writes the base for some names
+    for model in (theirs, mine):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.02)
+        for _ in range(4):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = logits(theirs)
+    assert torch.allclose(logits(mine), expected, atol=1e-4) and not torch.allclose(
+        expected, logits(build(name)), atol=1e-2
+    )
+    mine.save_pretrained(tmp_path / "mine")
+    told = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    assert told["ensure_weight_tying"] is True
+    back = peft.PeftModel.from_pretrained(build(name), tmp_path / "mine").eval()
+    assert torch.allclose(logits(back), logits(mine), atol=1e-5)
+    again = ours.PeftModel.from_pretrained(build(name), tmp_path / "mine").eval()
+    assert torch.equal(logits(again), logits(mine))
+    expected = logits(mine)
+    mine.merge_adapter()
+    assert torch.allclose(logits(mine), expected, atol=1e-4)
+    assert torch.equal(logits(mine.unload()), logits(build(name)))
+
+
+def test_factors_beside_biases(tmp_path: Path) -> None:
+    fields = {"target_modules": ["lm_head", "c_attn"], "bias": "all"}
+    mine = ours.get_peft_model(build(GPT2), config(ours, GPT2, **fields)).eval()
+    train(mine)
+    mine.save_pretrained(tmp_path)
+    back = peft.PeftModel.from_pretrained(build(GPT2), tmp_path).eval()
+    assert torch.allclose(logits(back), logits(mine), atol=1e-4)
+
+
+def test_factors_start_as_those_of_pefts_head() -> None:
+    """PEFT fills the shared memory last as the head's: A as torch's Linear, B zero."""
+    for start in (True, "gaussian", False):
+        model = ours.get_peft_model(build(), config(ours, target_modules=["lm_head"], init_lora_weights=start))
+        A, _, B, _ = factors(model, LLAMA)
+        assert A.shape == (2, 99) and B.shape == (32, 2) and bool(A.any()) == (start is False)
+        assert 0 < B.abs().max() <= (32**-0.5 if start is True else 10)
+
+
+def test_the_rule_shares_factors(tmp_path: Path) -> None:
+    rule = LoraRule(["embed_tokens", "lm_head"], rank=2, init="random", tied=True)
+    model = apply_rules(build(), rule)
+    trained, (A, _, B, _) = logits(model), factors(model, LLAMA)
+    changed = build()
+    with torch.no_grad():
+        changed.lm_head.weight += 4 * (B @ A).t()  # alpha / rank
+    assert torch.allclose(logits(changed), trained, rtol=1e-5, atol=1e-3)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len({id(tensor) for tensor in factors(other, LLAMA)}) == 2 and torch.equal(logits(other), trained)
+    for kind in ("surgery", "peft"):
+        save_adapter(model, tmp_path / kind, format=kind)
+        load_adapter(back := build(), tmp_path / kind)
+        assert len({id(tensor) for tensor in factors(back, LLAMA)}) == 2 and torch.equal(logits(back), trained)
+        assert rules_of(back)[0].tied  # type: ignore[attr-defined]
+    combine(model, {"default": 0.5}, "less")
+    with using(model, "less"):
+        A, _, B, _ = (getattr(model.get_submodule(path).adapters.less, which) for which in "AB" for path in PATHS)
+        assert len({id(tensor) for tensor in (A, B)}) == 2
+    with route(model, ["default", None]):
+        both = model(IDS.repeat(2, 1)).logits
+    assert torch.allclose(both[:1], trained, rtol=1e-5, atol=1e-3)
+    assert torch.allclose(both[1:], logits(build()), atol=1e-5)
+
+
+def test_factors_that_can_not_be_tied_are_refused(tmp_path: Path) -> None:
+    for fields in ({"dora": True}, {"init": "pissa"}, {"invocation": [1]}):
+        with pytest.raises(RuleError, match="tied"):
+            LoraRule("lm_head", tied=True, **fields)  # type: ignore[arg-type]
+    one = apply_rules(build(), LoraRule("lm_head", rank=2, tied=True))
+    with pytest.raises(SurgeryError, match="all that share its weight"):
+        save_adapter(one, tmp_path / "one", format="peft")
+    with pytest.raises(PlanError, match="are targets, too"):
+        fields = {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}
+        ours.get_peft_model(build(), config(ours, **fields))
+    theirs = peft.get_peft_model(build(), config(peft, target_modules=["lm_head"]))
+    theirs.save_pretrained(tmp_path)
+    tensors = tensors_in(tmp_path)
+    tensors["base_model.model.lm_head.lora_A.weight"] += 1
+    safetensors.torch.save_file(tensors, str(tmp_path / "adapter_model.safetensors"))
     model = build()
     before = Snapshot(model)
-    with pytest.raises(PlanError, match=r"shares the A and B of LoRA between model\.embed_tokens and lm_head"):
-        ours.get_peft_model(model, config(ours, target_modules=targets))
+    with pytest.raises(LoadError, match="the two modules share one weight"):
+        load_adapter(model, tmp_path)
     assert not before.differences(model)
 
 
