@@ -198,8 +198,8 @@ def test_low_rank_factors_are_shared_as_in_peft(name: str, targets: Any, tmp_pat
 
 
 def test_factors_beside_biases(tmp_path: Path) -> None:
-    fields = {"target_modules": ["lm_head", "c_attn"], "bias": "all"}
-    mine = ours.get_peft_model(build(GPT2), config(ours, GPT2, **fields)).eval()
+    settings = config(ours, GPT2, target_modules=["lm_head", "c_attn"], bias="all")
+    mine = ours.get_peft_model(build(GPT2), settings).eval()
     train(mine)
     mine.save_pretrained(tmp_path)
     back = peft.PeftModel.from_pretrained(build(GPT2), tmp_path).eval()
@@ -248,8 +248,8 @@ def test_factors_that_can_not_be_tied_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="all that share its weight"):
         save_adapter(one, tmp_path / "one", format="peft")
     with pytest.raises(PlanError, match="are targets, too"):
-        fields = {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}
-        ours.get_peft_model(build(), config(ours, **fields))
+        both = config(ours, target_modules=["lm_head"], modules_to_save=["embed_tokens"])
+        ours.get_peft_model(build(), both)
     theirs = peft.get_peft_model(build(), config(peft, target_modules=["lm_head"]))
     theirs.save_pretrained(tmp_path)
     tensors = tensors_in(tmp_path)
