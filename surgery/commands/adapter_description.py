@@ -16,7 +16,13 @@ from surgery.peft_format.key_history import METHOD_KEY, PREFIX, current_keys
 __all__ = ["describe_adapter", "our_place", "peft_keys", "peft_place", "sites_of", "totals"]
 
 RESERVED = "adapters"  # the segment before an adapter's tensors in our own format
-FACTORS = ("A", "lora_A", "lora_embedding_A")  # tensors with a row for each rank
+# Tensors that show a rank, in both formats: (name, number of axes) → the axis of the rank. None: any number of axes.
+RANK_AXES: dict[tuple[str, int | None], int] = {
+    ("A", None): 0, ("lora_A", None): 0, ("lora_embedding_A", None): 0,
+    ("w1_b", None): 0, ("hada_w1_b", None): 0, ("w2_b", None): 0, ("lokr_w2_b", None): 0,
+    ("d", 1): 0, ("vera_lambda_d", 1): 0, ("randlora_lambda", 2): 0,
+    ("u", 2): 1, ("hra_u", 2): 1, ("R", 2): 0, ("block", 2): 0, ("miss_block", 2): 0,
+}  # fmt: skip
 SILENT = frozenset("peft_type peft_version base_model_name_or_path auto_mapping revision inference_mode".split())
 
 
@@ -67,11 +73,19 @@ def sites_of(header: Header, ours: bool) -> list[dict[str, Any]]:
     return [
         {
             "path": path,
-            "rank": next((tensors[name].shape[0] for name in FACTORS if name in tensors and tensors[name].shape), None),
+            "rank": _rank(tensors),
             "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
         }
         for path, tensors in sites.items()
     ]
+
+
+def _rank(tensors: dict[str, TensorHeader]) -> int | None:
+    for (name, axes), axis in RANK_AXES.items():
+        shape = tensors[name].shape if name in tensors else ()
+        if shape and axes in (None, len(shape)):
+            return shape[axis]
+    return None
 
 
 def our_place(key: str) -> tuple[str, str]:
@@ -93,6 +107,7 @@ def peft_place(key: str) -> tuple[str, str]:
     mark = re.search(METHOD_KEY, f".{key}")
     if mark:
         path, name = key[: max(0, mark.start() - 1)], key[mark.start() :]
+        path = "" if path == PREFIX.partition(".")[0] else path  # what all sites share
         return path, name.removesuffix(".weight")
     path, _, name = key.rpartition(".")
     return path, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from surgery import apply_rules, save_adapter
-from surgery.rules import LoraRule, TrainRule
+from surgery.rules import HraRule, LohaRule, LoraRule, TrainRule, VeraRule
 from tests.support.command_line import Files, run
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -30,6 +31,15 @@ def test_adapters_in_both_formats_have_the_same_sites(files: Files) -> None:
         stored = load_file(next(Path(described["path"]).glob("*.safetensors")))
         assert described["parameters"] == sum(tensor.numel() for tensor in stored.values())
     assert "peft" in peft["opens_with"] and "peft" not in ours["opens_with"]
+
+
+@pytest.mark.parametrize("kind", [LoraRule, LohaRule, VeraRule, HraRule], ids=lambda kind: kind.__name__)
+def test_ranks_of_other_methods(kind: type[Any], tmp_path: Path) -> None:
+    model = apply_rules(nn.ModuleDict({"a": nn.Linear(12, 12)}), kind("a", rank=3))
+    for format in ("surgery", "peft"):
+        save_adapter(model, tmp_path / format, format=format)
+        sites = {site["path"]: site for site in run("inspect", tmp_path / format, "--json").data["sites"]}
+        assert sites["a"]["rank"] == 3 and sites.keys() <= {"a", ""}
 
 
 def test_a_file_of_an_adapter_is_the_adapter(files: Files) -> None:
