@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 
-__all__ = ["table"]
+__all__ = ["is_number_column", "table"]
+
+_NARROWEST = 12  # characters of a folded column
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int | None = None) -> str:
     """Format rows as aligned columns. Columns of numbers are aligned to the right.
 
     >>> from surgery.text_table import table
@@ -15,18 +19,52 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule   trainable
     lora       1,024
     train          5
+
+    `most`: the width from which on the widest columns of texts are folded, so that a row may take several lines.
+    Default None: nothing is folded.
     """
     rows = [[str(cell) for cell in row] for row in rows]
+    right = [is_number_column(rows, i) for i in range(len(head))]
     widths = [max(len(row[i]) for row in [list(head), *rows]) for i in range(len(head))]
-    right = [
-        bool(rows) and all(row[i].replace(",", "").rstrip("%").replace(".", "").isdigit() for row in rows)
-        for i in range(len(head))
-    ]
+    if most is not None:
+        widths = _narrowed(widths, [max(_NARROWEST, len(name)) for name in head], right, most)
     lines = [
         "  ".join(
             cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
         )
         for row in [list(head), *rows]
+        for line in itertools.zip_longest(*map(_folded, row, widths), fillvalue="")
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def is_number_column(rows: Sequence[Sequence[str]], column: int) -> bool:
+    """Whether all cells of a column are numbers."""
+    return bool(rows) and all(row[column].replace(",", "").rstrip("%").replace(".", "").isdigit() for row in rows)
+
+
+def _narrowed(widths: Sequence[int], least: Sequence[int], numbers: Sequence[bool], most: int) -> list[int]:
+    """The widths of columns, the widest columns of texts narrower until the table fits."""
+    widths = list(widths)
+    while sum(widths) + 2 * (len(widths) - 1) > most:
+        wide = [i for i in range(len(widths)) if not numbers[i] and widths[i] > least[i]]
+        if not wide:
+            return widths
+        widths[max(wide, key=lambda i: widths[i])] -= 1
+    return widths
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """The lines of a cell. It breaks after spaces, dots, commas and slashes, and elsewhere if it must."""
+    lines = [""]
+    for part in _parts(text, width):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
+
+
+def _parts(text: str, width: int) -> Iterator[str]:
+    for part in re.split(r"(?<=[\s.,/])", text):
+        yield from (part[start : start + width] for start in range(0, len(part), width) or [0])

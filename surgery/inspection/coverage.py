@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from surgery.display import Displayed, Table
 from surgery.errors import TraceError
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
 from surgery.report_data import Report
-from surgery.text_table import table
 from surgery.tracing.example_call import call
 from surgery.tracing.guards import parts_of
 from surgery.tracing.trace import traced
@@ -38,7 +38,7 @@ class CoverageRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Coverage(Report):
+class Coverage(Displayed, Report):
     """A row for each module class that the call reaches. Prints as a table; rich prints it with colours."""
 
     rows: tuple[CoverageRow, ...]
@@ -52,23 +52,11 @@ class Coverage(Report):
         """A row for each class: path, type, status, reason."""
         return [row._asdict() for row in self.rows]
 
-    def __str__(self) -> str:
-        cells = [[row.path or "(model)", row.type, row.status, row.reason] for row in self.rows]
-        return f"{self._headline()}\n{table(_HEAD, cells)}"
-
-    def __rich__(self) -> Any:
-        from rich.table import Table
-
-        rich_table = Table(title=self._headline())
-        for name in _HEAD:
-            rich_table.add_column(name)
-        for path, kind, status, reason in self.rows:
-            rich_table.add_row(path or "(model)", kind, status, reason, style="red" if status == "refused" else None)
-        return rich_table
-
-    def _headline(self) -> str:
+    def display_parts(self) -> list[str | Table]:
         equal = sum(row.status == "equal" for row in self.rows)
-        return f"{equal} of {len(self.rows)} module classes are held as graphs"
+        cells = [[row.path or "(model)", row.type, row.status, row.reason] for row in self.rows]
+        refused = frozenset(number for number, row in enumerate(self.rows) if row.status == "refused")
+        return [f"{equal} of {len(self.rows)} module classes are held as graphs", Table(_HEAD, cells, refused)]
 
 
 _HEAD = ["path", "type", "status", "reason"]

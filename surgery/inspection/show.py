@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.display import Displayed, Table
 from surgery.errors import MatchError, abbreviate, near_misses
 from surgery.forward.own_forward import own_forward
 from surgery.inspection.readable_forward import readable_forward
@@ -18,7 +19,6 @@ from surgery.rewritten_model.verb_root import check_all_present, records_in
 from surgery.state.adapter_tensors import is_adapter_key, tensors_of
 from surgery.state.records import SiteState, merged_adapters, site_state, sites
 from surgery.state.site_links import module_at
-from surgery.text_table import table
 from surgery.transaction.gradient_flags import is_lazy
 from surgery.weaving.generated_class import recipe_of
 
@@ -26,7 +26,7 @@ __all__ = ["Summary", "show", "site_at", "summary"]
 
 
 @dataclass(frozen=True)
-class Summary(Report):
+class Summary(Displayed, Report):
     """Adapters, sites and parameters of a model. Prints as a table. Each tensor counts once."""
 
     trainable: int
@@ -35,20 +35,20 @@ class Summary(Report):
     rows: tuple[tuple[str, str, int, int, int, str], ...]  # adapter, rule, sites, added, trainable, state
     merged: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def display_parts(self) -> list[str | Table]:
         share = 100 * self.trainable / self.total if self.total else 0.0
         head = (
             f"trainable {self.trainable:,} || added {self.added:,} || total {self.total:,} || trainable {share:.4f} %"
         )
         rows = [[a, rule, f"{n:,}", f"{added:,}", f"{trained:,}", s] for a, rule, n, added, trained, s in self.rows]
-        parts = [head]
+        parts: list[str | Table] = [head]
         if rows:
-            parts.append(table(["adapter", "rule", "sites", "added", "trainable", "state"], rows))
+            parts.append(Table(["adapter", "rule", "sites", "added", "trainable", "state"], rows))
         if self.merged:
             parts.append(f"merged: {', '.join(self.merged)}")
-        return "\n".join(parts)
+        return parts
 
-    __repr__ = __str__
+    __repr__ = Displayed.__str__  # instead of the dataclass's
 
     def to_dict(self) -> dict[str, Any]:
         """The counts, the merged adapters, and under "rules" a mapping for each row."""

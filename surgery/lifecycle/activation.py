@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
+from surgery.display import Displayed, Table
 from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.switching import check_none_merged, set_trained, switch, weights_now
 from surgery.patterns.module_walk import base_modules
@@ -28,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Displayed):
     """One adapter, as `adapters` lists it: rules, paths of its sites, number of parameters, whether live or merged.
 
     `weight`: its changes are multiplied by this number while it is live.
@@ -47,6 +48,15 @@ class Adapter:
         sites = repr(self.sites) if len(self.sites) <= 5 else f"({abbreviate(map(repr, self.sites))})"
         counts = f"parameters={self.parameters}, live={self.live}, merged={self.merged}, weight={self.weight}"
         return f"Adapter(rules=({rules}{',' * (len(self.rules) == 1)}), sites={sites}, {counts})"
+
+    __str__ = __repr__
+
+    def display_parts(self) -> list[str | Table]:
+        """One table, for notebooks and rich."""
+        weight = f" × {self.weight:g}" if self.weight != 1.0 else ""
+        state = "merged" if self.merged else f"live{weight}" if self.live else "idle"
+        cells = [", ".join(rule.label for rule in self.rules), abbreviate(self.sites), f"{self.parameters:,}", state]
+        return [Table(["rules", "sites", "parameters", "state"], [cells])]
 
 
 Weights = float | Sequence[float] | Mapping[str, float] | None

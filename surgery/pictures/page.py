@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
+from surgery.display import html_table
 from surgery.inspection.show import Summary
 from surgery.pictures.figure import Owner
 from surgery.pictures.output_changes import OutputChange
@@ -66,22 +67,11 @@ def _summary(counts: Summary) -> Iterator[str]:
     if counts.rows:
         names = ["adapter", "rule", "sites", "added", "trainable", "state"]
         rows = [[a, rule, f"{n:,}", f"{added:,}", f"{trained:,}", s] for a, rule, n, added, trained, s in counts.rows]
-        yield _table(names, rows, numeric={2, 3, 4})
+        yield _table(names, rows)
 
 
-def _table(
-    names: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int], raw: frozenset[int] = frozenset()
-) -> str:
-    """A table. `numeric`: columns aligned to the right; `raw`: columns that are HTML already."""
-    kinds = [' class="n"' if column in numeric else "" for column in range(len(names))]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, names, strict=True))
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{kinds[n]}>{cell if n in raw else escape(cell)}</td>" for n, cell in enumerate(row))
-        + "</tr>\n"
-        for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], raw: frozenset[int] = frozenset()) -> str:
+    return f'<div class="wide">{html_table(names, rows, raw)}</div>'
 
 
 # Tree and sites -----------------------------------------------------------------------------------------------
@@ -182,13 +172,13 @@ def _parameters(data: ReportData) -> Iterator[str]:
             for a, rule, _, added, trained, _ in rows
         ]
         yield "<p>Added by adapters; in colour, what trains.</p>"
-        yield _table(["rule", "", "added", "trainable"], cells, numeric={2, 3}, raw=frozenset({1}))
+        yield _table(["rule", "", "added", "trainable"], cells, raw=frozenset({1}))
     parts = [row for row in data.rows if row.depth <= 2 and row.numbers]
     if parts:
         most = max(row.numbers for row in parts)
         cells = [[row.path or "(the model)", _bar(row.numbers, most, row.trained), f"{row.numbers:,}"] for row in parts]
         yield "<p>The base's own parameters; in colour, what trains.</p>"
-        yield _table(["module", "", "parameters"], cells, numeric={2}, raw=frozenset({1}))
+        yield _table(["module", "", "parameters"], cells, raw=frozenset({1}))
 
 
 def _changes(changes: Sequence[OutputChange], numbers: Mapping[str, int]) -> Iterator[str]:
@@ -212,7 +202,7 @@ def _changes(changes: Sequence[OutputChange], numbers: Mapping[str, int]) -> Ite
         relative = change.relative
         text = "other shape" if relative is None else "0" if relative == 0 else f"{100 * relative:.3g} %"
         cells.append([name, change.type, _bar(0.0, most, relative or 0.0), text, f"{change.norm:.4g}"])
-    yield _table(["module", "type", "", "change", "norm without"], cells, numeric={3, 4}, raw=frozenset({0, 2}))
+    yield _table(["module", "type", "", "change", "norm without"], cells, raw=frozenset({0, 2}))
 
 
 def _rules(rules: Sequence[tuple[str, str, str]]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
+from surgery.display import Displayed, Table
 from surgery.errors import PlanError, SurgeryError, abbreviate, collapse_similar
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import Readiness
@@ -18,7 +19,6 @@ from surgery.planning.rank_check import rank_notes
 from surgery.report_data import Report
 from surgery.state.adapter_tensors import is_adapter_key
 from surgery.state.records import model_state
-from surgery.text_table import table
 from surgery.tracing.example_call import Observation, observe
 from surgery.transaction.object_contents import copied
 
@@ -26,7 +26,7 @@ __all__ = ["Plan"]
 
 
 @dataclass
-class Plan(Report):
+class Plan(Displayed, Report):
     """The steps, warnings and problems of a call of `apply_rules`.
 
     `print(plan)` shows a table. `to_dict()`, `to_json()` and `to_rows()` give plain data. A plan is true if it does not
@@ -166,10 +166,10 @@ class Plan(Report):
             {**row, "tensors": " ".join(f"{name}{shape}" for name, shape in row["tensors"].items())} for row in rows
         ]
 
-    def __str__(self) -> str:
+    def display_parts(self) -> list[str | Table]:
         head = f"adapter {self.adapter!r}: {len(self.steps)} edits, {self.trainable:,} trainable parameters"
         head += f"; the base {self._base_state()}"
-        parts = [head, table(["rule", "site", "type", "tensors", "trainable"], list(map(list, _rows(self.steps))))]
+        parts: list[str | Table] = [head, Table(["rule", "site", "type", "tensors", "trainable"], _rows(self.steps))]
         shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
         parts += [f"shared: {line}" for line in collapse_similar(list(dict.fromkeys(shared)))]
         switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
@@ -186,9 +186,9 @@ class Plan(Report):
             parts.append(f"training moves the running statistics of {listed}: remove puts them back")
         parts += [f"warning: {warning}" for warning in self.warnings]
         parts += [f"problem: {problem}" for problem in self.problems]
-        return "\n".join(parts)
+        return parts
 
-    __repr__ = __str__
+    __repr__ = Displayed.__str__  # instead of the dataclass's
 
     def _base_state(self) -> str:
         if self.freezes:

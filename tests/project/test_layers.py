@@ -47,6 +47,7 @@ ORDER: dict[str, int] = {
                 "progress",
                 "report_data",
                 "text_table",
+                "display",
                 "complex_numbers",
                 "sharded_tensors",
                 "transaction",
