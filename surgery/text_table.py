@@ -29,14 +29,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int | None =
     if most is not None:
         widths = _narrowed(widths, [max(_NARROWEST, len(name)) for name in head], right, most)
     lines = [
+        line
+        for row in [list(head), *rows]
+        for line in itertools.zip_longest(*map(_folded, row, widths), fillvalue="")
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
         "  ".join(
             cell.rjust(width) if to_right else cell.ljust(width)
             for cell, width, to_right in zip(line, widths, right, strict=True)
         )
-        for row in [list(head), *rows]
-        for line in itertools.zip_longest(*map(_folded, row, widths), fillvalue="")
+        for line in lines
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(text.rstrip() for text in texts)
 
 
 def is_number_column(rows: Sequence[Sequence[str]], column: int) -> bool:
@@ -56,7 +61,7 @@ def _narrowed(widths: Sequence[int], least: Sequence[int], numbers: Sequence[boo
 
 
 def _folded(text: str, width: int) -> list[str]:
-    """The lines of a cell. It breaks after spaces, dots, commas and slashes, and elsewhere if it must."""
+    """The lines of a cell. It breaks after spaces, dots, commas and slashes outside of [], and elsewhere if it must."""
     lines = [""]
     for part in _parts(text, width):
         if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
@@ -66,5 +71,5 @@ def _folded(text: str, width: int) -> list[str]:
 
 
 def _parts(text: str, width: int) -> Iterator[str]:
-    for part in re.split(r"(?<=[\s.,/])", text):
+    for part in re.split(r"(?<=[\s.,/])(?![^\[]*\])", text):
         yield from (part[start : start + width] for start in range(0, len(part), width) or [0])

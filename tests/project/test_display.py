@@ -95,8 +95,8 @@ def test_plain_tables_fold_at_80_columns() -> None:
 def test_a_folded_cell_goes_on_in_its_column() -> None:
     text = table(["site", "tensors", "trainable"], [["encoder.layer.0", "A[2, 8] B[8, 2] magnitude[8]", "40"]], 44)
     assert text.splitlines() == [
-        "site             tensors           trainable",
-        "encoder.layer.0  A[2, 8] B[8, 2]          40",
+        "site             tensors          trainable",
+        "encoder.layer.0  A[2, 8] B[8, 2]         40",
         "                 magnitude[8]",
     ]
     assert table(["a"], [["x " * 50]]) == "a\n" + ("x " * 50).rstrip()
