@@ -29,9 +29,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int | None =
     if most is not None:
         widths = _narrowed(widths, [max(_NARROWEST, len(name)) for name in head], right, most)
     lines = [
-        line
-        for row in [list(head), *rows]
-        for line in itertools.zip_longest(*map(_folded, row, widths), fillvalue="")
+        line for row in [list(head), *rows] for line in itertools.zip_longest(*map(_folded, row, widths), fillvalue="")
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
