@@ -70,4 +70,4 @@ def _folded(text: str, width: int) -> list[str]:
 
 def _parts(text: str, width: int) -> Iterator[str]:
     for part in re.split(r"(?<=[\s.,/])(?![^\[]*\])", text):
-        yield from (part[start : start + width] for start in range(0, len(part), width) or [0])
+        yield from (part[start : start + width] for start in range(0, len(part), max(width, 1)) or [0])

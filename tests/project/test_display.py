@@ -100,3 +100,8 @@ def test_a_folded_cell_goes_on_in_its_column() -> None:
         "                 magnitude[8]",
     ]
     assert table(["a"], [["x " * 50]]) == "a\n" + ("x " * 50).rstrip()
+
+
+def test_a_column_may_be_empty() -> None:
+    assert table(["", "b"], [["", "1"]]).split() == ["b", "1"]
+    assert table([""], [[""]]) == "\n"
