@@ -188,6 +188,21 @@ def test_tests_and_files_and_targets_exist(name: str) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{name}: there is no make {target}"
 
 
+GENERATED = {"coverage", "onnx-families", "onnx-models", "peft-checkpoints", "peft-suite"}  # tables of make targets
+
+
+def test_pages_are_short() -> None:
+    lengths = {name: text.count("\n") for name, text in TEXT.items() if name.startswith("docs/")}
+    assert not [name for name, length in lengths.items() if length > 300 and Path(name).stem not in GENERATED]
+
+
+def test_each_page_is_listed_in_its_folder() -> None:
+    for name in TEXT:
+        index = f"{Path(name).parent}/index.md"
+        if name.startswith("docs/") and name != index and index in TEXT:
+            assert f"]({Path(name).name}" in TEXT[index], f"{index} does not link to {name}"
+
+
 def test_the_rules_in_the_docs_are_short() -> None:
     for name, text in TEXT.items():
         sources = [block.text for block in blocks(text) if block.kind == "python"]

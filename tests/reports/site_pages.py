@@ -76,7 +76,7 @@ def branch(pages: list[str], folder: str, files: Files) -> list[Any]:
     entries: list[Any] = []
     for name in sorted(names, key=lambda name: (order.get(name, len(order) + len(firsts)), name)):
         if name.endswith(".md"):
-            entries.append(folder + name)
+            entries.append({"Home": name} if folder + name == "index.md" else folder + name)
         else:
             entries.append({FOLDERS.get(name, name): branch(inside, f"{folder}{name}/", files)})
     return entries
@@ -84,6 +84,8 @@ def branch(pages: list[str], folder: str, files: Files) -> list[Any]:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links to files outside docs/ lead to their pages, and links of such pages into docs/ to the site's."""
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]
     shown: dict[str, str] = config.extra["outside"]
     here = page.file.src_uri
     source = next((path for path, name in shown.items() if name == here), f"docs/{here}")
