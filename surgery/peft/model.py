@@ -26,6 +26,7 @@ from surgery.peft.configuration import check_targets, completed
 from surgery.peft.defaults import with_defaults
 from surgery.peft.delegation import facade, inside, whole
 from surgery.peft.errors import as_builtin, pefts_errors
+from surgery.peft.merging import merge_alone, unmerge
 from surgery.peft.notices import (
     check_fields,
     check_merge,
@@ -305,7 +306,10 @@ class PeftModel(FacadeProperties):
 
     @whole
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters (default: the active ones) into the weights; `unmerge_adapter` restores the weights' bits."""
+        """Fold adapters (default: the active ones) into the weights; `unmerge_adapter` restores the weights' bits.
+
+        As in PEFT, active adapters that are not merged take no part in a call until `unmerge_adapter`.
+        """
         if isinstance(adapter_names, str):
             what = f"adapter_names should be a list of strings, got {adapter_names!r}."
             raise as_builtin(SurgeryError(what), TypeError)
@@ -319,9 +323,9 @@ class PeftModel(FacadeProperties):
         if merged:
             more = f"Already following adapters were merged {','.join(merged)}."
             warnings.warn(f"{more} You are now additionally merging {','.join(new)}.", SurgeryWarning, stacklevel=3)
-            surgery.unmerge(self._base)
+            unmerge(self._base)
         try:
-            surgery.merge(self._base, [*merged, *new], safe=safe_merge, untie=True)
+            merge_alone(self._base, [*merged, *new], safe_merge)
         except NotFiniteError as error:
             what = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
             raise as_builtin(NotFiniteError(what, where=error.where, why=error.why, fix=error.fix)) from None
@@ -331,7 +335,7 @@ class PeftModel(FacadeProperties):
         if not merged_adapters(unwrap(self._base)):
             warnings.warn("Already unmerged. Nothing to do.", SurgeryWarning, stacklevel=3)
             return
-        surgery.unmerge(self._base)
+        unmerge(self._base)
 
     @whole
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
@@ -359,7 +363,7 @@ class PeftModel(FacadeProperties):
     def _unmerge_first(self, warning: str) -> None:
         if merged_adapters(unwrap(self._base)):
             warnings.warn(warning, SurgeryWarning, stacklevel=4)
-            surgery.unmerge(self._base)
+            unmerge(self._base)
 
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, selected_adapters: Any = None, **options: Any

@@ -8,6 +8,7 @@ import surgery
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.delegation import Facade, facade
+from surgery.peft.merging import resting_adapters
 from surgery.peft.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -43,9 +44,11 @@ class FacadeProperties(Facade):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The active adapters. As in PEFT, they stay active while they are disabled."""
+        """The active adapters. As in PEFT, they stay active while they are disabled or others are merged."""
         state = model_state(unwrap(self._base))
-        return [] if state is None else list(surgery.active(self._base) or state.resting)
+        if state is None:
+            return []
+        return resting_adapters(self._base) or list(surgery.active(self._base) or state.resting)
 
     @property
     def active_adapter(self) -> Any:

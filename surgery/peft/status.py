@@ -15,6 +15,7 @@ from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
 from surgery.peft.delegation import Facade, inside
 from surgery.peft.errors import as_builtin
+from surgery.peft.merging import resting_adapters
 from surgery.peft_format.methods import PeftMethod, part_of
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_tensors import tensors_of
@@ -162,7 +163,7 @@ def _layer_status(model: Any, called: str) -> list[TunerLayerStatus]:
         what = "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT "
         raise as_builtin(SurgeryError(f"{what}adapters injected in the model."))
     live = list(surgery.active(base))
-    active = live or list(rewritten(base)[1].resting)
+    active = resting_adapters(base) or live or list(rewritten(base)[1].resting)
     return [
         TunerLayerStatus(
             name=f"model.{path}" if wrapped else path,

@@ -148,6 +148,11 @@ REASONS: tuple[Reason, ...] = (
         "`adapter_name`: another adapter has the name",
         {"causes": r"(?:there is an adapter|Adapter with name) '\w+' already"},
     ),
+    Reason(
+        "c",
+        "merging OFT on a Conv2d: PEFT merges it to another function",
+        {"text": r"^OftRule can't be merged\n[^\n]*\n  why:   it adds up patches"},
+    ),
     Reason("c", "PEFT's format: {0}", {"text": r"^PEFT's format can't hold ([^\n]*?)(?: \(.*)?\n"}),
     Reason("c", "`peft_type`: a prefix on a model without attention", {"text": r"^PrefixRule finds nothing to do"}),
     Reason("c", "`adapter_name`: another adapter has the name", {"text": r"^there is an adapter '\w+' already"}),
