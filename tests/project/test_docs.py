@@ -32,6 +32,7 @@ ONNX = (
 NEEDS = {
     "docs/how-to/train-with-the-trainer.md": ("accelerate",),
     "docs/tutorials/classifier.md": ("accelerate",),
+    "docs/how-to/train-on-a-quantised-model.md": ("bitsandbytes",),
     **{f"docs/how-to/{task}.md": ("onnxscript", "onnxruntime") for task in ONNX},
     "docs/tutorials/ship.md": ("onnxscript", "onnxruntime"),
     "docs/how-to/match-by-condition.md": ("yaml",),
