@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
+from surgery.rules._linear.layouts import column_norm, layout_of
+from surgery.rules._low_rank.rule import sure
 from surgery.rules._shared import path_patterns
 from surgery.rules.lora import LoraRule
 from surgery.rules.peft.extras import biases_beside
@@ -91,7 +93,10 @@ class Lora(PeftMethod):
         if isinstance(place.module, nn.Embedding):
             return {**super().entries(place), **{name: PeftEntry(f"lora_embedding_{name}") for name in "AB"}}
         groups = getattr(place.module, "groups", 1)
-        return super().entries(place) | ({"A": _by_group(groups)} if groups != 1 else {})
+        by_group = {"A": _by_group(groups)} if groups != 1 else {}
+        if by_group and "magnitude" in place.names:
+            by_group["magnitude"] = _magnitude(place, groups, by_group["A"])
+        return super().entries(place) | by_group
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         tied = [path for rule, paths in placed if rule.tied for path in paths]
@@ -102,8 +107,8 @@ class Lora(PeftMethod):
         paths = [path for _, inner in placed for path in inner]
         for path in paths:
             groups = getattr(modules.by_path[path], "groups", 1)
-            if single.rank_at(path) % groups or (groups > 1 and single.dora):
-                raise _unsupported("DoRA, or a rank that the groups don't divide, on a convolution with groups", path)
+            if single.rank_at(path) % groups:
+                raise _unsupported("a rank that the groups of a convolution don't divide", path)
         config = super().write([(single, paths)], modules)
         if tied:
             _check_tied(tied, config["target_modules"], modules)
@@ -183,6 +188,31 @@ def _by_group(groups: int) -> PeftEntry:
         return blocks.flatten(2, 3).flatten(0, 1)
 
     return PeftEntry("lora_A.weight", read, write)
+
+
+def _magnitude(place: PeftPlace, groups: int, of_A: PeftEntry) -> PeftEntry:
+    """PEFT divides the magnitude by the norms of another matrix: B and A multiplied as if there were no groups.
+
+    So the number in the file is our gain, times that norm: both compute the same.
+    """
+    rule: Any = place.rule
+
+    def ratio() -> Tensor:
+        A, B = place.values("A"), place.values("B")
+        (part,) = sure(layout_of(place.module, len(A))).parts
+        weight, scale, every = place.base("weight").to(A), rule.scale_at(place.path), of_A.write(A)
+        mixed = (B.reshape(-1, len(A)) @ every.flatten(1)).reshape(weight.shape)
+        own, theirs = (column_norm(part, weight + scale * delta) for delta in (part.delta(A, B), mixed))
+        nothing = own.eq(0) | theirs.eq(0)  # features of zeros, whose output is zero with any magnitude
+        return (theirs / own.masked_fill(nothing, 1.0)).masked_fill(nothing, 1.0)
+
+    def read(magnitude: Tensor) -> Tensor:
+        return magnitude if magnitude.is_meta else (magnitude / ratio().to(magnitude.device)).to(magnitude.dtype)
+
+    def write(magnitude: Tensor) -> Tensor:
+        return (magnitude * ratio().to(magnitude.device)).to(magnitude.dtype)
+
+    return PeftEntry("lora_magnitude_vector", read, write)
 
 
 def _transposed(key: str) -> PeftEntry:

@@ -28,12 +28,17 @@ from surgery.state.base_tensors import base_tensor
 __all__ = ["PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
 
 
+def _no_value(name: str) -> Tensor:
+    raise SurgeryError(f"the values of {name} are not known here")
+
+
 @dataclass(frozen=True)
 class PeftPlace:
     """One rule at one module, for which tensors are looked up.
 
     `main`: the paths that the method itself is on. `facts`: what the rule recorded about the module (`Site.fact`).
-    `file_keys`: the keys of the file that is read.
+    `file_keys`: the keys of the file that is read. `values`: the adapter's tensors here by name, as the rule has them,
+    for conversions that need more than one.
     """
 
     path: str
@@ -45,6 +50,7 @@ class PeftPlace:
     config: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
     file_keys: Collection[str] = ()
+    values: Callable[[str], Tensor] = field(default=_no_value, compare=False)
 
     def base(self, name: str) -> Tensor:
         """A tensor of the module without what is merged into it."""

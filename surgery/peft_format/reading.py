@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
@@ -94,7 +94,13 @@ def _of_step(
     """The file's entry of each tensor of a step; None for tensors that follow from the rule's fields."""
     part, names = part_of(step.rule), tuple(spec.name for spec in step.specs)
     assert part is not None
-    place = PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data, step.facts, keys)
+
+    def value(name: str) -> Tensor:
+        assert config.file is not None
+        return entries[name].read(config.file.read(absolute(step.path, entries[name].key, prefix)))
+
+    target = step.path, step.module, step.rule
+    place = PeftPlace(*target, names, main, config.modules, config.data, step.facts, keys, value)
     entries = part.entries(place)
     located: dict[str, Entry | None] = dict.fromkeys(names)
     for name in names:

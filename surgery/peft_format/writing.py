@@ -80,7 +80,7 @@ def from_peft(
     """
     description, values = describe(model, adapter, exact=True), adapter_state_dict(model, adapter)
     missing, known, problems = dict[str, None](), set[str](), list[SurgeryError]()
-    for name, key, entry in description.entries(list(values)):
+    for name, key, entry in description.entries(list(values), tensors):
         known.add(key)
         if key not in tensors:
             missing[key] = None
@@ -109,8 +109,13 @@ class PeftDescription(NamedTuple):
     method: PeftMethod
     modules: Modules
 
-    def entries(self, names: Iterable[str]) -> Iterator[tuple[str, str, Entry]]:
-        """Yields each tensor's name (of `adapter_state_dict`), its key in PEFT's file, and its conversion."""
+    def entries(
+        self, names: Iterable[str], file: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[str, str, Entry]]:
+        """Yields each tensor's name (of `adapter_state_dict`), its key in PEFT's file, and its conversion.
+
+        `file`: the tensors under PEFT's keys that are read; None if the adapter's own are written.
+        """
         main = frozenset(site.path for site in self.placed if is_main(site.rule))
         placed_names, by_site, names = set[str](), dict[str, list[str]](), list(names)
         for key in names:
@@ -121,8 +126,12 @@ class PeftDescription(NamedTuple):
             if part is None:
                 continue  # what comes with a rule, and has no tensors: any would be told below
             site_names = by_site.get(box, [])
-            place = PeftPlace(path, module, rule, tuple(site_names), main, self.modules, self.config, facts)
-            for name, entry in part.entries(place).items():
+            of_site: dict[str, Entry] = {}
+            source = _Values(self, f"{box}.", path, of_site, file)
+            target = path, module, rule
+            place = PeftPlace(*target, tuple(site_names), main, self.modules, self.config, facts, values=source)
+            of_site.update(part.entries(place))
+            for name, entry in of_site.items():
                 if name not in part.derived and name in site_names:
                     yield f"{box}.{name}", absolute(path, entry.key, self.method.prefix), entry
                     placed_names.add(f"{box}.{name}")
@@ -130,6 +139,22 @@ class PeftDescription(NamedTuple):
         unplaced = sorted(set(names) - placed_names)
         if unplaced:
             raise unsupported(f"the tensor {unplaced[0]}", "its files have no place for it")
+
+
+class _Values(NamedTuple):
+    """The values of a site's tensors by name: those of PEFT's file, or the adapter's own."""
+
+    adapter: PeftDescription
+    box: str
+    path: str
+    entries: Mapping[str, Entry]
+    file: Mapping[str, Tensor] | None
+
+    def __call__(self, name: str) -> Tensor:
+        if self.file is None:
+            return whole(self.adapter.tensors[f"{self.box}{name}"].detach())
+        entry = self.entries[name]
+        return entry.read(self.file[absolute(self.path, entry.key, self.adapter.method.prefix)])
 
 
 def describe(
