@@ -18,28 +18,30 @@ PAGE = ROOT / "docs" / "explanation" / "benchmarks.md"
 
 INTRO = """# Benchmarks
 
-`make bench` measures, prints this table and writes this page; `make bench DEVICE=cuda` adds the table of a GPU. With
+`make bench` measures, prints this table and writes this page. `make bench DEVICE=cuda` adds the table of a GPU. With
 `ARGS="--only train"` it measures one line and writes nothing.
 
-A figure is a ratio: to the same model with its parameters frozen and no adapter ("base"), to PEFT doing the same work,
-or to `import torch`. The column PEFT is PEFT's own ratio to the same. Candidates run in turn, round by round, in one
-process; a figure is the median over the rounds of the ratio within a round. On the CPU one thread works, and CPU time
-is counted rather than the clock's, so that other programs on the machine don't count. Adapters have rank 8, sit on all
-linear layers and are moved from zero. A training step is forward and backward of 4 × 128 tokens, with gradients down
-to the embeddings. The models have random weights: a Llama of 4 layers, 1,024 wide; one of 6 layers, 576 wide
-(SmolLM2-135M's shape); a BERT of 6 layers, 384 wide (MiniLM's), its own dropout off.
+## How it is measured
 
-A compiled training step is `torch.compile`'s, by inductor, on a Llama of 3 layers, 512 wide. The base is compiled, too.
+A figure is a ratio to one of three: to the same model without adapters and with frozen parameters ("base"), to PEFT
+doing the same work, or to `import torch`. The column PEFT has PEFT's own ratio to the same.
 
-Prefixes are 20 long, on a Llama of 12 layers, 512 wide; PEFT's is its prefix tuning. Decoding is compared with the
-base whose cache holds as many positions as cache and prefix together, as PEFT's does. Here the cache holds the text
-alone. A float32 step on a long cache (2¹⁸ entries of keys, a megabyte) has one query, whose scores against prefix and
-text are put side by side and the two sums of values added, so no key or value is copied; a step on a shorter one puts
-the prefix before a copy of it, which takes less time than the many small operations.
-
-Growth is the exponent of a verb's CPU time in the number of layers of seven Linears, or of idle adapters: the slope of
-a line through the logarithms by least squares, of the least time of two calls at each size. Copies and pickles, whose
-work is Python's and torch's, are measured as a ratio to those of the model without adapters.
+- The candidates run in turn, round by round, in one process. A figure is the median over the rounds of the ratio within
+  a round.
+- On the CPU one thread works. CPU time is counted and not the clock's, so other programs on the machine do not count.
+- Adapters have rank 8, are on all linear layers, and are moved from zero.
+- A training step is forward and backward of 4 × 128 tokens, with gradients down to the embeddings.
+- The models have random weights: a Llama of 4 layers, 1,024 wide; a Llama of 6 layers, 576 wide (SmolLM2-135M's shape);
+  a BERT of 6 layers, 384 wide (MiniLM's shape), without its own dropout.
+- A compiled training step is compiled by inductor, on a Llama of 3 layers, 512 wide. The base is compiled, too.
+- Prefixes are 20 long, on a Llama of 12 layers, 512 wide. PEFT's is its prefix tuning. Decoding is compared with a base
+  whose cache has as many positions as cache and prefix together, as PEFT's has. Here the cache holds the text alone.
+- A decoding step in float32 on a long cache (2¹⁸ entries of keys, a megabyte) computes scores against prefix and text
+  side by side and adds the two sums of values, so no key or value is copied. A step on a shorter cache puts the prefix
+  before a copy of it, which takes less time than many small operations.
+- Growth is the exponent of a verb's CPU time in the number of layers of seven Linears, or of idle adapters. It is the
+  slope of a line through the logarithms by least squares, with the lesser time of two calls at each size.
+- Copies and pickles, whose work is Python's and torch's, are measured relative to those of the model without adapters.
 """
 
 PREFIX = (
@@ -106,6 +108,7 @@ def write(rows: Sequence[Row], setting: Setting) -> Path:
     """Put this device's section into the page, beside those of other devices."""
     heading = "GPU" if setting.cuda else "CPU"
     sections = dict(part.split("\n", 1) for part in _read().split("\n## ")[1:])
+    sections = {name: text for name, text in sections.items() if name in ("CPU", "GPU")}
     sections[heading] = _section(rows, setting)
     parts = [INTRO, *(f"## {name}\n{text.rstrip()}\n" for name, text in sorted(sections.items()))]
     PAGE.write_text("\n".join(parts), encoding="utf-8")
