@@ -13,10 +13,8 @@ from surgery.peft.delegation import inside
 from surgery.peft.errors import as_builtin, pefts_errors
 from surgery.peft.model import LoadResult
 from surgery.peft_format.key_history import PREFIX
-from surgery.rewritten_model.state_dict import base_state_dict
-from surgery.sharded_tensors import copy_into
+from surgery.rewritten_model.state_dict import base_state_dict, fill_tensors
 from surgery.state.records import merged_adapters
-from surgery.transaction.undo_log import Journal
 
 __all__ = ["get_base_model_state_dict", "load_base_tensors", "set_base_model_state_dict"]
 
@@ -92,10 +90,7 @@ def load_base_tensors(model: Any, tensors: Mapping[str, Tensor]) -> set[str]:
         if there != here:
             what, why = f"{key} does not fit", f"{there} is not the {here} of the base"
             raise as_builtin(SurgeryError(what, why=why), RuntimeError)
-    with Journal() as journal:
-        for key, name in named.items():
-            journal.undo(copy_into, own[name], own[name].clone())
-            copy_into(own[name], tensors[key])
+    fill_tensors({name: own[name] for name in named.values()}, {name: tensors[key] for key, name in named.items()})
     return set(named)
 
 

@@ -18,7 +18,7 @@ from surgery.state.records import Sites, sites
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["adapter_state_dict", "base_state_dict", "load_adapter_state_dict", "rules_of"]
+__all__ = ["adapter_state_dict", "base_state_dict", "fill_tensors", "load_adapter_state_dict", "rules_of"]
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -131,10 +131,15 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
             why="; ".join(problems[:8]) + ("; …" if len(problems) > 8 else ""),
             fix="apply the rules that they were trained with: rules_of, rules_to_json",
         )
+    fill_tensors(own, tensors)
+
+
+def fill_tensors(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into tensors of a model by key; an outer journal undoes it."""
     with Journal() as journal:
         for key, tensor in own.items():
             journal.undo(copy_into, tensor, tensor.clone())
-            copy_into(tensor, tensors[key])
+            copy_into(tensor, values[key])
 
 
 def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:
