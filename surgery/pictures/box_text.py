@@ -19,7 +19,7 @@ __all__ = ["BoxText", "Tensors", "is_plain_step"]
 
 SHORT = 22  # characters of a formula that is a box's title
 WIDE = 34  # characters of a further line
-_MAPS = {"linear", "matmul", "mm", "bmm", "einsum", "conv1d", "conv2d", "conv3d", "embedding"}
+_MAPS = {"linear", "addmm", "matmul", "mm", "bmm", "einsum", "conv1d", "conv2d", "conv3d", "embedding"}
 _JOINED = {"mul": "⊙", "imul": "⊙", "add": "+", "iadd": "+", "sub": "−", "truediv": "/", "div": "/"}
 
 
@@ -117,6 +117,8 @@ class BoxText:
             child = self.tensors.value(str(node.target))
             return str(node.target), (type(child).__name__,)
         values = [value for value in node.args if not (isinstance(value, fx.Node) and is_fact(value))]
+        if name in ("addmm", "baddbmm"):  # the bias comes first
+            values = [*values[1:], *values[:1]]
         weights = [value for value in values if isinstance(value, fx.Node) and self._is_formula(value)]
         if name in _MAPS and weights and is_torchs(node):
             return self._map(name, node, values, weights)
@@ -140,11 +142,9 @@ class BoxText:
     def _map(
         self, name: str, node: fx.Node, values: Sequence[Any], weights: Sequence[fx.Node]
     ) -> tuple[str, tuple[str, ...]]:
-        weight, biases = (
-            weights[0],
-            [*weights[1:], *(v for k, v in node.kwargs.items() if k == "bias" and v is not None)],
-        )
-        turned = name in ("matmul", "mm", "bmm") and values[-1] is weight
+        weight = weights[0]
+        biases = [*weights[1:], *(v for k, v in node.kwargs.items() if k == "bias" and v is not None)]
+        turned = name in ("matmul", "mm", "bmm", "addmm") and len(values) > 1 and values[1] is weight
         title, details = self._formula(weight, turned)
         if biases and isinstance(biases[0], fx.Node):
             text = self.formulas.text(biases[0])

@@ -21,6 +21,7 @@ from surgery.state.records import SiteState
 __all__ = ["figure_of"]
 
 OWN_STEPS = 6  # an own forward with more steps is folded
+MOST_INPUTS = 4  # of more inputs, the further ones are one box
 SIGNS = {"add": "+", "iadd": "+", "sub": "−", "isub": "−", "mul": "⊙", "imul": "⊙", "matmul": "@", "cat": "concat"}
 
 
@@ -103,7 +104,8 @@ class _Flow:
         """The optional arguments that only the own forward takes, if there are others."""
         arguments = [step for step in self.steps if step.op == "placeholder"]
         by_rules = {value for step in self.steps if step.meta.get("surgery") for value in self.inputs_of(step)}
-        optional = {node for node in arguments if node.args and node not in by_rules and node not in self.result}
+        free = [node for node in arguments if node.args or str(node.target).startswith("*")]
+        optional = {node for node in free if node not in by_rules and node not in self.result}
         return optional if len(optional) < len(arguments) else optional - set(arguments[:1])
 
     # Boxes ----------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ class _Flow:
         boxes.append(Box("output", "output", "output"))
         ends = [folded.get(homes[value], (homes[value],))[0].name for value in self.result]
         arrows += [Arrow(end, "output") for end in ends]
-        return Figure(tuple(boxes), tuple(dict.fromkeys(arrows)))
+        return _with_few_inputs(Figure(tuple(boxes), tuple(dict.fromkeys(arrows))))
 
     def _folded(self, steps: Sequence[fx.Node]) -> Mapping[fx.Node, Sequence[fx.Node]]:
         """Runs of the own forward's steps that become one box. A run is an interval of the order, so no circles."""
@@ -196,6 +198,18 @@ class _Flow:
 
     def _trained(self, names: Iterable[str]) -> bool:
         return any(self.tensors.trains(name) for name in names)
+
+
+def _with_few_inputs(figure: Figure) -> Figure:
+    """The figure with one box for the further inputs, if there are more than four."""
+    keys = [box.key for box in figure.boxes if box.kind == "input"]
+    if len(keys) <= MOST_INPUTS:
+        return figure
+    further = keys[MOST_INPUTS - 1 :]
+    more = Box(further[0], "input", f"{len(further)} more inputs")
+    boxes = [more if box.key == more.key else box for box in figure.boxes if box.key not in further[1:]]
+    arrows = [Arrow(more.key if arrow.source in further else arrow.source, arrow.target) for arrow in figure.arrows]
+    return Figure(tuple(boxes), tuple(dict.fromkeys(arrows)))
 
 
 def _is_part(node: fx.Node) -> bool:

@@ -14,11 +14,23 @@ from torch import Tensor, nn
 
 pytest.importorskip("pygraphviz", reason="pictures are laid out with graphviz")
 
-from surgery import MatchError, Rule, Site, Structure, activate, apply_rules, draw, merge, rule  # noqa: E402
+from surgery import (  # noqa: E402
+    MatchError,
+    Rule,
+    Site,
+    Structure,
+    activate,
+    apply_rules,
+    draw,
+    merge,
+    rule,
+    rules,  # noqa: E402
+)
 from surgery.inspection.show import site_at  # noqa: E402
 from surgery.pictures.figure import Figure, SiteFigure  # noqa: E402
 from surgery.pictures.layout import Layout, Rectangle, place_figure, shown_text  # noqa: E402
 from surgery.pictures.site_figure import site_figure  # noqa: E402
+from surgery.pictures.tree import tree_rows  # noqa: E402
 from surgery.rules import IA3Rule, LoraRule  # noqa: E402
 from tests.reports.gallery import EXAMPLES, SHOWN  # noqa: E402
 
@@ -251,3 +263,105 @@ def test_colours_differ_by_adapter_and_rule() -> None:
     activate(model, ["red", "blue"])
     picture = draw(model, "0")
     assert all(f"sg-own sg-c{number}" in picture for number in (0, 1))
+
+
+# Transformers ---------------------------------------------------------------------------------------------------
+
+
+@rule("test-temperature")
+class TemperatureRule(Rule):
+    """softmax(scores / t)."""
+
+    def rewrite(self, site: Site) -> None:
+        for match in site.find(Structure(lambda scores: torch.softmax(scores, -1)), leaves=False):
+            temperature = site.param("temperature", (1,), 1.0)
+            site.replace(match.bindings["scores"], match.bindings["scores"] / temperature)
+
+
+def bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    return transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=50, attn_implementation="eager")).eval()
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 50}
+    return transformers.GPT2Model(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+
+CASES = {
+    "an edit inside attention": (bert, [TemperatureRule("attention.self")], "encoder.layer.0.attention.self"),
+    "a prompt at the model": (bert, [rules.PromptRule("", length=2)], ""),
+    "three rules": (
+        bert,
+        [LoraRule("query", rank=2), IA3Rule("query"), rules.OftRule("query", block_size=4)],
+        "encoder.layer.0.attention.self.query",
+    ),
+    "DoRA on a Conv1D": (gpt2, [LoraRule("c_attn", rank=2, dora=True, dropout=0.1)], "h.0.attn.c_attn"),
+    "LoRA on a convolution": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3)), [LoraRule("0", rank=2)], "0"),
+    "LoRA on an attention": (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), [LoraRule("0", rank=2)], "0"),
+    "edits of layers": (
+        bert,
+        [rules.BottleneckRule("layer.0", size=4), rules.ReftRule("layer.0", rank=2)],
+        "encoder.layer.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sites_of_real_models_have_small_clean_pictures(name: str) -> None:
+    make, applied, path = CASES[name]
+    model = make()
+    example = {"input_ids": torch.arange(4).view(1, 4)} if name == "an edit inside attention" else None
+    figure = figure_at(apply_rules(model, applied, example_inputs=example), path)
+    assert figure.before is not None and len(figure.after.boxes) <= 13
+    assert {owner.rule for owner in figure.after.owners()} == {type(rule).__name__ for rule in applied}
+    for part in (figure.before, figure.after):
+        assert sum(box.kind == "input" for box in part.boxes) <= 4
+        check_layout(part, place_figure(part))
+
+
+def test_the_factor_between_folded_parts_of_attention() -> None:
+    model = apply_rules(
+        bert(), [TemperatureRule("attention.self")], example_inputs={"input_ids": torch.arange(4).view(1, 4)}
+    )
+    figure = figure_at(model, "encoder.layer.0.attention.self")
+    assert [box.title for box in figure.after.boxes if box.kind != "input"] == [
+        *("BertSelfAttention", "/ temperature", "BertSelfAttention", "output")
+    ]
+
+
+# The tree -------------------------------------------------------------------------------------------------------
+
+
+def test_a_tree_folds_layers_that_look_the_same() -> None:
+    layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 8), "act": nn.ReLU()}) for _ in range(12))
+    model = apply_rules(nn.ModuleDict({"layers": layers, "head": nn.Linear(8, 2)}), [LoraRule("up", rank=2)])
+    rows = {row.name: row for row in tree_rows(model)}
+    assert list(rows) == ["model", "layers", "0–11", "up", "act", "head"] and rows["0–11"].repeats == 12
+    assert rows["up"].shape == "4 → 8" and rows["up"].path == "layers.0.up"
+    assert [(mark.owner.rule, mark.state, mark.added, mark.trained) for mark in rows["up"].marks] == [
+        ("LoraRule", "live", 24, 24)
+    ]
+    assert rows["model"].numbers == sum(p.numel() for n, p in model.named_parameters() if ".adapters." not in n)
+    text = draw(model)
+    assert "× 12" in text and "LoraRule [default] ● 24" in text
+
+
+def test_a_layer_with_another_rule_stands_alone() -> None:
+    layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(6))
+    model = apply_rules(nn.ModuleDict({"layers": layers}), [LoraRule("up", rank=2, layers=[2])])
+    names = [row.name for row in tree_rows(model) if row.depth]
+    assert [name for name in names if name[0].isdigit()] == ["0–1.up", "2.up", "3–5.up"]
+
+
+def test_merged_and_idle_marks() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    apply_rules(model, [IA3Rule("1")], adapter="blue")
+    apply_rules(model, [LoraRule("0", rank=2)], adapter="red")
+    activate(model, "red")
+    merge(model, "red")
+    states = {mark.owner.adapter: mark.state for row in tree_rows(model) for mark in row.marks}
+    assert states == {"blue": "idle", "red": "merged"}
+    assert "sg-merged" in draw(model) and "sg-frozen" in draw(model)
