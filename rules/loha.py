@@ -34,8 +34,7 @@ class LohaRule(DeltaRule):
             default 0.
         module_dropout: probability that the whole change is zero while training; default 0.
         use_effective_conv2d: on convolutions, factor the kernel, too: `t1` (rank, rank, *kernel), `w1_a` (rank, out)
-            and
-            `w1_b` (rank, in/groups), and the same for the second product; default False.
+            and `w1_b` (rank, in/groups), and the same for the second product; default False.
         init: "identity" (default; w2_b is zero, PEFT's init_weights=True) or "random" (False).
         rank_pattern: path suffix or regular expression → rank there; default None.
         alpha_pattern: path suffix or regular expression → alpha there; default None.

@@ -41,8 +41,7 @@ class OftRule(Rule):
         blocks: number of blocks; default 0. Set one of `block_size` and `blocks`, and the other to 0. PEFT: r.
         block_share: one block for all places; default False.
         coft: keep Q within eps / √rows of zero; default False. PEFT writes the projected Q back into the parameter;
-            here
-            the parameter keeps the optimizer's value.
+            here the parameter keeps the optimizer's value.
         eps: bound of `coft`; default 6e-5.
         use_cayley_neumann: use the series instead of the inverse; default True.
         num_cayley_neumann_terms: terms of the series, at most 100; default 5.

@@ -40,9 +40,8 @@ class ReplaceRule(Rule):
         inherit: tensors start as the site's tensors of the same name and shape; default False.
         trainable: whether the parameters train; default None: each keeps its `requires_grad`.
         opaque: default None: record the other module's operations where its forward is straight-line code, and
-            otherwise
-            call the module itself at run time (branches, loops, several outputs, buffers that it writes). True: always
-            call the module. False: never; a `TraceError` names the line that can't be recorded.
+            otherwise call the module itself at run time (branches, loops, several outputs, buffers that it writes).
+            True: always call the module. False: never; a `TraceError` names the line that can't be recorded.
         inputs: parameter of the other module → argument of the site (None: the parameter's default); default None.
 
     Raises:

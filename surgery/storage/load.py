@@ -76,12 +76,10 @@ def load_adapter(
     Args:
         model: the model.
         source: a folder or file in PEFT's format or `save_adapter`'s (also `.bin` and diffusers' LoRA files), the name
-            of
-            a repository on the hub, or the result of `import_adapter`.
+            of a repository on the hub, or the result of `import_adapter`.
         adapter: the name that the adapter gets; default "default".
         strict: default True: anything that does not fit is an error. False: load what fits; the report lists the rest,
-            and
-            missing tensors keep their rule's starting values.
+            and missing tensors keep their rule's starting values.
         same_base: default True: another base is an error. False: it is a warning.
         finite: default True: NaN and infinity are errors.
         example_inputs: one call of the model, as in `apply_rules`; prefixes need it. Default None.
@@ -90,8 +88,7 @@ def load_adapter(
         revision: revision of the repository; default None.
         config: replaces PEFT's `adapter_config.json`; default None.
         component: which adapter to take from a diffusers file with several ("unet"), if the model's paths and sizes do
-            not
-            show it; default None.
+            not show it; default None.
         resize: resize the model's embeddings first, if the files have another vocabulary, by the model's
             `resize_token_embeddings`. They keep that size when the adapter is removed. Default False.
         freeze: as in `apply_rules`; default None.
