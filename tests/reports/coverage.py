@@ -21,11 +21,13 @@ PAGE = ROOT / "docs" / "reference" / "coverage.md"
 
 INTRO = """# Coverage
 
-Which modules of transformers' models can be held as graphs ([tracing.md](../explanation/tracing.md) says how, and
-what is refused). `make coverage` writes this page: each family is a tiny model with random weights, and of every
-class that a call of it reaches, one module is traced for each way in which the call uses the class (as self- and as
-cross-attention, say), in evaluation and in training mode. *Equal* means that all those graphs give the forward's own
-bits and leave its arguments in the same state; there is no graph that differs, it would be refused.
+This page lists which modules of transformers' models can be held as graphs.
+[Forwards as graphs](../explanation/tracing.md) says how, and what is refused.
+
+`make coverage` writes the page. Each family is a tiny model with random weights. Of every class that a call reaches,
+one module is traced for each way in which the call uses the class (as self- and as cross-attention, say), in
+evaluation and in training mode. *Equal* means that all these graphs give the bits of the forward and leave its
+arguments in the same state. A graph that differs is refused, so none is listed.
 """
 
 BEYOND = """## Beyond transformers
@@ -36,9 +38,9 @@ Weights are the packages' own where they bring any (EfficientNet-Lite0, torchcre
 |---|--:|--:|--:|"""
 
 SILERO = """
-silero-vad comes compiled (TorchScript). There is no Python forward in it that could be run and seen, so `coverage` says
-`refused` with that reason, and refuses a forward that calls it; its weights in the same network as Python code
-(`tests/support/others.py`) give the compiled model's output and graphs for all of it."""
+silero-vad comes compiled (TorchScript). It does not have a Python forward to trace, so `coverage` says `refused` with
+this reason, and refuses a forward that calls it. Its weights in the same network as Python code
+(`tests/support/others.py`) give the compiled model's output, and graphs for all of it."""
 
 
 def measure_coverage(model: nn.Module, inputs: Any) -> dict[str, Coverage]:
