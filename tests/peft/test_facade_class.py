@@ -84,11 +84,13 @@ def test_the_reported_class_stands_for_the_models() -> None:
     base, example = bert()
     kind = type(base)
     model: Any = ours.get_peft_model(base, ours.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
-    reported = model.__class__
+    reported: Any = model.__class__
     assert (reported.__name__, reported.__module__, reported.__doc__) == (kind.__name__, kind.__module__, kind.__doc__)
     assert repr(reported) == repr(kind) and reported.__mro__[:3][-1] is kind
     assert inspect.signature(reported.forward) == inspect.signature(kind.forward)
     assert inspect.getsource(reported) == inspect.getsource(kind)
+    assert reported == kind == reported and {kind: 1}[reported] == 1
+    assert reported not in (nn.Module, transformers.BertModel) and reported is not kind
     assert type(reported(base.config)) is kind and type(base) is kind and model.get_base_model() is base
     assert reported.config_class is kind.config_class
     assert model.__class__ is reported and issubclass(reported, (kind, peft.PeftModel))
@@ -129,6 +131,15 @@ def test_reported_classes_are_freed_with_their_facades() -> None:
     del model
     gc.collect()
     assert reported() is None and Plain.__subclasses__() == []
+
+
+def test_a_facade_is_the_models_alone_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's FSDP saves, of a model of PEFT's, what PEFT finds under its own names."""
+    model = adapted(Plain())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert isinstance(model, Plain) and not isinstance(model, peft.PeftModel) and model.__class__ is Plain
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert isinstance(model, peft.PeftModel)
 
 
 def test_peft_is_not_imported() -> None:
