@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from surgery.authoring.registry import rules_to_json, rules_to_yaml
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError, RuleError
 from surgery.inspection.show import Summary, show, summary
+from surgery.patterns.module_walk import every_path
 from surgery.patterns.wrappers import unwrap
 from surgery.pictures.figure import SiteFigure
 from surgery.pictures.output_changes import OutputChange, output_changes
@@ -21,7 +21,7 @@ from surgery.pictures.tree import TreeRow, tree_rows
 from surgery.rewritten_model.state_dict import rules_of
 from surgery.rewritten_model.verb_root import records_in
 from surgery.state.adapter_tensors import tensors_of
-from surgery.state.records import SiteState, model_state, sites
+from surgery.state.records import SiteState, model_state, site_state
 from surgery.weaving.generated_class import recipe_of
 
 __all__ = ["ReportData", "SiteGroup", "report_data"]
@@ -84,10 +84,13 @@ def _text(rules: Sequence[Rule]) -> tuple[str, str]:
 
 def _groups(model: nn.Module) -> list[SiteGroup]:
     groups: dict[Any, SiteGroup] = {}
-    for path, module, state in sites(model):
+    places = {id(module): (path, module) for path, module in reversed(list(every_path(model)))}
+    for path, module in reversed(places.values()):
+        if (state := site_state(module)) is None:
+            continue
         group = groups.setdefault(_key(module, state), SiteGroup([]))
         if not group.paths and len(groups) <= MOST:
-            group.figure = dataclasses.replace(site_figure(module, state, path), path=path)
+            group.figure = site_figure(module, state, path)
             group.code = show(model, path)
             try:
                 group.generated = show(model, path, generated=True)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections import OrderedDict
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 
 pytest.importorskip("pygraphviz", reason="pictures are laid out with graphviz")
 
-from surgery import SurgeryError, activate, apply_rules, merge, remove, report, show  # noqa: E402
+from surgery import SurgeryError, activate, apply_rules, draw, merge, remove, report, show  # noqa: E402
 from surgery.pictures.output_changes import output_changes  # noqa: E402
 from surgery.rules import IA3Rule, LoraRule, PromptRule, TrainRule  # noqa: E402
 from tests.reports.gallery import Text  # noqa: E402
@@ -177,6 +178,15 @@ def test_thousands_of_sites_are_few_entries(tmp_path: Path) -> None:
     file = report(rewritten(layers=500), tmp_path / "a.html")
     text = file.read_text(encoding="utf-8")
     assert text.count('class="site"') == 3 and "1,000 sites" in text and len(text) < 300_000
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Sequential, torch.compile], ids=["wrapper", "host", "compiled"])
+def test_models_in_other_modules(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model = wrap(rewritten())
+    text = report(model, tmp_path / "a.html", example_inputs=torch.ones(2, 8)).read_text(encoding="utf-8")
+    assert text.count('class="site"') == 3 and 'href="#site-0"' in text and "rule: lora" in text
+    path = "0.layers.1.query" if wrap is nn.Sequential else "layers.1.query"
+    assert draw(model, path).startswith("<svg") and "LoraRule" in draw(model) and f"{path} and 1 more" in text
 
 
 def test_an_untouched_model_has_a_tree(tmp_path: Path) -> None:
