@@ -132,6 +132,11 @@ REASONS: tuple[Reason, ...] = (
         "numbers of AdaLoRA's rank counters",
         {"test": r"test_get_nb_trainable_parameters", "line": r"params_adalora"},
     ),
+    Reason("b", "`lora_E` of PEFT's layers", {"test": r"test_disable_adapters(?:_with_merging)?\[.*AdaLoraConfig"}),
+    Reason("b", "names of PEFT's tensors in `state_dict()`", {"test": r"test_dora_save_and_load_remapping"}),
+    Reason(
+        "b", "PEFT's table of default targets is patched", {"test": r"test_default_target_modules_(?:list_of_)?str"}
+    ),
     # Refused.
     Reason("c", "`target_modules`: {0} on {1}", {"text": r"^(\w+)Rule can't go on this (\w+)"}),
     Reason("c", "`target_parameters`: a parametrized {0}", {"text": r"its (\w+) is parametrized"}),
@@ -152,6 +157,11 @@ REASONS: tuple[Reason, ...] = (
         "c",
         "merging OFT on a Conv2d: PEFT merges it to another function",
         {"text": r"^OftRule can't be merged\n[^\n]*\n  why:   it adds up patches"},
+    ),
+    Reason(
+        "c",
+        "two active adapters of {0} with the same tensors of the base",
+        {"text": r"both (?:replace|have rows)", "method": r"^(\w+)Config$", "line": r"set_adapter\(\["},
     ),
     Reason("c", "PEFT's format: {0}", {"text": r"^PEFT's format can't hold ([^\n]*?)(?: \(.*)?\n"}),
     Reason("c", "`peft_type`: a prefix on a model without attention", {"text": r"^PrefixRule finds nothing to do"}),
