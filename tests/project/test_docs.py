@@ -102,6 +102,22 @@ def test_every_field_of_a_rule_is_told(kind: type[surgery.Rule]) -> None:
     assert own <= in_code(page), own - in_code(page)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_pefts_fields_on_a_rules_page_are_pefts(kind: type[surgery.Rule]) -> None:
+    peft = optional_peft()
+    configs: list[str] = []
+    for line in TEXT[f"docs/reference/rules/{kind.name}.md"].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []
+        if cells[:1] == ["field"]:
+            configs = re.findall(r"`(\w+Config)`", cells[1])
+        elif not cells:
+            configs = []
+        elif configs and not cells[0].startswith("---"):
+            known = {field.name for name in configs for field in dataclasses.fields(getattr(peft, name))}
+            named = in_code(cells[0] if cells[1] == "the same" else cells[1])
+            assert named <= known | {"True", "False"}, named - known
+
+
 def test_every_hook_of_a_rule_is_told() -> None:
     bases = [base for base in surgery.SlotRule.__mro__ if base is not object]
     fields = {field.name for field in dataclasses.fields(surgery.Rule)}
