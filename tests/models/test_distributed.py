@@ -33,7 +33,7 @@ from surgery import (
     unmerge,
     using,
 )
-from surgery.rules import LoraRule
+from surgery.rules import BiasRule, LoraRule
 
 tiny: Any = pytest.importorskip("tests.support.tiny", reason="needs transformers")
 
@@ -75,6 +75,7 @@ def worker(rank: int, store: str, errors: Any) -> None:
         fsdp2_takes_new_weights(rank, Path(store).parent)
         fsdp2_with_checkpointed_blocks(rank, Path(store).parent)
         what_sharding_forbids(rank)
+        fsdp1_of_an_opaque_module(rank)
         who_writes(rank, Path(store).parent)
         fsdp2_from_the_meta_device(rank)
         dist.barrier()
@@ -360,6 +361,30 @@ def what_sharding_forbids(rank: int) -> None:
     assert torch.equal(wrapped(x), before)
     for verb in (merge, remove, adapter_state_dict, lambda model: save_adapter(model, "none")):
         assert_refused(lambda verb=verb: verb(model), "flat")
+
+
+def fsdp1_of_an_opaque_module(rank: int) -> None:
+    """Within a call, FSDP1 sets whole parameters as plain attributes, and a view of the module replaces these, too."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, x, x)[0]
+
+    torch.manual_seed(0)
+    model = apply_rules(Attention(), [BiasRule("inner"), LoraRule("inner", rank=2, init="random")])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapters." in name:
+                parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    torch.testing.assert_close(wrapped(x), expected)
 
 
 def who_writes(rank: int, folder: Path) -> None:
