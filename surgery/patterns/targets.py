@@ -15,6 +15,7 @@ __all__ = ["Target", "Targets", "as_pattern", "normalise_targets"]
 
 Target = str | type[nn.Module] | Pattern
 Targets = Target | Iterable[Target]
+"""The type of a rule's `targets` and `exclude`: a name, a class, a `Pattern`, or several of these."""
 
 
 @dataclass(frozen=True)

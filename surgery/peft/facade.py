@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[base_config.PeftConfig]] = base_config.PeftConfig.kinds
+"""`peft_type` → class of configuration."""
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> base_config.PeftConfig:

@@ -75,6 +75,7 @@ for _name in "lt le gt ge".split():
     setattr(Expression, f"__{_name}__", _operator(getattr(operator, _name), False))
 
 ANY = Expression("any", None)
+"""In a `Structure`: any value. It fits every node and binds no name."""
 
 
 def variable(name: str) -> Expression:
