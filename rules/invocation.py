@@ -92,7 +92,10 @@ def begin_call(module: nn.Module, arguments: Mapping[str, Any], rest: str, adapt
     for adapter, mark, tokens, rows in adapters:
         if text_calls.is_inner(module, adapter):
             continue
-        if ids is None:
+        said = text_calls.said_last(text.shape[0], text.shape[1], text.device)
+        if said is not None:
+            cache, last, tail = cache_of(inputs), said, None
+        elif ids is None:
             _warn("the call has inputs_embeds and no input_ids: no invocation can be found in it")
             cache, last, tail = None, torch.zeros(text.shape[0], dtype=torch.long, device=text.device), None
         else:
@@ -177,6 +180,9 @@ def length_of(cache: Any) -> int:
 def within_invocation(branch: Tensor, module: nn.Module, adapter: str) -> Tensor:
     """Returns what an adapter adds, with zeros on tokens that it does not act on."""
     call = text_calls.running(module, adapter)
+    if call is None and branch.dim() > 2:  # of a model that does not take token ids
+        last = text_calls.said_last(branch.shape[0], branch.shape[1], branch.device)
+        call = None if last is None else text_calls.TextCall(module, adapter, last, branch.shape[1])
     if call is None:
         _warn("a module is called outside of its model: the text is unknown")
         return branch.masked_fill(torch.ones_like(branch, dtype=torch.bool), 0)

@@ -8,7 +8,8 @@ call a backward pass belongs to.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,12 +58,35 @@ class TextCall:
 
 class _Thread(threading.local):
     calls: tuple[TextCall, ...] = ()
+    last: tuple[int, ...] | None = None  # what the caller says, for all adapters
 
 
 _thread = _Thread()
 _inside: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 _recomputed: dict[int, list[ref[TextCall]]] = {}  # the number of a backward pass → calls whose output it came through
 _lock = threading.Lock()
+
+
+@contextmanager
+def last_tokens(counts: Sequence[int | None]) -> Iterator[None]:
+    """In the context, adapters act on this many of the last tokens of each row of a call; None and 0: on none."""
+    before = _thread.last
+    _thread.last = tuple([count or 0 for count in counts])
+    try:
+        yield
+    finally:
+        _thread.last = before
+
+
+def said_last(rows: int, length: int, device: torch.device) -> Tensor | None:
+    """Returns what the caller says of a call of this size, or None."""
+    if _thread.last is None:
+        return None
+    if rows % len(_thread.last):
+        why = f"there are {len(_thread.last)} numbers for {rows} rows"
+        raise SiteError("it can't be told on which tokens an adapter acts", why=why, fix="give a number for each row")
+    counts = torch.tensor(_thread.last, device=device).clamp(max=length)
+    return counts.repeat_interleave(rows // len(_thread.last))
 
 
 def begin(call: TextCall) -> None:

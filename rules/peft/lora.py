@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryE
 from surgery.rules._linear.layouts import column_norm, layout_of
 from surgery.rules._low_rank.rule import sure
 from surgery.rules._shared import path_patterns
+from surgery.rules._shared.text_calls import last_tokens
 from surgery.rules.lora import LoraRule
 from surgery.rules.peft.extras import biases_beside
 from surgery.rules.peft.tied_modules import NAMES, embedding_path, targeted_group, tied_paths
@@ -38,6 +40,10 @@ class Lora(PeftMethod):
     }  # fmt: skip
     passed_over = ("lora_velora_embed",)
     marks = ("lora_A.weight", "lora_embedding_A")
+
+    def call_context(self, keywords: dict[str, Any]) -> AbstractContextManager[Any]:
+        counts = keywords.pop("alora_offsets", None)
+        return nullcontext() if counts is None else last_tokens(counts)
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         start = config.data.get("init_lora_weights")
@@ -76,6 +82,9 @@ class Lora(PeftMethod):
         config.take("fan_in_fan_out")  # how a weight lies is the module's own affair
         if config.take("use_qalora") is not None and config.data["use_qalora"]:
             raise config.refuse("use_qalora", "it pools the input of quantised layers")
+        if config.take("layer_replication"):
+            why = "it repeats layers of the base, whose weights they share"
+            raise config.refuse("layer_replication", why, "repeat the layers of the model, and leave the field out")
         if config.take("velora_config"):
             config.notes.append(
                 "velora_config is passed over: VeLoRA saves memory while training, which is not done here"

@@ -75,6 +75,37 @@ def test_training_steps(name: str, reentrant: bool | None, tmp_path: Path) -> No
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][0] - losses[0][-1] > 1e-3
 
 
+class Embedded(torch.nn.Module):
+    """A model that is not called with token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear = torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.embed(X))
+
+
+def test_offsets_that_the_caller_knows(tmp_path: Path) -> None:
+    theirs, mine = pair(MODELS[0], tmp_path)
+    embeds, offsets = base(MODELS[0]).get_input_embeddings()(IDS), {"alora_offsets": [2, None, 6, 9]}
+    with torch.no_grad():
+        for call in ({"input_ids": IDS}, {"inputs_embeds": embeds}):
+            assert torch.allclose(mine(**call, **offsets).logits, theirs(**call, **offsets).logits, atol=1e-6)
+            assert torch.allclose(mine.forward(**call, **offsets).logits, theirs(**call, **offsets).logits, atol=1e-6)
+    assert torch.equal(mine.generate(**TEXT, **offsets, **GENERATE), theirs.generate(**TEXT, **offsets, **GENERATE))
+    with pytest.raises(ValueError, match="3 numbers for 4 rows"):
+        mine(IDS, alora_offsets=[1, 2, 3])
+    ids, outputs = torch.tensor([[0, 1, 2, 3]]), []
+    for library in (peft, ours):
+        torch.manual_seed(0)
+        model = Embedded()
+        settings = library.LoraConfig(target_modules=["linear"], alora_invocation_tokens=[2], init_lora_weights=False)
+        torch.manual_seed(1)
+        outputs.append(library.get_peft_model(model, settings).eval()(X=ids, alora_offsets=[2]))
+    assert torch.allclose(outputs[1], outputs[0], atol=1e-6)
+
+
 def test_rows_of_several_adapters(tmp_path: Path) -> None:
     configs = {"a": [3, 4], "b": [8], "c": None}
     torch.manual_seed(1)
