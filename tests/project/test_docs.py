@@ -170,8 +170,10 @@ def test_links_lead_somewhere(name: str) -> None:
             page = (ROOT / name).parent / path if path else ROOT / name
             assert page.exists(), f"{name}: {target}"
             if anchor:
-                headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-                assert anchor in [anchor_of(heading) for heading in headings], f"{name}: {target}"
+                text = page.read_text(encoding="utf-8")
+                anchors = [anchor_of(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+                anchors += re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+                assert anchor in anchors, f"{name}: {target}"
 
 
 def anchor_of(heading: str) -> str:
