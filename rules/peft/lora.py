@@ -133,6 +133,7 @@ class Lora(PeftMethod):
             if rule.init == "mica":
                 raise _unsupported("an invocation with init='mica'")
             patterns["alora_invocation_tokens"] = list(rule.invocation)
+            patterns["task_type"] = "CAUSAL_LM"  # only PEFT's class of this task looks for the tokens
         if not rule.lora_bias:
             return patterns
         if rule.dora or rule.init not in ("kaiming", "random", "gaussian", "orthogonal"):

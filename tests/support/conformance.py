@@ -465,6 +465,9 @@ def build(row: Row) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     model, inputs = _family(row.model)
     if row.fields.get("num_tasks") and row.model == "t5":
         inputs["labels"] = inputs.pop("decoder_input_ids")
+    if invocation := row.fields.get("alora_invocation_tokens"):  # another place in each text
+        for number, text in enumerate(inputs["input_ids"]):
+            text[number + 1 : number + 1 + len(invocation)] = torch.tensor(invocation)
     tasks = torch.tensor([2, 0]) if row.fields.get("num_tasks") else None
 
     def call(m: nn.Module) -> Tensor:
