@@ -46,18 +46,18 @@ class Table:
 class Displayed:
     """A base class of results that are lines and tables."""
 
-    def display_parts(self) -> Sequence[str | Table]:
+    def _display_parts(self) -> Sequence[str | Table]:
         """The lines and tables of the result."""
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.display_parts()))
+        return "\n".join(map(str, self._display_parts()))
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        parts = self.display_parts()
+        parts = self._display_parts()
         return "\n".join(
             part._repr_html_() if isinstance(part, Table) else f'<pre style="margin: 0">{escape(part)}</pre>'
             for part in parts
@@ -66,7 +66,7 @@ class Displayed:
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.text import Text
 
-        for part in self.display_parts():
+        for part in self._display_parts():
             yield part if isinstance(part, Table) else Text(part)
 
 

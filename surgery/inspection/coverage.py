@@ -52,7 +52,7 @@ class Coverage(Displayed, Report):
         """A row for each class: path, type, status, reason."""
         return [row._asdict() for row in self.rows]
 
-    def display_parts(self) -> list[str | Table]:
+    def _display_parts(self) -> list[str | Table]:
         equal = sum(row.status == "equal" for row in self.rows)
         cells = [[row.path or "(model)", row.type, row.status, row.reason] for row in self.rows]
         refused = frozenset(number for number, row in enumerate(self.rows) if row.status == "refused")

@@ -35,7 +35,7 @@ class Summary(Displayed, Report):
     rows: tuple[tuple[str, str, int, int, int, str], ...]  # adapter, rule, sites, added, trainable, state
     merged: tuple[str, ...]
 
-    def display_parts(self) -> list[str | Table]:
+    def _display_parts(self) -> list[str | Table]:
         share = 100 * self.trainable / self.total if self.total else 0.0
         head = (
             f"trainable {self.trainable:,} || added {self.added:,} || total {self.total:,} || trainable {share:.4f} %"

@@ -51,12 +51,15 @@ class Adapter(Displayed):
 
     __str__ = __repr__
 
-    def display_parts(self) -> list[str | Table]:
+    def _display_parts(self) -> list[str | Table]:
         """One table, for notebooks and rich."""
+        return [Table(["rules", "sites", "parameters", "state"], [self._cells()])]
+
+    def _cells(self) -> list[str]:
+        """The texts of a row: rules, sites, parameters and state."""
         weight = f" × {self.weight:g}" if self.weight != 1.0 else ""
         state = "merged" if self.merged else f"live{weight}" if self.live else "idle"
-        cells = [", ".join(rule.label for rule in self.rules), abbreviate(self.sites), f"{self.parameters:,}", state]
-        return [Table(["rules", "sites", "parameters", "state"], [cells])]
+        return [", ".join(rule.label for rule in self.rules), abbreviate(self.sites), f"{self.parameters:,}", state]
 
 
 Weights = float | Sequence[float] | Mapping[str, float] | None
@@ -168,6 +171,17 @@ def active(model: nn.Module) -> tuple[str, ...]:
     return tuple(weights_now(rewritten(model)[1]))
 
 
+class AdapterTable(dict[str, Adapter], Displayed):
+    """The adapters of a model by name: a dict, which notebooks and rich show as a table."""
+
+    def __str__(self) -> str:
+        return dict.__repr__(self)
+
+    def _display_parts(self) -> list[str | Table]:
+        rows = [[name, *adapter._cells()] for name, adapter in self.items()]
+        return [Table(["adapter", "rules", "sites", "parameters", "state"], rows)]
+
+
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return an `Adapter` for each adapter's name: its rules, sites, number of parameters, and whether live or merged.
 
@@ -180,7 +194,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     """
     root, state = rewritten(model)
     paths = {id(module): path for path, module in base_modules(root)}
-    return {
+    found = {
         name: Adapter(
             rules,
             tuple(paths[id(site)] for site in state.places[name].modules if id(site) in paths),
@@ -191,6 +205,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
         )
         for name, rules in state.adapters.items()
     }
+    return AdapterTable(found)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from surgery.inspection.readable_graph import operands
 from surgery.pictures.figure import Owner
-from surgery.pictures.formula import Formulas, is_fact, is_torchs, name_of, number, symbol
+from surgery.pictures.formula import Formulas, is_fact, is_torchs, name_of, number, symbol, untransposed
 from surgery.state.records import Applied, SiteState
 
 __all__ = ["BoxText", "Tensors", "is_plain_step"]
@@ -81,10 +82,13 @@ class Tensors:
 
 
 class BoxText:
-    """Writes the title and the further lines of boxes. `flowing`: the step whose value a node passes on."""
+    """Writes the title and the further lines of boxes.
 
-    def __init__(self, tensors: Tensors, flowing: Mapping[fx.Node, fx.Node], hosts: Mapping[fx.Node, fx.Node]):
-        self.tensors, self.flowing, self.hosts = tensors, flowing, hosts
+    `flowing`: the step whose value a node passes on. `letters`: one-letter variables of the rules' code, by step.
+    """
+
+    def __init__(self, tensors: Tensors, flowing: Mapping[fx.Node, fx.Node], letters: Mapping[Any, str]):
+        self.tensors, self.flowing, self.letters = tensors, flowing, letters
         self.formulas = Formulas(self._leaf, self._counts)
 
     def _counts(self, node: fx.Node) -> bool:
@@ -163,6 +167,13 @@ class BoxText:
         text = self.formulas.text(weight)
         names = self._names(weight)
         shapes = self._shapes(names)
+        base, flips = untransposed(weight)
+        letter = self.letters.get(base.meta.get("step"))
+        if letter is not None and base.op == "call_function" and base.target is not operator.mul:
+            return letter + "ᵀ" * ((flips + turned) % 2), (
+                f"{letter} = {self.formulas.text(base)}",
+                *self._shapes(names, True),
+            )
         atom = all(sign not in text for sign in (" ", "·"))
         if turned:
             text = text.removesuffix("ᵀ") if text.endswith("ᵀ") else f"{text}ᵀ" if atom else f"({text})ᵀ"
@@ -201,10 +212,10 @@ class BoxText:
             return symbol(last[0]), (self.tensors.shape(shown[0]),)
         return ", ".join(last[:2]) + (", …" if len(last) > 2 else ""), self._shapes(shown)
 
-    def _shapes(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The shapes of tensors, in as few lines as fit; of one tensor without its name."""
+    def _shapes(self, names: Sequence[str], named: bool = False) -> tuple[str, ...]:
+        """The shapes of tensors, in as few lines as fit; of one tensor without its name, if it is not to be `named`."""
         names = [name for name in names if self.tensors.counts(name)]
-        if len(names) == 1:
+        if len(names) == 1 and not named:
             return (self.tensors.shape(names[0]) or "one number",)
         texts = [f"{self.tensors.shown(n) or n.rpartition('.')[2]} {self.tensors.shape(n)}".strip() for n in names]
         lines: list[str] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import fx, nn
 
@@ -25,13 +26,13 @@ MOST_INPUTS = 4  # of more inputs, the further ones are one box
 SIGNS = {"add": "+", "iadd": "+", "sub": "−", "isub": "−", "mul": "⊙", "imul": "⊙", "matmul": "@", "cat": "concat"}
 
 
-def figure_of(graph: fx.Graph, module: nn.Module, state: SiteState) -> Figure:
-    """The figure of a woven graph. The graph is changed."""
-    return _Flow(simplify_graph(graph, ()), module, state).figure()
+def figure_of(graph: fx.Graph, module: nn.Module, state: SiteState, letters: Mapping[Any, str]) -> Figure:
+    """The figure of a woven graph. The graph is changed. `letters`: one-letter variables of the rules, by step."""
+    return _Flow(simplify_graph(graph, ()), module, state, letters).figure()
 
 
 class _Flow:
-    def __init__(self, graph: fx.Graph, module: nn.Module, state: SiteState):
+    def __init__(self, graph: fx.Graph, module: nn.Module, state: SiteState, letters: Mapping[Any, str]):
         self.state = state
         self.tensors = Tensors(module, state)
         self.rules = {f"{applied.rule.label} [{applied.adapter}]": applied for applied in state.applied}
@@ -41,7 +42,7 @@ class _Flow:
         for node in graph.nodes:
             self._take(node)
         self.hosts = self._fused()
-        self.text = BoxText(self.tensors, self.sources, self.hosts)
+        self.text = BoxText(self.tensors, self.sources, letters)
 
     # Steps ----------------------------------------------------------------------------------------------------
 

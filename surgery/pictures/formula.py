@@ -11,7 +11,7 @@ from torch import fx
 
 from surgery.inspection.readable_graph import operands
 
-__all__ = ["Formulas", "is_fact", "name_of", "number", "passes_through", "symbol"]
+__all__ = ["Formulas", "is_fact", "name_of", "number", "passes_through", "symbol", "untransposed"]
 
 LONGEST = 34  # characters of a formula; a longer part becomes f(its parameters)
 _ATOM, _TIGHT, _PRODUCT, _SUM = 3, 2, 1, 0
@@ -69,6 +69,15 @@ def passes_through(node: fx.Node, own: bool = False) -> bool:
         return False
     name = name_of(node)
     return name in _CASTS or name in _VIEWS or name == "with_hidden" or own and name in _TURNS
+
+
+def untransposed(node: fx.Node) -> tuple[fx.Node, int]:
+    """The value before casts, changes of shape and transpositions, and how often it is transposed."""
+    flips = 0
+    while isinstance(source := node.args[0] if node.args else None, fx.Node) and passes_through(node, own=True):
+        flips += name_of(node) in _TURNS
+        node = source
+    return node, flips
 
 
 class Formulas:

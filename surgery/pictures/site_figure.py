@@ -9,6 +9,7 @@ from torch import nn
 
 from surgery.errors import SurgeryWarning
 from surgery.forward.own_forward import own_forward
+from surgery.inspection.variable_names import variable_names
 from surgery.pictures.figure import Owner, SiteFigure
 from surgery.pictures.flow import figure_of
 from surgery.state.records import SiteState
@@ -28,8 +29,10 @@ def site_figure(module: nn.Module, state: SiteState, path: str, *, before: bool 
         own = own or own_forward(module, state.base)
         layers = [layer_at(applied, module, state, own) for applied in live]
         training = module.training if traced else True  # training shows all parts of a rule, such as its dropout
-        after = figure_of(weave(own, layers, training, lowered=False), module, state)
-        base = figure_of(weave(own, [], training, lowered=False), module, state) if before else None
+        names = variable_names(live, layers, module, state.path, own)
+        letters = {step: name.text for step, name in names.items() if len(name.text) == 1 and name.assigned}
+        after = figure_of(weave(own, layers, training, lowered=False), module, state, letters)
+        base = figure_of(weave(own, [], training, lowered=False), module, state, {}) if before else None
     formulas = {Owner(applied.adapter, applied.rule.label): _formula(type(applied.rule)) for applied in live}
     return SiteFigure(
         path=path,

@@ -166,7 +166,7 @@ class Plan(Displayed, Report):
             {**row, "tensors": " ".join(f"{name}{shape}" for name, shape in row["tensors"].items())} for row in rows
         ]
 
-    def display_parts(self) -> list[str | Table]:
+    def _display_parts(self) -> list[str | Table]:
         head = f"adapter {self.adapter!r}: {len(self.steps)} edits, {self.trainable:,} trainable parameters"
         head += f"; the base {self._base_state()}"
         parts: list[str | Table] = [head, Table(["rule", "site", "type", "tensors", "trainable"], _rows(self.steps))]

@@ -89,7 +89,7 @@ def test_merging_and_loading_tell_once() -> None:
 def test_plans_and_adapters_are_short() -> None:
     plan = plan_rules(deep(), LoraRule("up", rank=2))
     assert len(lines(plan)) == 4  # of which two are the folded row
-    assert ["210 sites, such as layers.0.up, layers.1.up"] == [row[1] for row in plan.display_parts()[1].rows]  # type: ignore
+    assert ["210 sites, such as layers.0.up, layers.1.up"] == [row[1] for row in plan._display_parts()[1].rows]  # type: ignore
     assert f"{MANY * 32:,}" in lines(plan)[2] and len(plan.to_dict()["steps"]) == MANY
     few = plan_rules(deep(3), LoraRule("up", rank=2))
     assert len(lines(few)) == 5

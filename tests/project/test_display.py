@@ -30,6 +30,7 @@ def results() -> list[Displayed]:
         plan_rules(model(), [LoraRule(nn.Linear, rank=2)], adapter="<b>"),
         summary(rewritten),
         *adapters(rewritten).values(),
+        adapters(rewritten),  # type: ignore[list-item]
         coverage(layers, torch.ones(1, 8)),
     ]
 
@@ -44,8 +45,8 @@ def test_rich_folds_at_80_columns_and_loses_no_text(result: Displayed) -> None:
     output = io.StringIO()
     console.Console(file=output, width=80, color_system=None).print(result)
     assert max(map(len, output.getvalue().splitlines())) <= 80
-    texts = [part for part in result.display_parts() if isinstance(part, str)]
-    tables = [part for part in result.display_parts() if isinstance(part, Table)]
+    texts = [part for part in result._display_parts() if isinstance(part, str)]
+    tables = [part for part in result._display_parts() if isinstance(part, Table)]
     for text in texts:
         assert without_folds(text) in without_folds(output.getvalue())
     for cell in (cell for part in tables for row in part.rows for cell in row if len(cell) < 16):
@@ -78,7 +79,7 @@ class Cells(HTMLParser):
 
 @pytest.mark.parametrize("result", results(), ids=lambda result: type(result).__name__)
 def test_notebooks_show_tables(result: Displayed) -> None:
-    tables = [part for part in result.display_parts() if isinstance(part, Table)]
+    tables = [part for part in result._display_parts() if isinstance(part, Table)]
     expected = [cell for part in tables for row in (part.head, *part.rows) for cell in row]
     assert Cells(result._repr_html_()).cells == expected  # type: ignore[attr-defined]
     assert "<b>" not in result._repr_html_()
