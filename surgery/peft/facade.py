@@ -19,7 +19,7 @@ from surgery.peft.defaults import with_defaults
 from surgery.peft.delegation import Facade, inside
 from surgery.peft.errors import pefts_errors
 from surgery.peft.model import LoadResult, PeftMixedModel, PeftModel
-from surgery.peft.notices import warn_of_names
+from surgery.peft.notices import warn_of_embeddings, warn_of_names
 from surgery.peft.tensor_options import materialise
 from surgery.peft_format.key_history import PREFIX
 from surgery.peft_format.writing import from_peft, to_peft
@@ -172,7 +172,8 @@ def get_peft_model_state_dict(
         state_dict = model.state_dict()  # which gathers the parts of all processes
     with pefts_errors(KeyError):
         adapter_names(rewritten(base)[1], adapter_name)
-        tensors = to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]
+        config, tensors = to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)
+        warn_of_embeddings(config, base, save)
         return dict(zip(_own_keys(model, tensors), tensors.values(), strict=True))
 
 

@@ -17,6 +17,7 @@ from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
 from surgery.peft.configuration import targeted_parameters
 from surgery.peft.errors import PeftRuntimeWarning, as_builtin
+from surgery.peft_format.base_embeddings import Save, embedding_notes
 from surgery.peft_format.methods import method_of, part_of
 from surgery.peft_format.targets import Modules, chosen_by
 from surgery.rewritten_model.verb_root import records_in, rewritten
@@ -28,6 +29,7 @@ __all__ = [
     "check_together",
     "fields_for_rules",
     "warn_of_changed_base",
+    "warn_of_embeddings",
     "warn_of_fields",
     "warn_of_names",
 ]
@@ -159,6 +161,12 @@ def warn_of_changed_base(configs: Iterable[PeftConfig]) -> None:
             text = f"{name} changes the base weights of the model and should thus not be used with other adapters. "
             _warn(f"{text}It can't be inactive: deactivating it, or activating another adapter alone, is an error.")
             return
+
+
+def warn_of_embeddings(config: Mapping[str, Any], model: nn.Module, save: Save) -> None:
+    """Warns, as PEFT does, where `save_embedding_layers` saves embeddings of itself, or finds none to save."""
+    for note in embedding_notes(config, Modules.of(model), save):
+        warnings.warn(note, SurgeryWarning, stacklevel=4)
 
 
 def warn_of_fields(config: PeftConfig, model: nn.Module) -> None:

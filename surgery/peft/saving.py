@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError, SurgeryWarning, near_misses
 from surgery.peft.checkpoints import write_checkpoint
 from surgery.peft.delegation import Facade
 from surgery.peft.errors import as_builtin
+from surgery.peft.notices import warn_of_embeddings
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.storage.checkpoint_folder import is_checkpoint
@@ -60,6 +61,8 @@ def save_folder(
         place, config = folder if name == "default" else folder / name, configs.get(name)
         arguments: dict[str, Any] = {"config": config and config.to_dict(), "state_dict": tensors}
         arguments["save_embedding_layers"] = save_embedding_layers
+        if config is not None:
+            warn_of_embeddings(config.to_dict(), model, save_embedding_layers)
         try:
             surgery.save_adapter(model, place, name, format="peft", **arguments)
             if not safe_serialization:

@@ -15,7 +15,7 @@ from surgery.peft_format.key_history import PREFIX
 from surgery.peft_format.targets import Modules
 from surgery.state.base_tensors import base_tensor
 
-__all__ = ["Save", "embedding_tensors"]
+__all__ = ["Save", "embedding_notes", "embedding_tensors"]
 
 Save = bool | Literal["auto"]
 _INSIDE = ("", "base_layer.", "token_adapter.base_layer.", "token_adapter.base_layer.base_layer.")
@@ -36,10 +36,7 @@ def embedding_tensors(
     name says. `main`: the paths that the method is on; `written`: what else is in the file, rows of the base among it.
     """
     targeted = _targeted(config, modules.by_path)
-    if save == "auto":
-        rows_alone = config.get("trainable_token_indices") is not None or config.get("token_indices") is not None
-        save = (targeted and not rows_alone) or _grew(config, modules.model)
-    if not save:
+    if not _wanted(config, modules, save)[0]:
         return {}
     tensors: dict[str, Tensor] = {}
     layers = embeddings_of(modules.model)
@@ -59,6 +56,26 @@ def embedding_tensors(
             if not tensor.is_meta:
                 tensors[f"{PREFIX}{path}.{inside}{name}"] = tensor
     return tensors
+
+
+def embedding_notes(config: Mapping[str, Any], modules: Modules, save: Save) -> list[str]:
+    """PEFT's warnings of `save_embedding_layers`: "auto" saves embeddings, or the model does not tell of any."""
+    wanted, note = _wanted(config, modules, save)
+    notes = [f"Setting `save_embedding_layers` to `True` as {note}."] if note else []
+    if wanted and not hasattr(modules.model, "get_input_embeddings"):
+        notes.append("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.")
+    return notes
+
+
+def _wanted(config: Mapping[str, Any], modules: Modules, save: Save) -> tuple[bool, str]:
+    """Whether the embeddings are saved, and the reason where "auto" decides so."""
+    if save != "auto":
+        return bool(save), ""
+    rows_alone = config.get("trainable_token_indices") is not None or config.get("token_indices") is not None
+    if _targeted(config, modules.by_path) and not rows_alone:
+        return True, "embedding layers found in `target_modules`"
+    grew = _grew(config, modules.model)
+    return grew, "the embedding layer has been resized during finetuning" if grew else ""
 
 
 def _has_rows(modules: Modules, layer: nn.Module, file_tensors: Mapping[str, Tensor]) -> bool:

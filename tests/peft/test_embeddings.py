@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import surgery.peft
 import surgery.rules  # noqa: F401  # brings the methods
 from surgery import (
     LoadError,
@@ -220,3 +222,26 @@ def test_the_facade(tmp_path: Path) -> None:
         assert any("base_layer" in key for key in keys_in(tmp_path / "c")) is kept
     told = json.loads((tmp_path / "c/adapter_config.json").read_text())
     assert told["target_modules"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("method", ["save_pretrained", "get_peft_model_state_dict"])
+def test_embeddings_that_are_saved_are_warned_of(method: str, tmp_path: Path) -> None:
+    """PEFT warns where "auto" saves embeddings, and where the model does not tell which modules are embeddings."""
+
+    def told(library: Any, model: Any, targets: list[str], save: Any) -> list[str]:
+        made = library.get_peft_model(copy.deepcopy(model), library.LoraConfig(r=2, target_modules=targets))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if method == "save_pretrained":
+                made.save_pretrained(tmp_path / library.__name__, save_embedding_layers=save)
+            else:
+                library.get_peft_model_state_dict(made, save_embedding_layers=save)
+        return [str(warning.message) for warning in caught if "embedding" in str(warning.message)]
+
+    text, plain = of_transformers("LlamaForCausalLM"), torch.nn.Sequential(torch.nn.Embedding(9, 8))
+    for model, targets, save, count in (
+        (text, ["embed_tokens", "q_proj"], "auto", 1), (text, ["q_proj"], "auto", 0), (text, ["embed_tokens"], True, 0),
+        (text, ["embed_tokens"], False, 0), (plain, ["0"], True, 1), (plain, ["0"], "auto", 0),
+    ):  # fmt: skip
+        found = told(surgery.peft, model, targets, save)
+        assert found == told(peft, model, targets, save) and len(found) == count
