@@ -106,8 +106,9 @@ class LoraRule(LowRankMethod):
     def additive(self) -> bool:
         return not self.dora
 
-    def alike(self, path: str) -> tuple[int, float]:
-        return self.rank_at(path), self.alpha_at(path)
+    def alike(self, path: str) -> tuple[int, float] | None:
+        # Tied factors depend on which weight a module has
+        return None if self.tied else (self.rank_at(path), self.alpha_at(path))
 
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := super().check(module, path):

@@ -240,6 +240,14 @@ def test_the_rule_shares_factors(tmp_path: Path) -> None:
     assert torch.allclose(both[1:], logits(build()), atol=1e-5)
 
 
+def test_modules_with_weights_of_their_own_have_their_own_factors() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    model[2].weight = model[0].weight
+    apply_rules(model, LoraRule(torch.nn.Linear, rank=2, tied=True))
+    first, second, third = (module.adapters.default.A for module in model)
+    assert first is third and first is not second
+
+
 def test_factors_that_can_not_be_tied_are_refused(tmp_path: Path) -> None:
     for fields in ({"dora": True}, {"init": "pissa"}, {"invocation": [1]}):
         with pytest.raises(RuleError, match="tied"):
