@@ -34,10 +34,10 @@ from tests.support.pages import TEXT, runs
 from tests.support.sampling import sample
 
 TASKS = (
-    "change-an-output", "add-a-second-head", "replace-a-module", "drop-layers", "add-noise-in-training",
-    "quantise-in-training", "change-gradients", "share-a-parameter", "weight-a-loss", "capture-activations",
-    "patch-activations", "ablate-heads", "steer-activations", "use-a-sparse-autoencoder", "collect-statistics",
-    "edit-operations", "fuse-operations", "edit-attention-scores",
+    "change-an-output", "overwrite-a-position", "add-a-second-head", "replace-a-module", "drop-layers",
+    "add-noise-in-training", "quantise-in-training", "change-gradients", "share-a-parameter", "weight-a-loss",
+    "capture-activations", "patch-activations", "ablate-heads", "steer-activations", "use-a-sparse-autoencoder",
+    "collect-statistics", "edit-operations", "fuse-operations", "replace-the-softmax", "edit-attention-scores",
 )  # fmt: skip
 PAGES = [f"docs/how-to/{task}.md" for task in TASKS]
 
