@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 __all__ = ["is_number_column", "table"]
 
-_NARROWEST = 12  # characters of a folded column
+_LONGEST = 24  # characters of a word that is not cut, to fold a column
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int | None = None) -> str:
@@ -27,7 +27,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int | None =
     right = [is_number_column(rows, i) for i in range(len(head))]
     widths = [max(len(row[i]) for row in [list(head), *rows]) for i in range(len(head))]
     if most is not None:
-        widths = _narrowed(widths, [max(_NARROWEST, len(name)) for name in head], right, most)
+        words = [
+            max((len(word.rstrip()) for row in rows for word in _words(row[i])), default=0) for i in range(len(head))
+        ]
+        least = [max(len(name), min(word, _LONGEST)) for name, word in zip(head, words, strict=True)]
+        widths = _narrowed(widths, least, right, most)
     lines = [
         line for row in [list(head), *rows] for line in itertools.zip_longest(*map(_folded, row, widths), fillvalue="")
     ]
@@ -69,5 +73,10 @@ def _folded(text: str, width: int) -> list[str]:
 
 
 def _parts(text: str, width: int) -> Iterator[str]:
-    for part in re.split(r"(?<=[\s.,/])(?![^\[]*\])", text):
+    for part in _words(text):
         yield from (part[start : start + width] for start in range(0, len(part), max(width, 1)) or [0])
+
+
+def _words(text: str) -> list[str]:
+    """The parts of a text between which a line may break, each with the space after it."""
+    return re.split(r"(?<=[\s.,/])(?![^\[]*\])", text)
