@@ -15,7 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.reports.peft_suite", description=__doc__)
     parser.add_argument("--source", type=Path, help="a folder with PEFT's source of the installed version")
     parser.add_argument("--files", nargs="*", help="only these files of tests, such as test_config.py")
-    parser.add_argument("--every", type=int, default=1, help="of each function and configuration, about each nth test")
+    parser.add_argument("--every", type=int, default=6, help="of each function and configuration, about each nth test")
     parser.add_argument("--sides", nargs="*", choices=SIDES, default=SIDES)
     parser.add_argument(
         "--again", nargs="?", const="".join(classes.KINDS), default="", metavar="CLASSES",

@@ -26,15 +26,15 @@ def place(repository: str, revision: str = "main") -> Path:
 
 
 @cache
-def tokenizer(size: int = 300) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of bytes and a few merges."""
+def tokenizer(size: int = 300, more: tuple[str, ...] = ()) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of bytes and a few merges. `more`: special tokens, which come after the usual five."""
     special = {"pad": "<pad>", "eos": "</s>", "bos": "<s>", "unk": "<unk>", "mask": "<mask>"}
     model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=list(special.values()),
+        special_tokens=[*special.values(), *more],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -147,6 +147,24 @@ MODELS: dict[str, Callable[[], Any]] = {
         t.NemotronHConfig(vocab_size=TOKENS, hidden_size=32)
     ),
 }  # fmt: skip
+
+
+def pictures(size: int) -> Any:
+    return t.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def llava_inputs() -> Any:
+    """The processor of the stand-in for Llava: the token with its image_token_index stands for a picture."""
+    tokenizer = hub.tokenizer(more=("<image>",))
+    options = {"patch_size": 15, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return t.LlavaProcessor(pictures(30), tokenizer, **options)
+
+
+# What makes inputs of pictures, saved beside a model.
+PROCESSORS: dict[str, Callable[[], Any]] = {
+    PEFT + "tiny-random-ResNetForImageClassification": lambda: pictures(224),
+    PEFT + "tiny-LlavaForConditionalGeneration": llava_inputs,
+}
 # A model under a second revision, with other weights.
 REVISIONS = {PEFT + "tiny-random-BertModel": "v2.0.0"}
 
@@ -167,4 +185,6 @@ def build() -> list[str]:
             folder = hub.place(repository, revision)
             model.save_pretrained(folder)
             hub.tokenizer().save_pretrained(folder)
+            if repository in PROCESSORS:
+                PROCESSORS[repository]().save_pretrained(folder)
     return missing

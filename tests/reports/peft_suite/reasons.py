@@ -173,7 +173,14 @@ REASONS: tuple[Reason, ...] = (
         "PEFT's format can't hold the adapter: it is saved in a format of its own",
         {"type": r"AssertionError", "line": r"target_adapter_filename|\"adapter_model\.safetensors\" in os\.listdir"},
     ),
+    # Differences that are known.
+    Reason(
+        "d",
+        "the rounding of float32: of outputs near 1,000, PEFT's merge loses as much with other random numbers",
+        {"test": r"test_multiple_active_adapters_merge_and_unmerge\[RandLora Same", "type": r"AssertionError"},
+    ),
     # Words.
+    Reason("e", "the length of a model card", {"test": r"test_non_existing_model_card", "text": r"> 1000"}),
     Reason(
         "e",
         "a warning that asks to untie the embeddings before a merge, which unties them here",
