@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 import surgery.peft  # noqa: E402
 from tests.reports.peft_suite import SHIM, classes, shim, source  # noqa: E402
 from tests.reports.peft_suite.reasons import REASONS  # noqa: E402
+from tests.support import ROOT  # noqa: E402
 
 
 @pytest.fixture
@@ -84,3 +85,16 @@ def test_every_rule_has_a_class_and_patterns():
         for key, pattern in reason.patterns.items():
             assert key in {"type", "text", "line", "test", "expected", "method", "causes"}
             re.compile(pattern)
+
+
+def test_the_pages_name_what_does_not_exist():
+    import peft
+
+    pages = [ROOT / "docs/reference" / name for name in ("peft-names.md", "peft-differences.md")]
+    of_names, of_all = (set(re.findall(r"`([\w.]+)`", "".join(page.read_text(encoding="utf-8") for page in chosen)))
+                        for chosen in (pages[:1], pages))  # fmt: skip
+    absent = {name for name in peft.__all__ if name not in surgery.peft.__all__}
+    assert absent and not absent - of_names
+    reasons = [reason.words for reason in REASONS if reason.kind == "a"]
+    assert not {name for words in reasons for name in re.findall(r"peft\.(\w+)", words)} - of_all
+    assert not {name for words in reasons for name in re.findall(r"^`([\w.]+)`", words)} - of_all
