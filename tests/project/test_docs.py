@@ -36,7 +36,6 @@ NEEDS = {
     **{f"docs/how-to/{task}.md": ("onnxscript", "onnxruntime") for task in ONNX},
     "docs/tutorials/ship.md": ("onnxscript", "onnxruntime"),
     "docs/how-to/match-by-condition.md": ("yaml",),
-    "docs/how-to/keep-rules-in-a-file.md": ("yaml",),
 }
 
 
