@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,7 +10,7 @@ from typing import Any
 
 from surgery.text_table import is_number_column, table
 
-__all__ = ["Displayed", "Table", "html_table"]
+__all__ = ["Displayed", "Table", "escaped", "html_table"]
 
 COLUMNS = 80  # of a terminal; wider tables are folded
 
@@ -59,7 +60,7 @@ class Displayed:
     def _repr_html_(self) -> str:
         parts = self._display_parts()
         return "\n".join(
-            part._repr_html_() if isinstance(part, Table) else f'<pre style="margin: 0">{escape(part)}</pre>'
+            part._repr_html_() if isinstance(part, Table) else f'<pre style="margin: 0">{escaped(part)}</pre>'
             for part in parts
         )
 
@@ -70,13 +71,25 @@ class Displayed:
             yield part if isinstance(part, Table) else Text(part)
 
 
+_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def escaped(text: str) -> str:
+    """A text for HTML and XML. Characters that XML forbids are shown as Python's escapes.
+
+    >>> escaped("a < b"), escaped("bell \\x07")
+    ('a &lt; b', 'bell \\\\x07')
+    """
+    return escape(_NOT_IN_XML.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text))
+
+
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], raw: frozenset[int] = frozenset()) -> str:
     """A table as HTML. Texts are escaped; `raw`: columns that are HTML already."""
     numbers = [is_number_column(rows, column) for column in range(len(head))]
     kinds = [' class="n" align="right"' if number else ' align="left"' for number in numbers]
-    cells = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
+    cells = "".join(f"<th{kind}>{escaped(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     lines = [f"<table><thead><tr>{cells}</tr></thead><tbody>"]
     for row in rows:
-        texts = [text if column in raw else escape(text) for column, text in enumerate(row)]
+        texts = [text if column in raw else escaped(text) for column, text in enumerate(row)]
         lines.append(f"<tr>{''.join(f'<td{k}>{t}</td>' for k, t in zip(kinds, texts, strict=True))}</tr>")
     return "\n".join([*lines, "</tbody></table>"])

@@ -13,8 +13,8 @@ from surgery.adapter_files.entry import SURGERY, names_in
 from surgery.adapter_files.tensor_headers import TensorHeader, read_header
 from surgery.commands.adapter_description import describe_adapter, our_place, peft_keys, peft_place
 from surgery.commands.answer import Answer, Table
-from surgery.commands.model_description import weight_files
 from surgery.commands.paths import existing
+from surgery.commands.weight_files import weight_files
 from surgery.errors import SurgeryError
 from surgery.report_data import plain
 

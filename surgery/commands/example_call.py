@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.adapter_files.tensor_headers import read_header
 from surgery.commands.paths import existing
 from surgery.errors import SurgeryError
 
@@ -22,6 +23,7 @@ def example_call(model: nn.Module, file: Path | None, batch: int = 2, length: in
         if existing(file).suffix != ".safetensors":
             fix = 'safetensors.torch.save_file({"input_ids": ids, …}, "example.safetensors")'
             raise SurgeryError(f"{file} is not a safetensors file", why="an example is tensors by name", fix=fix)
+        read_header(file)  # an error of the header names the file
         return dict(load_file(file))
     import torch
 

@@ -11,10 +11,11 @@ import typer
 from surgery.adapter_files.entry import BARE, OLD, PEFT, SURGERY, names_in
 from surgery.commands.adapter_description import describe_adapter
 from surgery.commands.answer import Answer, Table, size_text
-from surgery.commands.model_description import INDEX, PICKLES, describe_model, describe_tensors
+from surgery.commands.model_description import PICKLES, describe_model, describe_tensors
 from surgery.commands.model_folder import CONFIG
 from surgery.commands.onnx_description import describe_adapter_of_slots, describe_onnx
 from surgery.commands.paths import existing, size_of
+from surgery.commands.weight_files import INDEX
 from surgery.errors import SurgeryError
 
 __all__ = ["inspect"]

@@ -10,11 +10,10 @@ from surgery.adapter_files.plain_json import read_json
 from surgery.adapter_files.tensor_headers import read_header
 from surgery.commands.adapter_description import RESERVED, totals
 from surgery.commands.model_folder import CONFIG, class_in_config
-from surgery.errors import SurgeryError
+from surgery.commands.weight_files import weight_files
 
-__all__ = ["INDEX", "PICKLES", "describe_model", "describe_tensors", "weight_files"]
+__all__ = ["PICKLES", "describe_model", "describe_tensors"]
 
-INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -48,24 +47,6 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "notes": notes,
         "opens_with": [f"transformers.{kind or 'AutoModel'}.from_pretrained"] if config else ["safetensors"],
     }
-
-
-def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The safetensors files of a model, and the names in its index that are absent."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"], []
-    if not (folder / INDEX).is_file():
-        return sorted(folder.glob("*.safetensors")), []
-    index = read_json(folder / INDEX)
-    mapping = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
-        raise SurgeryError(f"{INDEX} is damaged", where=str(folder), why="it has no weight_map of file names")
-    names = sorted(set(mapping.values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise SurgeryError(f"{INDEX} names a file outside of its folder", where=str(folder), why=outside[0][:200])
-    return [folder / name for name in names if (folder / name).is_file()], [
-        name for name in names if not (folder / name).is_file()
-    ]
 
 
 def describe_tensors(file: Path) -> dict[str, Any]:

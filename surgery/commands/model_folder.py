@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.adapter_files.entry import PEFT
 from surgery.adapter_files.plain_json import read_json
+from surgery.adapter_files.tensor_headers import read_header
 from surgery.commands.paths import existing
+from surgery.commands.weight_files import weight_files
 from surgery.errors import SurgeryError, SurgeryWarning, abbreviate, near_misses
 
 if TYPE_CHECKING:
@@ -24,7 +28,7 @@ def model_on_meta(folder: Path, class_name: str | None = None) -> nn.Module:
     import torch
 
     cls, config = _class_and_config(folder, class_name)
-    with torch.device("meta"):
+    with _errors_of_transformers(folder, f"can't build {cls.__name__}", _CONFIG_FIX), torch.device("meta"):
         return cls._from_config(config).eval()
 
 
@@ -32,14 +36,25 @@ def load_model(folder: Path, class_name: str | None = None) -> nn.Module:
     """The model with its weights, from safetensors files, in their own dtype and in evaluation mode."""
     cls, _ = _class_and_config(folder, class_name)
     folder = folder.parent if folder.is_file() else folder
-    options: dict[str, Any] = {"dtype": "auto", "local_files_only": True, "use_safetensors": True}
-    try:
-        model, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
-    except OSError as error:
-        if any(folder.glob("*.safetensors")):
-            raise
+    files, absent = weight_files(folder)
+    if absent:
+        why, fix = f"the index names {abbreviate(absent, 'files')}", "copy or download the absent files"
+        raise SurgeryError(f"weights of {folder} are absent", why=why, fix=fix)
+    if not files:
         what, fix = f"{folder} has no weights in safetensors files", "save the model with save_pretrained"
-        raise SurgeryError(what, why=str(error).partition("\n")[0], fix=fix) from error
+        raise SurgeryError(what, why=_files_text(folder), fix=fix)
+    for file in files:  # an error of the header names its file
+        read_header(file)
+    options: dict[str, Any] = {"dtype": "auto", "local_files_only": True, "use_safetensors": True}
+    with _errors_of_transformers(folder, f"can't load {cls.__name__}", _WEIGHTS_FIX):
+        model, report = cls.from_pretrained(
+            str(folder), **options, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        first = f"{name} is {tuple(stored)}, config.json gives {tuple(wanted)}"
+        why = f"{len(mismatched)} tensors have other shapes, such as {first}"
+        raise SurgeryError(f"the weights of {folder} don't fit {cls.__name__}", why=why, fix=_WEIGHTS_FIX)
     if missing := sorted(report["missing_keys"]):
         listed = abbreviate(missing, "tensors")
         warnings.warn(f"the files of {folder} lack {listed}: they have random values", SurgeryWarning, stacklevel=2)
@@ -69,20 +84,47 @@ def _class_and_config(folder: Path, class_name: str | None) -> tuple[Any, Any]:
     if class_name is not None and not _is_model_class(transformers, class_name):
         near = near_misses(class_name, [name for name in dir(transformers) if _is_name_of_model(name)])
         raise SurgeryError(f"transformers has no model {class_name!r}", why=near, fix="--class takes a class name")
-    try:
+    fix = "commands run no code of a folder; load such a model in Python and use the functions"
+    with _errors_of_transformers(file, "can't read the configuration", fix):
         config = transformers.AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False)
-    except ValueError as error:
-        why = str(error).partition("\n")[0][:300]
-        fix = "commands run no code of a folder; load such a model in Python and use the functions"
-        raise SurgeryError(f"transformers can't read {file}", why=why, fix=fix) from error
     if wanted is not None and _is_model_class(transformers, wanted):
-        return getattr(transformers, wanted), config
+        cls = getattr(transformers, wanted)
+        return cls, _config_for(cls, config, file)
     if class_name is None and type(config) in transformers.MODEL_MAPPING:
         return transformers.MODEL_MAPPING[type(config)], config
     raise SurgeryError(f"transformers has no model class for {file}", why=f"it names {wanted}", fix="--class NAME")
 
 
+@contextlib.contextmanager
+def _errors_of_transformers(place: Path, what: str, fix: str) -> Iterator[None]:
+    """Any error of transformers, which are of many classes, as one about the folder or file."""
+    try:
+        yield
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise SurgeryError(f"transformers {what}", where=str(place), why=why, fix=fix) from error
+
+
+def _files_text(folder: Path) -> str:
+    names = sorted(file.name for file in folder.iterdir())
+    return f"it holds {abbreviate(names, 'files')}"
+
+
+def _config_for(cls: Any, config: Any, file: Path) -> Any:
+    """The configuration that the class takes: this one, or its part for the class."""
+    kind = cls.config_class
+    if kind is None or isinstance(config, kind):
+        return config
+    part = getattr(config, kind.base_config_key, None) if kind.base_config_key else None
+    if isinstance(part, kind):
+        return part
+    why = f"the class takes {kind.__name__}, and the file is {type(config).__name__}"
+    raise SurgeryError(f"{cls.__name__} does not fit {file}", why=why, fix="--class NAME")
+
+
 _FIX = "name a folder that save_pretrained wrote"
+_CONFIG_FIX = "--class names another class; or mend config.json"
+_WEIGHTS_FIX = "name the class that the weights were saved from with --class; or save them again with save_pretrained"
 
 
 def _is_name_of_model(name: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from surgery.errors import SurgeryError, near_misses
 
-__all__ = ["existing", "size_of"]
+__all__ = ["existing", "read_text", "size_of"]
 
 
 def existing(path: Path) -> Path:
@@ -21,6 +21,16 @@ def existing(path: Path) -> Path:
     listed = f"{folder} holds {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else None
     fix = "name a file or folder here; commands ask no hub, so download a repository first"
     raise SurgeryError(f"{path} does not exist", why=near or listed, fix=fix)
+
+
+def read_text(file: Path) -> str:
+    """Returns the text of a file. Raises `SurgeryError` if it is not a file of text in UTF-8."""
+    if existing(file).is_dir():
+        raise SurgeryError(f"{file} is a folder", fix="name a file in it")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SurgeryError(f"{file} is not a text in UTF-8", why=str(error)) from None
 
 
 def size_of(path: Path) -> int:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.commands.paths import existing
+from surgery.commands.paths import read_text
 from surgery.errors import RuleError, SurgeryError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def read_rules(file: Path, trust: bool) -> list[Rule]:
     if str(file) == "-":
         text, suffix = sys.stdin.read(), ".yaml"
     else:
-        text, suffix = existing(file).read_text(encoding="utf-8"), file.suffix
+        text, suffix = read_text(file), file.suffix
     try:
         rules = rules_from_json(text) if suffix == ".json" else rules_from_yaml(text)
     except SurgeryError as error:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import RuleError, qualified_name
+from surgery.patterns.own_entries import own_parameter
 
 __all__ = ["Candidate", "Pattern", "Verdict", "type_named"]
 
@@ -214,7 +215,7 @@ class _HasParameter(Pattern):
     name_: str
 
     def verdict(self, candidate: Candidate) -> Verdict:
-        ok = candidate.module._parameters.get(self.name_) is not None
+        ok = own_parameter(candidate.module, self.name_) is not None
         return Verdict(
             ok, str(self), f"{type(candidate.module).__name__} has {'the' if ok else 'no'} parameter {self.name_}"
         )

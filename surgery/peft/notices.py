@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery.errors import MergeError, PlanError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.patterns.module_class import class_of
+from surgery.patterns.own_entries import own_parameter
 from surgery.patterns.paths import pattern_matcher, pattern_value, select_targets
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
@@ -257,7 +258,7 @@ def _tied_modules(model: Any) -> list[str]:
     return [
         path
         for path, module in Modules.of(model).by_path.items()
-        if module is not embedding and module._parameters.get("weight") is weight
+        if module is not embedding and own_parameter(module, "weight") is weight
     ]
 
 
@@ -267,7 +268,7 @@ def _says_tied(model: Any) -> bool:
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a Linear or a Conv1D of transformers."""
-    weight: Any = module._parameters.get("weight")
+    weight: Any = own_parameter(module, "weight")
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return (weight.shape[1], weight.shape[0]) if class_of(module).__name__ == "Conv1D" else None

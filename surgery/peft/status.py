@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import surgery
 from surgery.errors import SurgeryError
 from surgery.patterns.module_class import class_of
+from surgery.patterns.own_entries import own_parameter
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
 from surgery.peft.delegation import Facade, inside
@@ -277,7 +278,7 @@ def _merged_at(site: SiteState) -> tuple[str, ...]:
 
 def _backend(module: nn.Module) -> str | None:
     kinds = [cls.__name__ for cls in class_of(module).__mro__]
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     if any(cls.__module__.startswith("torchao.") for cls in type(weight).__mro__):
         return "torchao"
     return next((_BACKENDS[kind] for kind in kinds if kind in _BACKENDS), None)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from surgery.patterns.embeddings import embeddings_of
+from surgery.patterns.own_entries import own_parameter
 from surgery.patterns.paths import endings, select_targets
 from surgery.peft_format.key_history import PREFIX
 from surgery.peft_format.targets import Modules
@@ -87,9 +88,9 @@ def _restored(
     layer: nn.Module, name: str, by_path: Mapping[str, nn.Module], file_tensors: Mapping[str, Tensor]
 ) -> Tensor | None:
     """The tensor as the adapter's file already has it, for this module or a tied one."""
-    parameter = layer._parameters.get(name)
+    parameter = own_parameter(layer, name)
     paths = [
-        path for path, module in by_path.items() if parameter is not None and module._parameters.get(name) is parameter
+        path for path, module in by_path.items() if parameter is not None and own_parameter(module, name) is parameter
     ]
     keys = (f"{PREFIX}{path}.{inside}{name}" for path in paths for inside in _INSIDE)
     return next((file_tensors[key] for key in keys if key in file_tensors), None)

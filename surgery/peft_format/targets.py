@@ -12,6 +12,7 @@ from torch import nn
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.own_entries import own_child
 from surgery.patterns.paths import regex_for, select_targets
 from surgery.patterns.targets import as_pattern
 from surgery.peft_format.key_history import PREFIX
@@ -59,8 +60,8 @@ class Modules:
 
 
 def _parameter_names(module: nn.Module) -> list[str]:
-    parametrized = module._modules.get("parametrizations")
-    return [*module._parameters, *(parametrized._modules if parametrized is not None else ())]
+    parametrized = own_child(module, "parametrizations")
+    return [*module._parameters.keys(), *(parametrized._modules if parametrized is not None else ())]
 
 
 def _names(targets: Iterable[str], full: str) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 
-from surgery.display import html_table
+from surgery.display import escaped, html_table
 from surgery.inspection.show import Summary
 from surgery.pictures.figure import Owner
 from surgery.pictures.output_changes import OutputChange
@@ -36,12 +35,12 @@ def page(data: ReportData) -> str:
     ]
     texts = [(name, head, "\n".join(parts)) for name, head, parts in sections]
     shown = [(name, head, text) for name, head, text in texts if text]
-    title = escape(data.title)
+    title = escaped(data.title)
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(policy())}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{escaped(policy())}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{title}</title><style>{STYLE}</style></head><body>",
             f"<h1>{title}</h1>",
@@ -62,7 +61,7 @@ def _summary(counts: Summary) -> Iterator[str]:
         ("merged", ", ".join(counts.merged) or "nothing"),
     ]
     yield '<div class="cards">'
-    yield from (f'<div class="card"><b>{escape(value)}</b><span>{name}</span></div>' for name, value in cards)
+    yield from (f'<div class="card"><b>{escaped(value)}</b><span>{name}</span></div>' for name, value in cards)
     yield "</div>"
     if counts.rows:
         names = ["adapter", "rule", "sites", "added", "trainable", "state"]
@@ -97,7 +96,7 @@ def _tree(rows: Sequence[TreeRow], numbers: Mapping[str, int], colours: Mapping[
 
 
 def _row(row: TreeRow, numbers: Mapping[str, int], colours: Mapping[Owner, int]) -> str:
-    name = f"<b>{escape(row.name)}</b>"
+    name = f"<b>{escaped(row.name)}</b>"
     if row.path in numbers and row.marks:
         name = f'<a href="#site-{numbers[row.path]}">{name}</a>'
     parts = [name]
@@ -105,8 +104,8 @@ def _row(row: TreeRow, numbers: Mapping[str, int], colours: Mapping[Owner, int])
         parts.append(f'<span class="tag">× {row.repeats}</span>')
     more = f" … {row.folded} modules" if row.folded else ""
     details = [
-        escape(row.type) + more,
-        escape(row.shape),
+        escaped(row.type) + more,
+        escaped(row.shape),
         f"{short_number(row.numbers)} parameters" if row.numbers else "",
     ]
     trained = " ●" if row.trained else ""
@@ -117,7 +116,7 @@ def _row(row: TreeRow, numbers: Mapping[str, int], colours: Mapping[Owner, int])
 def _mark(mark: Mark, colours: Mapping[Owner, int]) -> str:
     state = "" if mark.state == "live" else f", {mark.state}"
     count = f" ● {short_number(mark.trained)}" if mark.trained else f" {short_number(mark.added)}" if mark.added else ""
-    text = escape(f"{mark.owner.rule} [{mark.owner.adapter}{state}]{count}")
+    text = escaped(f"{mark.owner.rule} [{mark.owner.adapter}{state}]{count}")
     return f'<span class="mark {mark.state} m{colours.get(mark.owner, 0)}">{text}</span>'
 
 
@@ -129,20 +128,20 @@ def _sites(groups: Sequence[SiteGroup], colours: Mapping[Owner, int]) -> Iterato
     yield '<p><input id="filter" type="search" placeholder="part of a path" aria-label="show sites by their path"></p>'
     for number, group in enumerate(groups):
         more = f" and {len(group.paths) - 1:,} more" if len(group.paths) > 1 else ""
-        name = escape(group.paths[0] or "the model itself") + more
-        paths = escape(" ".join(group.paths))
+        name = escaped(group.paths[0] or "the model itself") + more
+        paths = escaped(" ".join(group.paths))
         yield f'<details class="site" id="site-{number}" data-paths="{paths}"><summary><b>{name}</b></summary>'
         if group.figure is not None:
             extra = {owner: n for n, owner in enumerate(group.figure.after.owners()) if owner not in colours}
             yield f'<div class="wide">{site_svg(group.figure, {**extra, **colours}, styled=False)}</div>'
-            yield f"<details><summary>Code</summary><pre>{escape(group.code)}</pre></details>"
+            yield f"<details><summary>Code</summary><pre>{escaped(group.code)}</pre></details>"
             if group.generated:
-                yield f"<details><summary>Generated code</summary><pre>{escape(group.generated)}</pre></details>"
+                yield f"<details><summary>Generated code</summary><pre>{escaped(group.generated)}</pre></details>"
         else:
             drawn = sum(group.figure is not None for group in groups)
             yield f"<p>The first {drawn} entries have pictures. For this one, use draw(model, path).</p>"
         if len(group.paths) > 1:
-            listed = "<br>".join(escape(path) for path in group.paths)
+            listed = "<br>".join(escaped(path) for path in group.paths)
             yield f'<details><summary>{len(group.paths):,} paths</summary><div class="paths">{listed}</div></details>'
         yield "</details>"
 
@@ -196,7 +195,7 @@ def _changes(changes: Sequence[OutputChange], numbers: Mapping[str, int]) -> Ite
     most = max((change.relative or 0.0 for change in shown), default=0.0)
     cells = []
     for change in shown[:_CHANGES]:
-        name = escape(change.path or "(the model)")
+        name = escaped(change.path or "(the model)")
         if change.site and change.path in numbers:
             name = f'<a href="#site-{numbers[change.path]}">{name}</a>'
         relative = change.relative
@@ -207,5 +206,5 @@ def _changes(changes: Sequence[OutputChange], numbers: Mapping[str, int]) -> Ite
 
 def _rules(rules: Sequence[tuple[str, str, str]]) -> Iterator[str]:
     for adapter, text, language in rules:
-        yield f'<details open><summary><b>{escape(adapter)}</b> <span class="soft">{language}</span></summary>'
-        yield f"<pre>{escape(text)}</pre></details>"
+        yield f'<details open><summary><b>{escaped(adapter)}</b> <span class="soft">{language}</span></summary>'
+        yield f"<pre>{escaped(text)}</pre></details>"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape
 
+from surgery.display import escaped
 from surgery.pictures.figure import Box, Figure, Owner, SiteFigure
 from surgery.pictures.layout import LINE, TITLE_SIZE, Layout, Point, Rectangle, place_figure, shown_text
 from surgery.pictures.style import css
@@ -22,7 +22,7 @@ def document(parts: Sequence[str], width: float, height: float, label: str, styl
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" class="sg" width="{width:.0f}" height="{height:.0f}" '
-            f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}">',
+            f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escaped(label)}">',
             *([f"<style>{css()}</style>"] if styled else []),
             f'<rect class="sg-paper" width="{width:.0f}" height="{height:.0f}"/>',
             *parts,
@@ -131,4 +131,4 @@ def _box(box: Box, at: Rectangle, colours: Mapping[Owner, int]) -> list[str]:
 
 
 def _text(text: str, x: float, y: float, classes: str) -> str:
-    return f'<text class="{classes}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+    return f'<text class="{classes}" x="{x:.1f}" y="{y:.1f}">{escaped(text)}</text>'

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from surgery.patterns.module_walk import RESERVED, is_adapters
+from surgery.patterns.own_entries import own_parameter
 from surgery.patterns.wrappers import unwrap
 from surgery.pictures.figure import Owner
 from surgery.state.adapter_tensors import tensors_of
@@ -101,7 +102,7 @@ def _node(module: nn.Module, path: str, name: str) -> _Node:
 
 
 def _shape(module: nn.Module) -> str:
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     if weight is None or is_lazy(weight):
         return ""
     if isinstance(module, nn.Linear) and weight.ndim == 2:

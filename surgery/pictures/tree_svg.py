@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
+from surgery.display import escaped
 from surgery.pictures.figure import Owner
 from surgery.pictures.svg import document
 from surgery.pictures.text_size import shorten, text_width
@@ -34,7 +34,7 @@ def tree_svg(title: str, rows: Sequence[TreeRow], colours: Mapping[Owner, int]) 
     shapes_at = _MARGIN + max(name_widths) + 24
     numbers_at = shapes_at + max([text_width(row.shape, 11) for row in rows] + [50]) + 70
     marks_at = numbers_at + 16
-    parts = [f'<text class="sg-head sg-ink" x="{_MARGIN:.0f}" y="30">{escape(shorten(title, 90))}</text>']
+    parts = [f'<text class="sg-head sg-ink" x="{_MARGIN:.0f}" y="30">{escaped(shorten(title, 90))}</text>']
     parts.append(_text("parameters", numbers_at, 50, "sg-detail sg-soft sg-end-text"))
     right, top = marks_at, 58.0
     parts += _guides(rows, top)
@@ -96,4 +96,4 @@ def _guides(rows: Sequence[TreeRow], top: float) -> list[str]:
 
 
 def _text(text: str, x: float, y: float, classes: str) -> str:
-    return f'<text class="{classes}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>' if text else ""
+    return f'<text class="{classes}" x="{x:.1f}" y="{y:.1f}">{escaped(text)}</text>' if text else ""

@@ -33,7 +33,7 @@ def site_key(rule: Rule, module: nn.Module, path: str, base: type[nn.Module]) ->
     with HookCall(rule, "alike", path):
         rule_key = rule.alike(path)
         hash(rule_key)
-    if rule_key is None or any(name != RESERVED for name in module._modules):
+    if rule_key is None or any(name != RESERVED for name in module._modules.keys()):
         return None
     settings = settings_of(module, base)
     if settings is None:

@@ -13,6 +13,7 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import abbreviate
+from surgery.patterns.own_entries import own_parameter
 
 __all__ = ["rank_notes", "rank_warnings"]
 
@@ -75,7 +76,7 @@ def _sizes(module: Any) -> tuple[int, int] | None:
     """The sizes of a module's weight as a matrix; for packed weights, those of the unpacked matrix."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     if weight is None or weight.dim() < 2 or not weight.is_floating_point():
         return None
     return weight.shape[0], weight[0].numel()

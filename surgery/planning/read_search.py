@@ -100,7 +100,7 @@ class ReadSearch:
         names, module = leads_of(self.entry.cls), self.entry.module
         if "*" in names:
             return True
-        children = (module._modules.get(name, module.__dict__.get(name)) for name in names)
+        children = (module._modules[name] if name in module._modules else module.__dict__.get(name) for name in names)
         return any(isinstance(child, nn.Module) and id(child) in self.paths for child in children)
 
     def places(self) -> list[Bypass]:
@@ -255,7 +255,7 @@ def _callee(thing: Any, values: list[tuple]) -> _Function | None:
 
 def _keys(module: nn.Module, key: Any) -> list[str]:
     """The names of the children that `module[key]` may be; all if the key is unknown."""
-    names = list(module._modules)
+    names = list(module._modules.keys())
     if isinstance(key, int) and isinstance(module, (nn.Sequential, nn.ModuleList)):
         return names[key : key + 1 or None]
     return [name for name in names if name == key] if isinstance(key, str) else names

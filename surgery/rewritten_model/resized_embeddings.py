@@ -18,6 +18,7 @@ from surgery.forward.own_forward import own_forward
 from surgery.forward.parameter_view import tensor_at
 from surgery.forward.tape import Layer
 from surgery.patterns.module_walk import RESERVED
+from surgery.patterns.own_entries import own_child
 from surgery.rewritten_model.moved_sites import move_record
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_tensors import box_of, tensors_of
@@ -122,7 +123,7 @@ def _size(
 
 
 def _adapters(module: nn.Module) -> Iterator[nn.Parameter]:
-    boxes = module._modules.get(RESERVED)
+    boxes = own_child(module, RESERVED)
     if boxes is not None:
         yield from boxes.parameters()
 

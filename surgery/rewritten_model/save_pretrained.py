@@ -129,7 +129,7 @@ def _names_of_trained(model: nn.Module) -> Iterator[str]:
     yield from adapter_keys(model)
     yield from (name for name, parameter in base_parameters(model) if parameter.requires_grad)
     for path, module in base_modules(model):
-        yield from (f"{path}.{name}" if path else name for name in module._buffers)
+        yield from (f"{path}.{name}" if path else name for name in module._buffers.keys())
     for path, _, site in sites(model):
         for applied in site.applied:
             yield from (f"{path}.{name}" if path else name for name, _ in applied.changed)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.own_entries import own_buffer
 from surgery.transaction.gradient_flags import is_lazy
 from surgery.transaction.undo_log import Journal
 
@@ -129,7 +130,7 @@ def changed_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     for module in modules:
         stored: Kept | None = module.__dict__.get(_KEPT)
         pairs = (
-            [(value, module._buffers.get(name)) for name, value in stored.values.items()] if stored is not None else []
+            [(value, own_buffer(module, name)) for name, value in stored.values.items()] if stored is not None else []
         )
         if any(tensor is not None and not torch.equal(tensor, value.to(tensor.device)) for value, tensor in pairs):
             changed.append(module)
@@ -142,7 +143,7 @@ def exchange(modules: Iterable[nn.Module], journal: Journal, base: bool) -> None
         stored: Kept | None = module.__dict__.get(_KEPT)
         if stored is None or stored.base is not base:
             continue
-        present = {name: _copy(tensor) for name in stored.values if (tensor := module._buffers.get(name)) is not None}
+        present = {name: _copy(tensor) for name in stored.values if (tensor := own_buffer(module, name)) is not None}
         journal.keep(stored.__dict__)
         journal.undo(_set_buffers, module, present)
         _set_buffers(module, stored.values)
@@ -186,7 +187,7 @@ def _copy(tensor: Tensor | None) -> Tensor:
 
 def _set_buffers(module: nn.Module, values: dict[str, Tensor]) -> None:
     for name, value in values.items():
-        tensor = module._buffers.get(name)
+        tensor = own_buffer(module, name)
         if tensor is not None and tensor.shape == value.shape and not value.is_meta and not tensor.is_meta:
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.copy_(value)

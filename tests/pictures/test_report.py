@@ -134,6 +134,17 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert tags.count("script") == 1 and "img" not in tags
 
 
+@pytest.mark.parametrize("name", ["<script>", "a\x07b", "a\x00b", "a\ud800b", "a\ufffeb", "é 名前", "]]>"], ids=ascii)
+def test_pictures_are_xml_with_any_name(name: str, tmp_path: Path) -> None:
+    from xml.etree import ElementTree
+
+    model = apply_rules(nn.Sequential(OrderedDict({name: nn.Linear(8, 8), "rest": nn.ReLU()})), LoraRule(name, rank=2))
+    for drawing in (draw(model), draw(model, name)):
+        assert ElementTree.fromstring(drawing).tag.endswith("svg")
+        ElementTree.fromstring(drawing.save(tmp_path / "a.svg").read_bytes())
+    Page(report(model, tmp_path / "a.html").read_text(encoding="utf-8"))
+
+
 def test_changes_are_those_of_plain_hooks() -> None:
     model, x = rewritten(), torch.randn(2, 8)
     changes = {change.path: change for change in output_changes(model, x)}

@@ -1,0 +1,91 @@
+"""Damaged models, rules and examples: each error names the file and says why; no error is of another class."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.support.command_line import Files, Result, run
+
+
+@pytest.fixture
+def model(files: Files, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(files.model, tmp_path / "model"))
+
+
+def refused(*words: object) -> Result:
+    """Runs a command as text and as JSON; its error is one of ours in both."""
+    data = run(*words, "--json").data["error"]
+    assert data["type"].endswith("Error") and data["what"], data
+    done = run(*words)
+    assert done.code == 1 and "--traceback" not in done.err and not done.out
+    return done
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": "x"},
+        {"hidden_size": -4},
+        {"hidden_size": 15},
+        {"hidden_act": "unknown"},
+        {"dtype": "float99"},
+        {"model_type": ["bert"]},
+        {"architectures": ["GPT2LMHeadModel"]},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_transformers_does_not_take(fields: dict, files: Files, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **fields}))
+    for words in (["plan", model, files.rules], ["apply", model, files.rules, "--out", model.parent / "out"]):
+        assert str(model) in refused(*words).err
+    assert [file.name for file in model.parent.iterdir()] == ["model"]
+
+
+def test_weights_of_other_shapes(files: Files, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "hidden_size": 8}))
+    done = refused("merge", model, files.peft, "--out", model.parent / "out")
+    assert "don't fit BertForSequenceClassification" in done.err and "(16,)" in done.err and "(8,)" in done.err
+
+
+@pytest.mark.parametrize("kept", [0, 100, 3000, -10])
+def test_weights_that_are_cut(kept: int, files: Files, model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    done = refused("merge", model, files.peft, "--out", model.parent / "out")
+    assert "model.safetensors" in done.err
+
+
+def test_a_shard_that_is_absent(files: Files, tmp_path: Path) -> None:
+    files.load().save_pretrained(tmp_path / "model", max_shard_size="10KB")
+    shard = next((tmp_path / "model").glob("*00002-of*"))
+    shard.unlink()
+    done = refused("merge", tmp_path / "model", files.peft, "--out", tmp_path / "out")
+    assert f"the index names {shard.name}" in done.err
+
+
+def test_a_model_without_safetensors_files(files: Files, model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    done = refused("merge", model, files.peft, "--out", model.parent / "out")
+    assert "no weights in safetensors files" in done.err and "pytorch_model.bin" in done.err
+
+
+def test_rules_that_are_not_a_text(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_bytes("- rule: lora # é".encode("latin-1"))
+    assert "not a text in UTF-8" in refused("plan", files.model, tmp_path / "rules.yaml").err
+    assert "is a folder" in refused("plan", files.model, tmp_path).err
+
+
+def test_an_example_that_is_cut(files: Files, tmp_path: Path) -> None:
+    example = tmp_path / "example.safetensors"
+    save_file({"input_ids": torch.ones(1, 4, dtype=torch.long)}, example)
+    example.write_bytes(example.read_bytes()[:-8])
+    done = refused("apply", files.model, files.rules, "--out", tmp_path / "out", "--example", example)
+    assert "example.safetensors is damaged" in done.err
