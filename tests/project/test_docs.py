@@ -36,6 +36,7 @@ NEEDS = {
     **{f"docs/how-to/{task}.md": ("onnxscript", "onnxruntime") for task in ONNX},
     "docs/tutorials/ship.md": ("onnxscript", "onnxruntime"),
     "docs/how-to/match-by-condition.md": ("yaml",),
+    "docs/how-to/write-rules-as-yaml.md": ("yaml",),
 }
 
 
@@ -98,6 +99,7 @@ KINDS = [
 def test_every_field_of_a_rule_is_told(kind: type[surgery.Rule]) -> None:
     page = TEXT[f"docs/reference/rules/{kind.name}.md"]
     assert page.startswith(f"# {kind.__name__}\n")
+    assert f"\nName in files: `{kind.name}`. " in page
     own = {field.name for field in dataclasses.fields(kind)} - {f.name for f in dataclasses.fields(surgery.Rule)}
     assert own <= in_code(page), own - in_code(page)
 

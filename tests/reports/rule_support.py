@@ -211,11 +211,11 @@ def cell(text: str) -> str:
 
 def overview(supports: dict[str, Support]) -> str:
     """All rules in one table: ✓, – or a short condition."""
-    lines = [f"| rule | what it does | {' | '.join(HEADS)} |", "|---|---" + "|:-:" * len(HEADS) + "|"]
+    lines = [f"| rule | in files | what it does | {' | '.join(HEADS)} |", "|---|---|---" + "|:-:" * len(HEADS) + "|"]
     for name in SHOWN:
         kind: type[Rule] = getattr(rules, name)
         marks = [mark(getattr(supports[name], field.name)) for field in fields(Support)]
-        lines.append(f"| [{name}]({kind.name}.md) | {what(kind)} | {' | '.join(marks)} |")
+        lines.append(f"| [{name}]({kind.name}.md) | `{kind.name}` | {what(kind)} | {' | '.join(marks)} |")
     return "\n".join(lines) + "\n"
 
 
