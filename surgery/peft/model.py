@@ -27,6 +27,7 @@ from surgery.peft.defaults import with_defaults
 from surgery.peft.delegation import facade, inside, whole
 from surgery.peft.errors import as_builtin, pefts_errors
 from surgery.peft.merging import merge_alone, unmerge
+from surgery.peft.model_card import write_card
 from surgery.peft.notices import (
     check_fields,
     check_merge,
@@ -36,7 +37,7 @@ from surgery.peft.notices import (
     warn_of_fields,
 )
 from surgery.peft.properties import FacadeProperties
-from surgery.peft.saving import save_folder, write_card
+from surgery.peft.saving import save_folder
 from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_idle_gradients
 from surgery.peft.training import add_to_loss, allocation_of
 from surgery.peft_format.methods import method_of, rules_by
@@ -45,7 +46,7 @@ from surgery.rewritten_model.verb_root import rewritten, root_of
 from surgery.state.adapter_naming import adapter_names as named
 from surgery.state.in_use import check_free
 from surgery.state.records import merged_adapters, model_state
-from surgery.storage.hub_upload import card_of, upload
+from surgery.storage.hub_upload import upload
 from surgery.storage.load_report import LoadReport
 from surgery.tracing.example_call import dummy
 
@@ -384,7 +385,8 @@ class PeftModel(FacadeProperties):
         """Upload the files of `save_pretrained` with a model card; returns the commit's address."""
         with pefts_errors(), tempfile.TemporaryDirectory() as place:
             self.save_pretrained(place)
-            card = card_of(self._base, next(iter(self._configs)), repo_id, peft=True)
+            (Path(place) / "README.md").unlink()
+            card = write_card(self, Path(place), repo_id)
             where = {name: options[name] for name in ("private", "token", "revision") if name in options}
             return upload(place, repo_id, card, commit_message, **where)
 

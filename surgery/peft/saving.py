@@ -18,13 +18,13 @@ from surgery.errors import SurgeryError, SurgeryWarning, near_misses
 from surgery.peft.checkpoints import write_checkpoint
 from surgery.peft.delegation import Facade
 from surgery.peft.errors import as_builtin
+from surgery.peft.model_card import write_card
 from surgery.peft.notices import warn_of_embeddings
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.storage.checkpoint_folder import is_checkpoint
-from surgery.storage.hub_upload import card_of
 
-__all__ = ["save_folder", "write_card"]
+__all__ = ["save_folder"]
 
 
 def save_folder(
@@ -86,69 +86,3 @@ def _pickle_tensors(folder: Path) -> None:
     os.chmod(file.name, (folder / PEFT[0]).stat().st_mode)
     os.replace(file.name, folder / OLD)
     (folder / PEFT[0]).unlink()
-
-
-def write_card(facade: Any, folder: Path) -> None:
-    """Write the model card of a façade's adapters, or complete the metadata of the card that is there."""
-    model, place = facade._base, folder / "README.md"
-    text = (
-        place.read_text(encoding="utf-8") if place.exists() else card_of(model, _first(facade), folder.name, peft=True)
-    )
-    head, body = _head_of(text)
-    base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    told = {"library_name": "peft", **({"base_model": base} if base else {})}
-    if facade._task == "CAUSAL_LM" and not any(line.startswith("pipeline_tag:") for line in head):
-        told["pipeline_tag"] = "text-generation"
-    tags = [line.removeprefix("- ").strip() for line in _block(head, "tags")]
-    tags += [*(getattr(model, "model_tags", None) or ()), *_tags(facade, base)]
-    head = [line for line in _without(head, "tags") if line.partition(":")[0] not in told]
-    head += [f"{key}: {value}" for key, value in told.items()]
-    head += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(tags))] if tags else []
-    folder.mkdir(parents=True, exist_ok=True)
-    place.write_text("\n".join(["---", *head, "---", *body]) + "\n", encoding="utf-8")
-
-
-def _first(facade: Any) -> str:
-    return next(iter(facade.active_adapters or facade._configs))
-
-
-def _tags(facade: Any, base: str | None) -> list[str]:
-    """The tags by which the hub finds an adapter, as PEFT gives them."""
-    tags = ["lora"] if any(config.method == "LORA" for config in facade._configs.values()) else []
-    tags += ["transformers"] if hasattr(facade._base, "prepare_inputs_for_generation") or base is not None else []
-    return tags + ([f"base_model:adapter:{base}"] if base else [])
-
-
-def _head_of(text: str) -> tuple[list[str], list[str]]:
-    """The lines of a card's metadata, and the lines after it."""
-    lines = text.splitlines()
-    if lines[:1] != ["---"] or "---" not in lines[1:]:
-        return [], ["", *lines]
-    end = lines.index("---", 1)
-    return lines[1:end], lines[end + 1 :]
-
-
-def _block(head: list[str], name: str) -> list[str]:
-    """The items of a list in the metadata."""
-    start = next((i for i, line in enumerate(head) if line.startswith(f"{name}:")), None)
-    if start is None:
-        return []
-    inline = head[start].partition(":")[2].strip().strip("[]")
-    if inline:
-        return [f"- {item.strip()}" for item in inline.split(",")]
-    items = list[str]()
-    for line in head[start + 1 :]:
-        if not line.lstrip().startswith("- "):
-            break
-        items.append(line.lstrip())
-    return items
-
-
-def _without(head: list[str], name: str) -> list[str]:
-    """The metadata without one list."""
-    kept, inside = list[str](), False
-    for line in head:
-        inside = line.startswith(f"{name}:") or (inside and line.lstrip().startswith("- "))
-        if not inside:
-            kept.append(line)
-    return kept

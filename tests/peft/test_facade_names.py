@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import surgery
 import surgery.peft as ours
 from surgery import SurgeryError
 from surgery.testing import Snapshot
@@ -198,6 +200,41 @@ def test_a_card_is_written(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     text = (folder / "README.md").read_text()
     assert text.startswith("---\n") and "library_name: peft" in text and text.endswith("---\n\nOnly words\n")
+
+
+def test_a_new_card_tells_the_adapters_and_how_they_are_loaded(tmp_path: Path) -> None:
+    config = ours.LoraConfig(target_modules=["q_proj"], r=4, task_type="CAUSAL_LM", init_lora_weights=False)
+    base, example = llama()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = ours.get_peft_model(base, config)
+    model.add_adapter("news", ours.LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+    model.add_adapter("unsaved", ours.LoraConfig(target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path / "mail", selected_adapters=["default", "news"])
+    text = (tmp_path / "mail/README.md").read_text()
+    count = sum(tensor.numel() for tensor in ours.get_peft_model_state_dict(model).values())
+    for words in (f"| `default` | LORA | CAUSAL_LM | 2 | {count:,} | this folder |", "| `news/` |", '"r": 4'):
+        assert words in text
+    assert f"- PyTorch {torch.__version__}" in text and "unsaved" not in text and "lora_dropout" not in text
+    wanted = [out(model, example), (model.set_adapter("news"), out(model, example))[1]]
+    pefts, native = re.findall(r"```python\n(.*?)```", text, re.DOTALL)  # run in the folder that holds the adapters
+    with contextlib.chdir(tmp_path):
+        names: dict[str, Any] = {}
+        exec(pefts, names)
+        loaded = names["model"].eval()
+        found = [out(loaded, example), (loaded.set_adapter("news"), out(loaded, example))[1]]
+        exec(native, names)
+    torch.testing.assert_close(found, wanted)
+    assert list(surgery.active(names["model"])) == ["default", "news"]
+
+
+def test_the_card_of_files_that_peft_can_not_read_does_not_name_peft(tmp_path: Path) -> None:
+    model = ours.get_peft_model(nn.Sequential(nn.Linear(8, 8)), ours.LoraConfig(r=2, target_modules=["0"]))
+    surgery.save_adapter(model.get_base_model(), tmp_path, format="surgery")
+    model.create_or_update_model_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "library_name: model-surgery" in text and "in model-surgery's format" in text
+    assert "PeftModel" not in text and "load_adapter(model" in text
 
 
 def test_checkpointing() -> None:
