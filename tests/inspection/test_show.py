@@ -337,7 +337,8 @@ def test_the_rules_own_lines() -> None:
             gain_2 = gain.view((8,))
             weight = self.weight.to(x.dtype)
             base = F.linear(x, weight)
-            return (y + ((gain_2 - 1) * base + gain_2 * branch)).to(y.dtype)
+            branch = (gain_2 - 1) * base + gain_2 * branch
+            return (y + branch).to(y.dtype)
     """)
 
 

@@ -21,7 +21,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def same_picture(stored: str, drawn: str) -> bool:
-    """Whether two pictures have the same elements, and numbers less than a pixel apart: processors round differently."""
+    """Whether two pictures have the same elements, and numbers less than a pixel apart (processors round)."""
     if NUMBER.sub("0", stored) != NUMBER.sub("0", drawn):
         return False
     pairs = zip(NUMBER.findall(stored), NUMBER.findall(drawn), strict=True)
