@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from surgery.rules.train import (
     names_of,
     own_tensors,
     replace_all,
+    trains_whole,
 )
 
 EVERYWHERE = "re:.*"
@@ -38,7 +40,8 @@ class BiasRule(Rule):
     start equal to them.
 
     Args:
-        targets: modules whose biases are trained; default all modules that have one.
+        targets: modules whose biases are trained; default all modules that have one. Modules whose biases another rule
+            of the adapter trains already, such as a TrainRule, are left out.
 
     Source: BitFit, Ben Zaken et al. 2022, arXiv:2106.10199; PEFT's LoraConfig.bias = "all".
     """
@@ -51,6 +54,13 @@ class BiasRule(Rule):
 
     def check(self, module: nn.Module, path: str) -> str | None:
         return None if biases(module) else "it has no bias"
+
+    def covered_by(self, other: Any, module: nn.Module) -> bool:
+        """A rule that trains the whole module trains its biases, and so does another BiasRule."""
+        if not biases(module):
+            return False
+        whole = trains_whole(other) or (self.targets == (EVERYWHERE,) and other.exclusive)
+        return whole or isinstance(other, BiasRule)
 
     def rewrite(self, site: Site) -> None:
         replace_all(site, self.trained(site.module))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from surgery.rules.train import (
     names_of,
     own_tensors,
     replace_all,
+    trains_whole,
 )
 
 
@@ -54,6 +56,10 @@ class NormRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         plain = self.targets != (EVERYWHERE,) and not _inner(module) and bool(dict(own_tensors(module)))
         return None if plain or is_norm(module) else "it is not a layer with parameters of its own and none inside"
+
+    def covered_by(self, other: Any, module: nn.Module) -> bool:
+        """A rule that trains the whole layer; without targets, any rule that takes the whole layer."""
+        return trains_whole(other) or (self.targets == (EVERYWHERE,) and other.exclusive)
 
     def rewrite(self, site: Site) -> None:
         replace_all(site)

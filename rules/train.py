@@ -97,6 +97,11 @@ class CopiesSlotRule(SlotRule):
         replace_all(site, self.names)
 
 
+def trains_whole(rule: Rule) -> bool:
+    """Whether a rule copies all tensors of its modules: TrainRule and NormRule."""
+    return rule.exclusive and rule.slot_kind == CopiesSlotRule.slot_kind
+
+
 def names_of(rule: Rule, module: nn.Module) -> Iterable[str]:
     """The names of the module's tensors that a rule copies."""
     chosen = getattr(rule, "trained", None)  # BiasRule's

@@ -101,15 +101,9 @@ def targeted_parameters(config: PeftConfig) -> dict[str, list[str]]:
 def biases_beside(config: PeftConfig) -> bool:
     """Whether the field `bias` is held by a BiasRule beside the method's own rule.
 
-    LoRA's rule has the field itself. Where further modules are trained as a whole, their biases are among them; and
-    LoRA on parameters has another rule.
+    LoRA's rule has the field itself; LoRA on parameters has another rule.
     """
-    return (
-        config.data.get("peft_type") != "LORA"
-        or bool(config.data.get("target_parameters"))
-        or config.data.get("bias") == "all"
-        and any(map(biases, _inner(config.modules, trained_modules(config)).values()))
-    )
+    return config.data.get("peft_type") != "LORA" or bool(config.data.get("target_parameters"))
 
 
 def _inner(modules: Any, paths: Iterable[str]) -> dict[str, nn.Module]:
@@ -130,10 +124,9 @@ class Biases(PeftPart):
             return
         config.take("bias")
         if bias == "all":
-            if not any(biases(module) for module in config.modules.by_path.values()):
-                return  # as in PEFT, nothing is trained; the façade warns of it
             inner = _inner(config.modules, trained_modules(config))
-            yield BiasRule(exclude=config.regular(sorted(inner))) if inner else BiasRule()
+            if any(biases(module) for path, module in config.modules.by_path.items() if path not in inner):
+                yield BiasRule()  # not on modules that are trained as a whole; without any, PEFT trains none either
         elif isinstance(bias, str) and bias.endswith("_only"):
             parameters = targeted_parameters(config)
             targeted = set[str]() if parameters and not config.data.get("target_modules") else config.targeted

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.authoring.rule_names import registered
 from surgery.errors import RuleError
@@ -57,6 +57,13 @@ class Declaration:
     def hides(self, other: Declaration) -> str | None:
         """Returns why this rule, live at a site after another adapter's rule, hides what that rule does, or None."""
         return None
+
+    def covered_by(self, other: Declaration, module: nn.Module) -> bool:
+        """Whether another rule of the same adapter at a module does this rule's work. The plan leaves it out there.
+
+        Default: False.
+        """
+        return False
 
     @property
     def label(self) -> str:

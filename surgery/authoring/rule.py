@@ -255,7 +255,8 @@ class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
 
     - `merged` for `merge`, `combined` for `combine`, `folded` for `folded_adapter`, `routed` for `route`, and
       `swapped`, `neutral` and `padded` for `hotswap`. `slot` and `slotted` for exported files (`SlotRule`).
-    - `hides`: why it can't be live after another adapter's rule at a site.
+    - `hides`: why it can't be live after another adapter's rule at a site. `covered_by`: whether another rule of the
+      same adapter does its work at a module.
     - `expand`: the inner sites of a container. `companions`: further rules. `alike`: modules that share an answer.
 
     Further class attributes:

@@ -160,7 +160,17 @@ def _without_adapter_name(texts: Mapping[str, str]) -> dict[str, str]:
             f"the file holds the tensors of {len(names)} adapters: {', '.join(names[:5])}",
             fix="save them each by itself: save_pretrained(…, selected_adapters=[…])",
         )
-    return {key: _without(text, names[0] if names else None) for key, text in texts.items()}
+    there = frozenset(texts.values())
+    return {key: _without(text, names[0] if names else _name_of_second(text, there)) for key, text in texts.items()}
+
+
+def _name_of_second(text: str, texts: Collection[str]) -> str | None:
+    """The adapter's name in a key of a trained module, where the file has the tensor under a key without it, too.
+
+    With `bias="all"` PEFT writes the biases inside of such a module a second time.
+    """
+    hit = re.search(r"\.modules_to_save\.([^.]+)\.", text)
+    return hit[1] if hit and text.replace(hit[0], ".") in texts else None
 
 
 def _without(text: str, name: str | None) -> str:

@@ -6,7 +6,7 @@ rewrite (`_plan_site`). Example calls check the result (`check_examples`). The p
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.authoring.rule_arguments import model_problem, rules_in
-from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, collapse_similar
+from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, abbreviate, collapse_similar
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
 from surgery.patterns.wrappers import submodule, unwrap
+from surgery.planning.covered_sites import uncovered
 from surgery.planning.direct_reads import bypasses, fastpath_switch
 from surgery.planning.equivalent_sites import site_key
 from surgery.planning.matching import Match, Tree, matches, unmatched_targets
@@ -62,11 +63,18 @@ def make_plan(
         return plan
     tree = Tree.of(model)
     reads = _DirectReads(bypasses(model), _fast_paths(tree))
-    for rule, is_companion in with_companions(valid_rules):
-        targets = _match(plan, tree, rule, is_companion)
-        if targets is not None:
-            _plan_rule(plan, rule, targets, reads, is_companion)
-    plan.problems += find_conflicts(plan.steps)
+    matched = [
+        (rule, targets, is_companion)
+        for rule, is_companion in with_companions(valid_rules)
+        if (targets := _match(plan, tree, rule, is_companion)) is not None
+    ]
+    own_sites = uncovered([(rule, targets) for rule, targets, _ in matched])
+    for (rule, targets, is_companion), kept in zip(matched, own_sites, strict=True):
+        if targets and not kept and not is_companion:
+            plan.problems.append(_covered(rule, [match.path for match in targets]))
+        else:
+            _plan_rule(plan, rule, kept, reads, is_companion)
+    plan.problems += find_conflicts(plan.steps, excludable=_excludable(tree, valid_rules))
     if plan.freezes or plan.frozen_by:
         plan.statistics += _moving_statistics(plan)
     plan.warnings = collapse_similar(plan.warnings)
@@ -119,6 +127,21 @@ def _expand(rule: Rule, match: Match) -> list[tuple[str, nn.Module]]:
 
 def _nothing_to_do(rule: Rule, paths: Sequence[str]) -> MatchError:
     return MatchError(f"{rule.label} finds nothing to do in what it matches", where=", ".join(paths[:3]))
+
+
+def _covered(rule: Rule, paths: Sequence[str]) -> MatchError:
+    return MatchError(
+        f"{rule.label} finds nothing to do in what it matches",
+        where=abbreviate(paths),
+        why="other rules of the adapter train all that it would train",
+        fix=f"leave this {rule.label} out",
+    )
+
+
+def _excludable(tree: Tree, rules: Sequence[Rule]) -> Callable[[Rule, str], bool]:
+    """Whether a rule's field `exclude` can leave out the site at a path: its targets match the path itself."""
+    own = {id(rule) for rule in rules}
+    return lambda rule, path: id(rule) in own and path in tree.hits(rule.targets)
 
 
 # Trace and rewrite --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
 from surgery.forward.own_forward import own_forward
+from surgery.planning.covered_sites import uncovered
 from surgery.planning.matching import Match, Tree, matches
 from surgery.planning.plan import Plan
 from surgery.planning.planner import with_companions
@@ -119,6 +120,7 @@ def _has_effect(rule: Rule, match: Match, adapter: str) -> bool | None:
 
 def matched_sites(tree: Tree, rules: list[Rule], problems: list[SurgeryError]) -> Iterator[tuple[Rule, Match]]:
     """Yields each rule, and each companion, with its sites. Collects problems."""
+    matched = list[tuple[Rule, list[Match]]]()
     for rule, may_miss in with_companions(rules):
         by_module: dict[int, Match] = {}
         try:
@@ -132,8 +134,10 @@ def matched_sites(tree: Tree, rules: list[Rule], problems: list[SurgeryError]) -
         except SurgeryError as error:
             problems.append(error)
             continue
-        problems += [RuleError(f"{rule.label}: {why}") for why in rule.review([m.path for m in by_module.values()])]
-        for match in by_module.values():
+        matched.append((rule, list(by_module.values())))
+    for (rule, _), kept in zip(matched, uncovered(matched), strict=True):
+        problems += [RuleError(f"{rule.label}: {why}") for why in rule.review([match.path for match in kept])]
+        for match in kept:
             yield rule, match
 
 

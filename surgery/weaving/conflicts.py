@@ -3,39 +3,86 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from surgery.authoring.declaration import Declaration
 from surgery.authoring.planned_rule import PlannedRule
+from surgery.authoring.rule import Rule
 from surgery.errors import SiteError, SurgeryError
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Tape
 from surgery.forward.tape_steps import Ref
 from surgery.patterns.module_walk import RESERVED, is_adapters
+from surgery.patterns.paths import regex_for
 from surgery.state.records import Applied, site_state
 from surgery.weaving.rewrite_recording import layer_of
 
 __all__ = ["find_conflicts", "find_hidden_rule", "find_live_conflict"]
 
 
-def find_conflicts(steps: Iterable[PlannedRule], with_live: bool = True) -> list[SurgeryError]:
+Excludable = Callable[[Rule, str], bool]
+
+
+def find_conflicts(
+    steps: Iterable[PlannedRule], with_live: bool = True, excludable: Excludable = lambda rule, path: False
+) -> list[SurgeryError]:
     """Returns an error for each conflict: a rule twice, an exclusive rule, a parameter replaced or named twice.
 
-    `with_live`: compare also with the rules that are live on the sites now. Default True.
+    `with_live`: compare also with the rules that are live on the sites now. Default True. `excludable`: whether a
+    rule's field `exclude` can leave out a path, for the fix. Default: no rule's.
     """
     problems: list[SurgeryError] = []
     steps_by_site: dict[int, list[PlannedRule]] = {}
     for step in steps:
         steps_by_site.setdefault(id(step.module), []).append(step)
+    alone = [steps for steps in steps_by_site.values() if _can_share(steps)]
+    sites = Counter(id(step.rule) for site_steps in alone for step in site_steps)
     for site_steps in steps_by_site.values():
-        problems += _conflicts_at_site(site_steps, with_live)
+        problems += _conflicts_at_site(site_steps, with_live, sites, excludable)
     return problems
 
 
-def _conflicts_at_site(steps: list[PlannedRule], with_live: bool) -> list[SurgeryError]:
+def _can_share(steps: Sequence[PlannedRule]) -> bool:
+    """Whether these rules of one adapter, by their kinds, can be at one site."""
+    exclusive = len(steps) > 1 and any(step.rule.exclusive for step in steps)
+    return not exclusive and len({step.rule.name for step in steps}) == len(steps)
+
+
+def _fix(steps: Sequence[PlannedRule], excludable: Sequence[PlannedRule], sites: Counter[int]) -> str:
+    """What makes the rules of one adapter fit at a site.
+
+    `excludable`: steps whose rule can exclude the site. `sites`: how many sites without a conflict each rule has.
+    """
+    path = steps[0].path
+    elsewhere = [step.rule.label for step in excludable if sites[id(step.rule)]]
+    if elsewhere and path:
+        excluded = path if "." in path else regex_for([path])  # a short name may be the last part of other paths
+        fix = f'exclude the module from one of the rules: {elsewhere[-1]}(…, exclude="{excluded}")'
+    elif excludable:
+        fix = "leave out one of the rules"
+    else:
+        fix = "name other targets in one of the rules"
+    return f"{fix}, or give them different adapters" if _separable(steps) else fix
+
+
+def _separable(steps: Sequence[PlannedRule]) -> bool:
+    """Whether the rules can be live together as rules of different adapters."""
+    replaced = set[Ref]()
+    for at, step in enumerate(steps):
+        refs = _replaced_state(step.tape)
+        hidden = any(step.rule.hides(earlier.rule) for earlier in steps[:at])
+        if hidden or any(ref in replaced and _exclusive(step.tape, ref) for ref in refs):
+            return False
+        replaced.update(refs)
+    return True
+
+
+def _conflicts_at_site(
+    steps: list[PlannedRule], with_live: bool, sites: Counter[int], excludable: Excludable
+) -> list[SurgeryError]:
     problems: list[SurgeryError] = []
     path, module = steps[0].path, steps[0].module
     if RESERVED in module._modules and not is_adapters(module._modules[RESERVED]):  # type: ignore[arg-type]
@@ -51,43 +98,53 @@ def _conflicts_at_site(steps: list[PlannedRule], with_live: bool) -> list[Surger
         if applied.live:
             for ref in _replaced_state(layer_of(applied, module, path, steps[0].own).tape):
                 claims[ref] = f"{applied.rule.label} [{applied.adapter}]"
+    fix = _fix(steps, [step for step in steps if excludable(step.rule, step.path)], sites) if len(steps) > 1 else None
     counts = Counter(step.rule.name for step in steps)
     names: dict[str, str] = {}
     for step in steps:
         label = step.rule.label
         if counts[step.rule.name] > 1:
             problems.append(
-                _conflict_error(
-                    f"two {label}s go to the same module", path, "an adapter holds one rule of a kind at a site"
+                SiteError(
+                    f"two {label}s go to the same module",
+                    where=path,
+                    why="an adapter holds one rule of a kind at a site",
+                    fix=fix,
                 )
             )
             break
         if step.rule.exclusive and len(steps) > 1:
             others = ", ".join(other.rule.label for other in steps if other is not step)
             problems.append(
-                _conflict_error(f"{label} and {others} go to the same module", path, f"{label} takes the whole module")
+                SiteError(
+                    f"{label} and {others} go to the same module",
+                    where=path,
+                    why=f"{label} takes the whole module",
+                    fix=fix,
+                )
             )
             break
         for ref in _replaced_state(step.tape):
             if ref in claims and _exclusive(step.tape, ref):
                 problems.append(
-                    _conflict_error(
+                    SiteError(
                         f"{label} and {claims[ref]} both replace {ref.key}",
-                        path,
-                        "the later would hide the earlier",
-                        "one of them at a time: deactivate(model), or remove it; or exclude the module"
+                        where=path,
+                        why="the later would hide the earlier",
+                        fix="one of them at a time: deactivate(model), or remove it; or exclude the module"
                         if claims[ref].endswith("]")
-                        else None,
+                        else fix,
                     )
                 )
             claims[ref] = label
         for spec in step.specs:
             if spec.name in names:
                 problems.append(
-                    _conflict_error(
+                    SiteError(
                         f"{label} and {names[spec.name]} both name a tensor {spec.name!r}",
-                        path,
-                        "an adapter's tensors need different names",
+                        where=path,
+                        why="an adapter's tensors need different names",
+                        fix=fix,
                     )
                 )
             names[spec.name] = label
@@ -152,9 +209,3 @@ def _mentions(frozen: Any, ref: Ref) -> bool:
     if isinstance(frozen, Ref):
         return frozen == ref
     return isinstance(frozen, tuple) and any(_mentions(item, ref) for item in frozen)
-
-
-def _conflict_error(what: str, path: str, why: str, fix: str | None = None) -> SiteError:
-    """Returns the error for rules of one adapter that can't share a site."""
-    fix = fix or "exclude the module from one of the rules, or give them different adapters"
-    return SiteError(what, where=path, why=why, fix=fix)
