@@ -20,7 +20,8 @@ R = TypeVar("R", bound=Rule)
 # Fields that say nothing about what an adapter computes.
 SILENT = frozenset(
     "peft_type peft_version task_type inference_mode auto_mapping base_model_name_or_path revision megatron_core "
-    "runtime_config loftq_config eva_config qalora_group_size _library_name low_cpu_mem_usage".split()
+    "runtime_config loftq_config eva_config qalora_group_size _library_name low_cpu_mem_usage "
+    "prompt_tuning_init".split()
 )
 
 

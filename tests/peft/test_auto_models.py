@@ -164,3 +164,25 @@ def test_calls_take_the_tasks_of_their_rows(base: Any) -> None:
         assert isinstance(error.value, SurgeryError)
     with model.disable_adapter():
         assert model(ids, mask, task_ids=tasks).logits.shape == (2, 4, base.config.vocab_size)
+
+
+# Configurations ------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_started_from_a_text_is_read_again(base: Any, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="a").save_pretrained(tmp_path / "words")
+    config = ours.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, prompt_tuning_init="TEXT", prompt_tuning_init_text="b",
+        tokenizer_name_or_path=str(tmp_path / "words"), tokenizer_kwargs={"padding_side": "left"},
+    )  # fmt: skip
+    adapted: Any = ours.get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    for library in (ours, peft):
+        again = library.PeftConfig.from_pretrained(tmp_path / "adapter")
+        start = getattr(again.prompt_tuning_init, "value", again.prompt_tuning_init)
+        assert (start, again.tokenizer_kwargs) == ("TEXT", {"padding_side": "left"})
+    read: Any = ours.PeftModel.from_pretrained(base_again(base), tmp_path / "adapter")
+    ids = torch.arange(4)[None]
+    assert torch.equal(read(ids).logits, adapted(ids).logits)

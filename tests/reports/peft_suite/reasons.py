@@ -139,7 +139,15 @@ REASONS: tuple[Reason, ...] = (
     Reason(
         "b", "PEFT's table of default targets is patched", {"test": r"test_default_target_modules_(?:list_of_)?str"}
     ),
+    Reason("b", "arguments of PEFT's own forward and generation", {"test": r"prefix_tuning_offsets_position_ids_in_f"}),
+    Reason("b", "arguments of PEFT's own forward and generation", {"test": r"prepare_inputs_for_generation_4d_atten"}),
+    Reason("b", "a call of one of PEFT's layers", {"text": r"unexpected keyword argument 'adapter_names'"}),
     # Refused.
+    Reason(
+        "c",
+        "`r`: more orthogonal vectors of {0} than a weight has room for",
+        {"text": r"(\w+)Rule can't go on this .*orthogonal vectors can't be had of"},
+    ),
     Reason("c", "`target_modules`: {0} on {1}", {"text": r"^(\w+)Rule can't go on this (\w+)"}),
     Reason("c", "`target_parameters`: a parametrized {0}", {"text": r"its (\w+) is parametrized"}),
     Reason(
@@ -180,6 +188,11 @@ REASONS: tuple[Reason, ...] = (
         {"test": r"test_multiple_active_adapters_merge_and_unmerge\[RandLora Same", "type": r"AssertionError"},
     ),
     # Words.
+    Reason(
+        "e",
+        "a warning about `tie_word_embeddings` of a model whose weights are not tied",
+        {"test": r"test_merge_and_unload_fixes_tie_word_embeddings_config", "text": r"Emitted warnings: \[\]"},
+    ),
     Reason("e", "the length of a model card", {"test": r"test_non_existing_model_card", "text": r"> 1000"}),
     Reason(
         "e",
@@ -192,5 +205,6 @@ REASONS: tuple[Reason, ...] = (
         {"test": r"test_no_disable_input_dtype_casting", "text": r"must have the same dtype"},
     ),
     # PEFT refuses what works here.
+    Reason("f", "`set_requires_grad` of virtual tokens", {"test": r"test_set_requires_grad_prompt_learning_raises"}),
     *(Reason("f", words, {"test": test, "text": r"DID NOT RAISE"}) for test, words in _WORKS),
 )
