@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import inspect
 import json
+import os
 import sys
 import traceback as tracebacks
 import warnings
@@ -62,14 +65,23 @@ def answers(function: Callable[..., Answer]) -> Callable[..., None]:
                 warnings.showwarning = note
                 answer = function(**arguments)
         except KeyboardInterrupt:
-            print("interrupted: no file is half written", file=sys.stderr)
+            _print_note("interrupted: no file is half written")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if traceback:
                 tracebacks.print_exc()
             _print_error(error, json, traceback)
             raise typer.Exit(ERROR) from None
-        _print_answer(answer, json, noted)
+        try:
+            _print_answer(answer, json, noted)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader has gone, as in `| head`; typer ends without a text
+                raise
+            _print_note(f"error: the output can't be written: {error}")
+            _drop_output()
+            raise typer.Exit(ERROR) from None
         raise typer.Exit(answer.code)
 
     functools.update_wrapper(run, function)
@@ -104,12 +116,12 @@ def _print_answer(answer: Answer, as_json: bool, noted: Iterable[str]) -> None:
     noted = list(dict.fromkeys(noted))
     if as_json:
         data = plain(answer.data)
-        print(json.dumps({**data, "warnings": [*data.get("warnings", ()), *noted]}, indent=2, ensure_ascii=False))
+        _print_json({**data, "warnings": [*data.get("warnings", ()), *noted]})
         return
     for text in noted:
-        print(f"warning: {text}", file=sys.stderr)
+        _print_note(f"warning: {text}")
     for part in answer.parts:
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             _print_on_terminal(part)
         else:
             print(table(part.head, part.rows) if isinstance(part, Table) else part)
@@ -137,14 +149,35 @@ def _print_error(error: Exception, as_json: bool, traceback: bool) -> None:
     if not ours and not isinstance(error, OSError) and not traceback:
         text += "\n  fix:   --traceback shows where it comes from"
     if as_json:
-        print(json.dumps({"error": _error_data(error, text)}, indent=2, ensure_ascii=False))
+        _print_json({"error": _error_data(error, text)})
         return
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         from rich.console import Console
 
         Console(stderr=True, markup=False, highlight=False).print(f"error: {text}", style="red", soft_wrap=True)
     else:
-        print(f"error: {text}", file=sys.stderr)
+        _print_note(f"error: {text}")
+
+
+def _print_json(data: Any) -> None:
+    """Prints a document, with escapes for letters that the output's encoding does not have."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(data, indent=2)
+    print(text)
+
+
+def _print_note(text: str) -> None:
+    if sys.stderr is not None:  # it is closed, and `print` would write to stdout
+        print(text, file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Points stdout at nothing, so that Python does not write the rest at its end."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _error_data(error: Exception, text: str) -> dict[str, Any]:

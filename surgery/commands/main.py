@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -30,9 +31,16 @@ def main() -> None:
 
 
 def _set_up_libraries() -> None:
-    """transformers logs errors alone, draws bars on a terminal alone, and asks no hub; the user's settings stay."""
+    """Sets up streams and what transformers prints.
+
+    Streams escape letters that their encoding lacks. transformers logs errors alone, draws bars on a terminal alone,
+    and asks no hub. The user's settings stay.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("torchao", "torch.utils._pytree"):  # what they log when transformers imports them says nothing here

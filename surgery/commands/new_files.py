@@ -18,6 +18,7 @@ __all__ = ["check_new_file", "check_new_folder", "new_files", "new_folder"]
 
 def check_new_folder(out: Path) -> None:
     """Raises `SurgeryError` unless a folder can be made here: nothing is there, or an empty folder."""
+    _check_folder_above(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fix = "name another folder, or remove this one first"
         raise SurgeryError(f"{out} exists already", why="results are written into a new folder", fix=fix)
@@ -25,16 +26,27 @@ def check_new_folder(out: Path) -> None:
 
 def check_new_file(out: Path, overwrite: bool) -> None:
     """Raises `SurgeryError` if the file is a folder, or exists and may not be replaced."""
+    _check_folder_above(out)
     if out.is_dir():
         raise SurgeryError(f"{out} is a folder", fix="name a file")
     if out.exists() and not overwrite:
         raise SurgeryError(f"{out} exists already", fix="--overwrite replaces it; or name another file")
 
 
+def _check_folder_above(out: Path) -> None:
+    """Raises `SurgeryError` if no file can be made here: before the work, not after it."""
+    above = next(parent for parent in out.resolve().parents if parent.exists())
+    if not above.is_dir():
+        raise SurgeryError(f"{out} can't be written", why=f"{above} is a file", fix="name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise SurgeryError(f"{out} can't be written", why=f"you may not write into {above}", fix="name another place")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `out`. After the block it is `out`; after an error nothing is left."""
     check_new_folder(out)
+    out = out.resolve()  # a link to an empty folder stays a link
     with _temporary(out) as place:
         yield place
         with _uninterrupted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -89,3 +90,33 @@ def test_an_example_that_is_cut(files: Files, tmp_path: Path) -> None:
     example.write_bytes(example.read_bytes()[:-8])
     done = refused("apply", files.model, files.rules, "--out", tmp_path / "out", "--example", example)
     assert "example.safetensors is damaged" in done.err
+
+
+# Places for results --------------------------------------------------------------------------------------------
+
+
+def test_results_under_a_file_are_refused_before_the_work(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for command, words in {"merge": [files.model, files.peft], "apply": [files.model, files.rules]}.items():
+        assert f"{tmp_path / 'file'} is a file" in refused(command, *words, "--out", tmp_path / "file" / "out").err
+    words = ["export", files.model, files.peft, "--out", tmp_path / "file" / "m.onnx"]
+    assert "is a file" in refused(*words).err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_results_in_a_folder_without_rights_are_refused_before_the_work(files: Files, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        done = refused("merge", files.model, files.peft, "--out", tmp_path / "out")
+    finally:
+        tmp_path.chmod(0o700)
+    assert f"you may not write into {tmp_path}" in done.err
+
+
+def test_a_result_goes_where_a_link_leads(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        (tmp_path / f"to_{name}").symlink_to(tmp_path / name)
+        done = run("apply", files.model, files.rules, "--out", tmp_path / f"to_{name}")
+        assert done.code == 0 and (tmp_path / name / "adapter_config.json").is_file(), done
+        assert (tmp_path / f"to_{name}").is_symlink()

@@ -81,8 +81,8 @@ def _run(job: dict[str, Any]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(status)
 
 
@@ -93,7 +93,8 @@ def _forked(words: Sequence[str], *, check: bool = False, **how: Any) -> Any:
     """`subprocess.run` of a Python file, in a child of this process."""
     if words[0] != sys.executable or how:
         return _new_process(words, check=check, **how)
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     child = os.fork()
     if not child:
         status = 1
@@ -104,8 +105,8 @@ def _forked(words: Sequence[str], *, check: bool = False, **how: Any) -> Any:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
             os._exit(status)
     done = subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     if check:
