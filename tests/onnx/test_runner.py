@@ -161,6 +161,10 @@ def test_outputs_and_settings(tmp_path: Path) -> None:
     feeds = {"input_ids": TEXTS, "attention_mask": np.ones_like(TEXTS), "position_ids": np.tile(np.arange(5), (2, 1))}
     feeds |= {f"past_key_values.0.{name}": np.zeros((2, 1, 0, slotted.SIZE), np.float32) for name in ("key", "value")}
     assert runner.run(feeds).keys() == {"logits", "present.0.key", "present.0.value"}
+    assert str(runner).splitlines()[2:] == [
+        "  outputs   logits, present.0.key, present.0.value",
+        "  adapters  none",
+    ]
     outputs = runner.run(feeds, outputs=["logits"])
     assert outputs.keys() == {"logits"}
     near(outputs["logits"][1], slotted.decoder_in_numpy(TEXTS[1]))

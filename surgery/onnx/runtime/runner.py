@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.errors import SurgeryError, near_misses
+from surgery.errors import SurgeryError, abbreviate, near_misses
 from surgery.onnx.runtime.dtypes import array_of_value, value_of
 from surgery.onnx.runtime.feeds import Feeds, Input
 from surgery.onnx.runtime.generation import Decoder
@@ -70,6 +70,11 @@ class OnnxRunner:
         self._cache_inputs = [entry["past"] for entry in self.manifest.cache]
         self._empty_prompts = self._loaded.empty_prompts() if self._cache_inputs else {}
         self.takes_padding = False  # True after a text padded on its left gave the same logits as without padding
+
+    def __repr__(self) -> str:
+        outputs, adapters = abbreviate(self._output_names, "outputs"), abbreviate(self.adapters, "adapters")
+        lines = [f"inputs    {self.feeds}", f"outputs   {outputs}", f"adapters  {adapters or 'none'}"]
+        return "\n  ".join([f"OnnxRunner({self.path.name!r})", *lines])
 
     # Adapters -------------------------------------------------------------------------------------------------
 
