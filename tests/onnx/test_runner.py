@@ -162,7 +162,7 @@ def test_outputs_and_settings(tmp_path: Path) -> None:
     feeds |= {f"past_key_values.0.{name}": np.zeros((2, 1, 0, slotted.SIZE), np.float32) for name in ("key", "value")}
     assert runner.run(feeds).keys() == {"logits", "present.0.key", "present.0.value"}
     assert str(runner).splitlines()[2:] == [
-        "  outputs   logits, present.0.key, present.0.value",
+        "  outputs   present.0.key, present.0.value, logits",
         "  adapters  none",
     ]
     outputs = runner.run(feeds, outputs=["logits"])
