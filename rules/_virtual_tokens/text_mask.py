@@ -7,6 +7,7 @@ accepted if transformers computes the same masks from it.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +43,9 @@ def text_mask(mask: Any, past: Past, module: nn.Module, batch: int) -> Tensor | 
         shapes = ", ".join(f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}" for value in masks.values())
         raise error(f"its mask is {shapes or type(mask).__name__}", _WANTED)
     text = _text_mask_from(four, past, batch, next((value.device for value in four.values()), None))
-    if not any(_same(mask, _transformers_mask(module, past, batch, candidate, four)) for candidate in (text, None)):
+    attentions = (None, "eager")  # sdpa's masks may be left out, or lack rows of padding; those of eager do not
+    made = (_transformers_mask(module, past, batch, text, four, attention) for attention in attentions)
+    if not any(_same(mask, each) for each in (*made, _transformers_mask(module, past, batch, None, four))):
         raise error("its 4-D mask is not what transformers makes of a 2-D one", _WANTED)
     return text
 
@@ -84,9 +87,18 @@ def _layer(name: str, cache: Any) -> int:
 
 
 def _transformers_mask(
-    module: nn.Module, past: Past, batch: int, mask: Tensor | None, like: Mapping[str, Tensor]
+    module: nn.Module,
+    past: Past,
+    batch: int,
+    mask: Tensor | None,
+    like: Mapping[str, Tensor],
+    attention: str | None = None,
 ) -> Any:
-    """Returns the mask that transformers computes for this call, or raises an error."""
+    """Returns the mask that transformers computes for this call, or raises an error.
+
+    Args:
+        attention: the attention function that the mask is for; default None, the model's.
+    """
     masking: Any = sys.modules.get("transformers.masking_utils")
     make = getattr(masking, "create_masks_for_generate", None)
     if make is None or not hasattr(module, "config"):
@@ -95,7 +107,11 @@ def _transformers_mask(
     floating = kind is not None and kind.is_floating_point()
     dtype = kind.dtype if kind is not None and floating else torch.float32
     shape = torch.empty((batch, past.new, 0), dtype=dtype, device=kind.device if kind is not None else None)
-    return make(module.config, inputs_embeds=shape, attention_mask=mask, past_key_values=past.cache)
+    config: Any = module.config
+    if attention is not None:
+        config = copy.deepcopy(config)
+        config._attn_implementation = attention
+    return make(config, inputs_embeds=shape, attention_mask=mask, past_key_values=past.cache)
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -106,7 +122,11 @@ def _same(first: Any, second: Any) -> bool:
         )
     if first is None or second is None:
         return first is second
-    return isinstance(second, Tensor) and second.shape == first.shape and torch.equal(_visible(first), _visible(second))
+    if not isinstance(second, Tensor) or second.shape[1:] != first.shape[1:]:
+        return False
+    rows = max(len(first), len(second))  # a mask of one row is for all rows
+    same_rows = {len(first), len(second)} <= {1, rows}
+    return same_rows and bool((_visible(first) == _visible(second)).all())
 
 
 def _visible(mask: Tensor) -> Tensor:

@@ -6,13 +6,24 @@ the text the embeddings alone: `whole=True`. Of p-tuning a file holds what the n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
-from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, class_of, peft_method
+from surgery import (
+    PeftConfig,
+    PeftEntry,
+    PeftMethod,
+    PeftPlace,
+    Rule,
+    SurgeryError,
+    SurgeryWarning,
+    class_of,
+    peft_method,
+)
 from surgery.rules._virtual_tokens import text_inputs
 from surgery.rules.multitask import MultitaskPromptRule
 from surgery.rules.multitask import task_of as calls_of
@@ -158,7 +169,11 @@ def _text_ids(data: Mapping[str, Any]) -> list[int]:
     if not name or not text:
         raise SurgeryError("a prompt that starts as a text needs it, and a tokenizer",
                            fix="prompt_tuning_init_text=…, tokenizer_name_or_path=…")  # fmt: skip
-    return list(AutoTokenizer.from_pretrained(name, **(data.get("tokenizer_kwargs") or {}))(text)["input_ids"])
+    options = dict(data.get("tokenizer_kwargs") or {})
+    if options.pop("trust_remote_code", False):
+        why = "`trust_remote_code` in tokenizer_kwargs is not followed: it may come from a file of others"
+        warnings.warn(why, SurgeryWarning, stacklevel=2)
+    return list(AutoTokenizer.from_pretrained(name, **options)(text)["input_ids"])
 
 
 _WITHOUT_TASKS = ("QUESTION_ANS", "FEATURE_EXTRACTION")

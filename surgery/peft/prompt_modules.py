@@ -91,9 +91,10 @@ class PromptEmbedding(nn.Module):
         else:
             from transformers import AutoTokenizer
 
-            options = {
-                name: value for name, value in (config.tokenizer_kwargs or {}).items() if name != "trust_remote_code"
-            }
+            options = dict(config.tokenizer_kwargs or {})
+            if options.pop("trust_remote_code", False):
+                text = "`trust_remote_code` in tokenizer_kwargs is not followed: it may come from a file of others"
+                warnings.warn(text, SurgeryWarning, stacklevel=2)
             tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
             of_text = list(tokenizer(config.prompt_tuning_init_text)["input_ids"])
             ids = torch.tensor((of_text * -(-count // len(of_text)))[:count])

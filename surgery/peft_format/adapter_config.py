@@ -13,7 +13,7 @@ from surgery.errors import MatchError, SurgeryError
 from surgery.patterns.paths import endings, pattern_matcher, regex_for
 from surgery.peft_format.targets import ALL, Modules, by_keys, chosen_by, is_all, is_plain, is_text
 
-__all__ = ["SILENT", "PeftConfig", "choose"]
+__all__ = ["SILENT", "STARTS", "PeftConfig", "choose"]
 
 R = TypeVar("R", bound=Rule)
 
@@ -23,6 +23,8 @@ SILENT = frozenset(
     "runtime_config loftq_config eva_config qalora_group_size _library_name low_cpu_mem_usage "
     "prompt_tuning_init".split()
 )
+# Fields that tell only how the adapter started. A rule does not know them; the configuration that it came with does.
+STARTS = frozenset({"prompt_tuning_init"})
 
 
 class PeftConfig:

@@ -13,7 +13,7 @@ from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, SurgeryError
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import RESERVED
-from surgery.peft_format.adapter_config import SILENT
+from surgery.peft_format.adapter_config import SILENT, STARTS
 from surgery.peft_format.base_embeddings import Save, embedding_tensors
 from surgery.peft_format.methods import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsupported
 from surgery.peft_format.targets import Modules, chosen_by
@@ -41,13 +41,13 @@ def to_peft(
     """An adapter as PEFT's configuration and tensors; `SurgeryError` if that would not be the same adapter.
 
     Networks that only training needs are left out, as PEFT does; with `exact` they are an error. `state`: the model's
-    state dict, if its tensors were gathered elsewhere. `said`: the configuration that the adapter came with; fields
+    state dict, if its tensors were gathered elsewhere. `original`: the configuration that the adapter came with; fields
     that no rule has are kept. `save_embedding_layers`: PEFT's.
     """
     description = describe(model, adapter, exact, state)
     config, tensors = description.method.complete(description.config, _tensors(description), description.modules)
     original = {} if original is None else original
-    kept = {name: value for name, value in original.items() if name in SILENT and value is not None}
+    kept = {name: value for name, value in original.items() if name in SILENT | STARTS and value is not None}
     chosen = dict.fromkeys(
         name for name in _CHOOSING if name in original
     )  # else they would choose among the rules' targets

@@ -193,7 +193,7 @@ def test_virtual_tokens_are_pefts(name: str, tmp_path: Path) -> None:
 
 
 @quiet
-def test_a_prompt_starts_as_a_text(tmp_path: Path) -> None:
+def test_a_prompt_starts_as_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizers: Any = pytest.importorskip("tokenizers")
     transformers: Any = pytest.importorskip("transformers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"good": 7, "or": 8, "bad": 9, "?": 0}, unk_token="?"))
@@ -207,6 +207,35 @@ def test_a_prompt_starts_as_a_text(tmp_path: Path) -> None:
     assert torch.equal(prompt, base.get_input_embeddings().weight[[7, 8, 9, 7]])
     with pytest.raises(SurgeryError, match="tokenizer_name_or_path"):
         ours.get_peft_model(llama()[0], ours.PromptTuningConfig(task_type="CAUSAL_LM", **fields))
+    config.tokenizer_kwargs = {"trust_remote_code": True, "padding_side": "left"}  # a file's, for all that is known
+    asked: list[dict[str, Any]] = []
+    load = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda name, **options: (asked.append(options), load(name))[1]
+    )
+    with pytest.warns(UserWarning, match="trust_remote_code"):
+        model = ours.get_peft_model(llama()[0], config)
+    model.save_pretrained(tmp_path / "saved")
+    for library in (peft, ours):  # the configuration tells how the prompt started, as PEFT's files do
+        read = library.PromptTuningConfig.from_pretrained(tmp_path / "saved")
+        assert read.prompt_tuning_init == "TEXT" and read.tokenizer_kwargs == config.tokenizer_kwargs
+        library.PeftModel.from_pretrained(llama()[0], tmp_path / "saved")
+    read.inference_mode = False
+    with pytest.warns(UserWarning, match="trust_remote_code"):
+        ours.PromptEmbedding(read, base.get_input_embeddings())
+    assert asked == [{"padding_side": "left"}] * 2
+
+
+@quiet
+def test_positions_of_a_call_with_a_prefix_are_the_texts(tmp_path: Path) -> None:
+    base, example = llama()
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    theirs = moved(peft.get_peft_model(copy.deepcopy(base), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = ours.PeftModel.from_pretrained(base, tmp_path).eval()
+    for step in (1, 2):
+        example["position_ids"] = (step * torch.arange(7)).expand(2, -1)
+        torch.testing.assert_close(out(model, example), out(theirs, example), **CLOSE)
 
 
 @quiet

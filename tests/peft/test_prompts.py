@@ -440,6 +440,21 @@ def test_a_prefix_that_shifts_positions_is_a_cache_before_the_text() -> None:
     assert_reversible(model, [PrefixRule(length=3, shift="transformer.wpe")], example_inputs=TEXT)
 
 
+@pytest.mark.parametrize("padded", [slice(0, 0), slice(0, 2), slice(4, 6)], ids=["none", "left", "right"])
+def test_a_mask_of_queries_and_keys_is_widened_as_that_of_the_text(padded: slice) -> None:
+    model = apply_rules(llama(), PromptRule(length=3, init="random"))
+    text, causal = torch.ones_like(IDS), torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    text[1, padded] = 0
+    expected = model(input_ids=IDS, attention_mask=text).logits
+    whole = causal & text[:, None, None].bool()
+    floats = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(torch.float32).min)
+    for mask in (whole, floats, *([causal] if bool(text.all()) else [])):
+        assert torch.equal(model(input_ids=IDS, attention_mask=mask).logits, expected)
+    whole[0, 0, 3, 1] = False  # which no mask of the text says
+    with pytest.raises(SurgeryError, match="not what transformers makes of a 2-D one"):
+        model(input_ids=IDS, attention_mask=whole)
+
+
 def test_padding_keeps_its_row() -> None:
     embedding = nn.Sequential(nn.Embedding(9, 2, padding_idx=1))
     positions, table = torch.tensor([[2, 3, 1]]), embedding[0].weight  # type: ignore[union-attr]
