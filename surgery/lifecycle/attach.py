@@ -50,7 +50,7 @@ def attach_idle(
     The adapter freezes the base if one of its `sources` does: the adapters that it is made from. Each rule's rewrite is
     recorded at its site from the known facts, and the shapes of the tensors must be those that the rewrite asks for.
     """
-    state = require_state(model)
+    state, sources = require_state(model), list(sources)
     standing = Standing(live=False, freezes=any(state.standing[name].freezes for name in sources))
     with Journal() as journal:
         steps, places, tied = list[PlannedRule](), dict[int, tuple[nn.Module, list[Applied]]](), dict[Any, Tensor]()
@@ -68,7 +68,18 @@ def attach_idle(
         state.adapters[adapter] = tuple(rules)
         state.place(adapter, Places.of(adapter, places.values()))
         state.standing[adapter] = standing
+        state.peft_fields[adapter] = _common_fields([state.peft_fields.get(name, {}) for name in sources])
         transformers_hooks.list_on_save(model, state, adapter, journal)
+
+
+def _common_fields(all_fields: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Fields of PEFT's configuration, such as the task, on which the adapters that have them agree."""
+    together = {name: value for fields in all_fields for name, value in fields.items()}
+    return {
+        name: value
+        for name, value in together.items()
+        if all(fields.get(name, value) == value for fields in all_fields)
+    }
 
 
 def _attach_rule(

@@ -174,7 +174,7 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Jo
         if merged is not None and old in merged.adapters:
             journal.keep(merged.__dict__)
             merged.adapters = tuple(new if name == old else name for name in merged.adapters)
-    for named in (state.adapters, state.places, state.standing, state.resting):
+    for named in (state.adapters, state.places, state.standing, state.resting, state.peft_fields):
         _rekey(named, old, new)
     transformers_hooks.unlist(model, state, keys, journal)
     transformers_hooks.list_on_save(model, state, new, journal)

@@ -13,7 +13,7 @@ from surgery.errors import MatchError, SurgeryError
 from surgery.patterns.paths import endings, pattern_matcher, regex_for
 from surgery.peft_format.targets import ALL, Modules, by_keys, chosen_by, is_all, is_plain, is_text
 
-__all__ = ["SILENT", "STARTS", "PeftConfig", "choose"]
+__all__ = ["SILENT", "STARTS", "PeftConfig", "choose", "kept_fields"]
 
 R = TypeVar("R", bound=Rule)
 
@@ -25,6 +25,13 @@ SILENT = frozenset(
 )
 # Fields that tell only how the adapter started. A rule does not know them; the configuration that it came with does.
 STARTS = frozenset({"prompt_tuning_init"})
+# Fields that a loaded adapter keeps for its next save. Others tell of one file, or of how the adapter started.
+KEPT = frozenset({"task_type", "base_model_name_or_path", "revision"})
+
+
+def kept_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that no rule has, and that a loaded adapter keeps."""
+    return {name: value for name, value in config.items() if name in KEPT and value and isinstance(value, str)}
 
 
 class PeftConfig:

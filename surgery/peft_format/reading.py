@@ -13,7 +13,7 @@ from surgery.adapter_files.tensor_files import TensorFile
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
-from surgery.peft_format.adapter_config import PeftConfig
+from surgery.peft_format.adapter_config import PeftConfig, kept_fields
 from surgery.peft_format.header_settings import alphas_of, check_alphas, settings_of
 from surgery.peft_format.key_history import Spelt
 from surgery.peft_format.keys import at_model_paths, keys_of
@@ -34,6 +34,7 @@ class PeftAdapter:
     assumed: list[str]
     ignored: tuple[str, ...]
     vocabulary: set[int]
+    fields: dict[str, Any]
 
 
 def read(model: nn.Module, config: Any, file: TensorFile, component: str | None = None) -> PeftAdapter:
@@ -67,7 +68,8 @@ def read(model: nn.Module, config: Any, file: TensorFile, component: str | None 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
     assumed += [*_describe(spelt), *settings.assumed]
     ignored = (*ignored, *alpha_keys, *spelt.others, *(keys[key] for key in settings.passed_over))
-    return PeftAdapter(rules, entry, problems, unheld, settings.notes, assumed, ignored, settings.vocabulary)
+    fields = kept_fields(config)
+    return PeftAdapter(rules, entry, problems, unheld, settings.notes, assumed, ignored, settings.vocabulary, fields)
 
 
 def _under(keys: Mapping[str, str], file: TensorFile) -> TensorFile:

@@ -41,18 +41,20 @@ def to_peft(
     """An adapter as PEFT's configuration and tensors; `SurgeryError` if that would not be the same adapter.
 
     Networks that only training needs are left out, as PEFT does; with `exact` they are an error. `state`: the model's
-    state dict, if its tensors were gathered elsewhere. `original`: the configuration that the adapter came with; fields
-    that no rule has are kept. `save_embedding_layers`: PEFT's.
+    state dict, if its tensors were gathered elsewhere. `original`: the configuration that the adapter came with, or
+    some of its fields; fields that no rule has are kept. Without it, those of the loaded file are kept.
+    `save_embedding_layers`: PEFT's.
     """
     description = describe(model, adapter, exact, state)
     config, tensors = description.method.complete(description.config, _tensors(description), description.modules)
-    original = {} if original is None else original
+    if original is None or "peft_type" not in original:  # a whole configuration has all the fields that there are
+        original = {**rewritten(model)[1].peft_fields.get(adapter, {}), **(original or {})}
     kept = {name: value for name, value in original.items() if name in SILENT | STARTS and value is not None}
     chosen = dict.fromkeys(
         name for name in _CHOOSING if name in original
     )  # else they would choose among the rules' targets
     config = {**original, **chosen, **config, **kept, "inference_mode": True}
-    if "peft_type" in kept:  # a whole configuration has all the fields that there are
+    if "peft_type" in kept:
         config = {name: value for name, value in config.items() if name in original}
     if config.get("task_type") is None:  # PEFT then finds the base's class by this
         kind = class_of(model)

@@ -39,7 +39,7 @@ def keep_model(journal: Journal, model: nn.Module, state: ModelState | None) -> 
     """Note a model's record and its `__dict__`."""
     journal.keep(model.__dict__)
     if state is not None:
-        named = (state.adapters, state.flags, state.places, state.standing, state.resting)
+        named = (state.adapters, state.flags, state.places, state.standing, state.resting, state.peft_fields)
         journal.keep(state.__dict__, state.switched, state.ignored_on_save, state.moving, state.unlinked, *named)
 
 

@@ -187,7 +187,8 @@ class ModelState:
 
     `places`: the sites of each adapter. `keys`: one object for each set of live adapters, so that sites compare
     identities. `links`: the edges from the model to its sites (None: unknown); `unlinked`: sites that were added since.
-    `untied`: the ties of a transformers model before a merge.
+    `untied`: the ties of a transformers model before a merge. `peft_fields`: fields of PEFT's configuration of a loaded
+    adapter that no rule has, such as the task, for the next save.
     """
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -199,6 +200,7 @@ class ModelState:
     adapter_writer: AdapterWriter | None = None  # `save_pretrained` calls it in place of transformers' own
     moving: list[nn.Module] = field(default_factory=list)  # modules whose running statistics are restored
     resting: dict[str, float] = field(default_factory=dict)  # adapter → weight before `deactivate`, until `activate`
+    peft_fields: dict[str, dict[str, Any]] = field(default_factory=dict)
     keys: dict[frozenset, frozenset] = field(default_factory=dict, compare=False, repr=False)
     links: Links | None = field(default=None, compare=False, repr=False)
     unlinked: list[nn.Module] = field(default_factory=list, compare=False, repr=False)
@@ -213,7 +215,9 @@ class ModelState:
         return {**self.__dict__, "keys": {}, "links": None, "unlinked": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"links": None, "unlinked": [], "moving": [], "untied": Untied(), **state})
+        self.__dict__.update(
+            {"links": None, "unlinked": [], "moving": [], "untied": Untied(), "peft_fields": {}, **state}
+        )
 
     def place(self, adapter: str, places: Places) -> None:
         """Record the places of an adapter."""
@@ -244,7 +248,7 @@ class ModelState:
 
     def forget(self, adapter: str) -> None:
         """Remove an adapter from the record."""
-        for named in (self.adapters, self.places, self.standing, self.resting):
+        for named in (self.adapters, self.places, self.standing, self.resting, self.peft_fields):
             named.pop(adapter, None)
 
 

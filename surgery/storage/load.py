@@ -26,6 +26,7 @@ from surgery.planning.planner import make_plan
 from surgery.progress import Progress
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.fingerprint import differences
+from surgery.state.records import require_state
 from surgery.storage.load_report import LoadReport
 from surgery.storage.matched_tensors import distrusted_rule_error, locate_tensors
 from surgery.storage.model_origin import other_model
@@ -150,6 +151,7 @@ def load_adapter(
             raise
         except Exception as error:  # a field may be valid and still fail to initialise
             raise LoadError([_problem("its rules can't be applied", why=f"{type(error).__name__}: {error}")]) from error
+    require_state(model).peft_fields[adapter] = dict(stored.peft_fields)
     _fill(plan, values, stored.file)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
     return report

@@ -63,7 +63,8 @@ def save_adapter(
             "auto" (default): "peft" if it holds the adapter exactly, otherwise "surgery".
         metadata: JSON data that `load_adapter`'s report returns; default None.
         licence: name of a licence, which `load_adapter`'s report returns; default None.
-        config: fields of PEFT's configuration that no rule has, such as `{"task_type": "SEQ_CLS"}`; default None.
+        config: fields of PEFT's configuration that no rule has, such as `{"task_type": "SEQ_CLS"}`; default None:
+            those of the file that the adapter was loaded from.
         state_dict: the model's state dict, gathered elsewhere (accelerate's `get_state_dict`); default None.
         save_embedding_layers: whether PEFT's format contains the base's embeddings, too. "auto" (default): if
             "embed_tokens" or "lm_head" is a target, or the vocabulary differs from the base of that name.
@@ -110,6 +111,7 @@ def save_adapter(
         "rules": [rule.to_dict() for rule in state.adapters[adapter]],
         "sites": [path for path, module, _ in all_sites if tensors_of(module, adapter)],
         **extra,
+        **({"peft": fields} if (fields := state.peft_fields.get(adapter)) else {}),
     }
     tensors = _whole(adapter_state_dict(model, adapter, state_dict))
     return _write_files(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone, progress)

@@ -17,6 +17,7 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, RuleError, SurgeryError
 from surgery.patterns.module_walk import RESERVED, tensor_key
+from surgery.peft_format.adapter_config import kept_fields
 from surgery.peft_format.reading import read
 from surgery.planning.plan import Plan
 from surgery.storage.model_origin import origin_of
@@ -30,7 +31,8 @@ class Stored:
 
     `entry` returns a tensor's place, or None if the rule's fields determine the tensor. `unheld`: settings without a
     field in any rule; `notes`: notices; `assumed`: inferred facts; `ignored`: keys without an effect; `origin`: name
-    and class of the base; `vocabulary`: its embeddings' numbers of rows, if the model has another number.
+    and class of the base; `vocabulary`: its embeddings' numbers of rows, if the model has another number;
+    `peft_fields`: fields of PEFT's configuration that no rule has, such as the task.
     """
 
     rules: list[Rule]
@@ -46,6 +48,7 @@ class Stored:
     assumed: list[str] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: Set[int] = frozenset()
+    peft_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def stored_adapter(
@@ -97,7 +100,7 @@ def _open_folder(model: nn.Module, place: Path, config: Mapping[str, Any] | None
         "ignored": adapter.ignored,
         "assumed": adapter.assumed,
     }
-    findings["vocabulary"] = adapter.vocabulary
+    findings |= {"vocabulary": adapter.vocabulary, "peft_fields": adapter.fields}
     return Stored(adapter.rules, file, adapter.entry, adapter.problems, **findings, **extra)
 
 
@@ -165,7 +168,11 @@ def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
             problems.append(RuleError(f"{str(data)[:200]} is not a rule", why=f"{type(error).__name__}: {error}"))
     entry: Any = lambda plan, step, name: Entry(tensor_key(step.path, name))  # noqa: E731
     origin = origin_of({}, settings.get("base"))
-    return Stored(rules, file, entry, problems, settings.get("base"), origin=origin, **_labels(settings))
+    peft = settings.get("peft")
+    fields = kept_fields(peft) if isinstance(peft, Mapping) else {}
+    return Stored(
+        rules, file, entry, problems, settings.get("base"), origin=origin, peft_fields=fields, **_labels(settings)
+    )
 
 
 def _rules_in(listed: Any) -> Iterator[Any]:
