@@ -27,7 +27,7 @@ def apply(
     format: Annotated[
         Literal["auto", "peft", "surgery"], typer.Option(help="The adapter's format; auto: PEFT's if it fits.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="The seed of the starting values.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the starting values.", min=0, max=2**64 - 1)] = 0,
     example: Example = None,
     with_example: Annotated[
         bool, typer.Option("--with-example", help="Plan with an example call, which some rules need.")

@@ -15,8 +15,20 @@ from surgery.commands.example_call import example_call
 from surgery.commands.model_folder import load_model
 from surgery.commands.options import ClassName, Example, ModelPath, Trust
 from surgery.commands.rules_file import read_rules
+from surgery.errors import SurgeryError
 
 __all__ = ["bench"]
+
+
+def check_device(name: str) -> None:
+    """Raises `SurgeryError` unless torch can put tensors on the device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).cpu()
+    except Exception as error:  # of many classes: AssertionError, RuntimeError, NotImplementedError
+        why = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+        raise SurgeryError(f"torch can't use the device {name!r}", why=why, fix="--device cpu") from error
 
 
 def bench(
@@ -44,6 +56,7 @@ def bench(
     from surgery import apply_rules, merge, remove, unmerge
     from surgery.rules import LoraRule
 
+    check_device(device)
     chosen = [LoraRule("all-linear")] if rules is None else read_rules(rules, trust)
     net: Any = load_model(model, class_name)
     call = {name: tensor.to(device) for name, tensor in example_call(net, example, batch, length).items()}

@@ -82,7 +82,9 @@ def _class_and_config(folder: Path, class_name: str | None) -> tuple[Any, Any]:
 
     wanted = class_name or class_in_config(data)
     if class_name is not None and not _is_model_class(transformers, class_name):
-        near = near_misses(class_name, [name for name in dir(transformers) if _is_name_of_model(name)])
+        near = near_misses(
+            class_name, [name for name in dir(transformers) if _is_name_of_model(name) and name != class_name]
+        )
         raise SurgeryError(f"transformers has no model {class_name!r}", why=near, fix="--class takes a class name")
     fix = "commands run no code of a folder; load such a model in Python and use the functions"
     with _errors_of_transformers(file, "can't read the configuration", fix):

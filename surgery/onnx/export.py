@@ -196,7 +196,7 @@ def export_onnx(
                 step()
                 if verify:
                     parity = verify_onnx(place, model, example, names, atol=atol)
-            step()
+                step()  # before the file moves to its path: an error of the user's function leaves no file
             return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)
 
     traced = _to_trace(model, examples_for_tracing(example, axes), adapters)

@@ -92,6 +92,29 @@ def test_an_example_that_is_cut(files: Files, tmp_path: Path) -> None:
     assert "example.safetensors is damaged" in done.err
 
 
+@pytest.mark.parametrize("device", ["unknown", "cuda:99", "meta"])
+def test_a_device_that_is_not_here(device: str, files: Files) -> None:
+    assert f"torch can't use the device {device!r}" in refused("bench", files.model, "--device", device).err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**64)])
+def test_a_seed_out_of_range(seed: str, files: Files, tmp_path: Path) -> None:
+    done = run("apply", files.model, files.rules, "--out", tmp_path / "out", "--seed", seed)
+    assert done.code == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_part_of_a_composite_model(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPModel(CLIPConfig(text_config={**tiny, "vocab_size": 50}, vision_config=tiny)).save_pretrained(tmp_path / "clip")
+    (tmp_path / "rules.yaml").write_text("- rule: lora\n  targets: [q_proj]\n  rank: 2\n")
+    done = run("plan", tmp_path / "clip", tmp_path / "rules.yaml", "--class", "CLIPTextModel", "--json")
+    assert done.code == 0 and done.data["model"] == "CLIPTextModel"
+    other = refused("plan", tmp_path / "clip", tmp_path / "rules.yaml", "--class", "BertModel")
+    assert "the class takes BertConfig, and the file is CLIPConfig" in other.err
+
+
 # Places for results --------------------------------------------------------------------------------------------
 
 

@@ -118,3 +118,18 @@ def test_merge_to_and_export_say_what_they_do(tmp_path: Path) -> None:
     small = apply_rules(nn.Sequential(nn.Linear(4, 4)), LoraRule("0", rank=2))
     export_onnx(small, tmp_path / "m.onnx", torch.ones(2, 4), progress=lambda *call: calls.append(str(call)))
     assert calls == [str(("export", done, 5)) for done in range(6)]
+
+
+@pytest.mark.parametrize("last", range(6))
+def test_an_error_of_the_function_leaves_no_exported_file(last: int, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    from surgery import export_onnx
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == last:
+            raise InterruptedError(what)
+
+    small = apply_rules(nn.Sequential(nn.Linear(4, 4)), LoraRule("0", rank=2))
+    with pytest.raises(InterruptedError):
+        export_onnx(small, tmp_path / "m.onnx", torch.ones(2, 4), progress=stop)
+    assert list(tmp_path.iterdir()) == []
