@@ -19,8 +19,7 @@ import typer
 
 from surgery.commands.exit_codes import ERROR, INTERRUPTED
 from surgery.errors import PlanError, SurgeryError, SurgeryWarning
-from surgery.report_data import plain
-from surgery.text_table import table
+from surgery.results import plain, table
 
 __all__ = ["Answer", "Table", "answers", "size_text"]
 

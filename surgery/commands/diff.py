@@ -16,7 +16,7 @@ from surgery.commands.answer import Answer, Table
 from surgery.commands.paths import existing
 from surgery.commands.weight_files import weight_files
 from surgery.errors import SurgeryError
-from surgery.report_data import plain
+from surgery.results import plain
 
 __all__ = ["diff"]
 

@@ -12,11 +12,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from surgery.display import Displayed, Table
 from surgery.errors import TraceError
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
-from surgery.report_data import Report
+from surgery.results import Displayed, Report, Table
 from surgery.tracing.example_call import call
 from surgery.tracing.guards import parts_of
 from surgery.tracing.trace import traced

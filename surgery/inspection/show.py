@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from surgery.display import Displayed, Table
 from surgery.errors import MatchError, abbreviate, near_misses
 from surgery.forward.own_forward import own_forward
 from surgery.inspection.readable_forward import readable_forward
 from surgery.patterns.module_walk import every_path
 from surgery.patterns.wrappers import unwrap
-from surgery.report_data import Report
+from surgery.results import Displayed, Report, Table
 from surgery.rewritten_model.verb_root import check_all_present, records_in
 from surgery.state.adapter_tensors import is_adapter_key, tensors_of
 from surgery.state.records import SiteState, merged_adapters, site_state, sites

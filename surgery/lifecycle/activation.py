@@ -11,10 +11,10 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
-from surgery.display import Displayed, Table
 from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.switching import check_none_merged, set_trained, switch, weights_now
 from surgery.patterns.module_walk import base_modules
+from surgery.results import Displayed, Table
 from surgery.rewritten_model.verb_root import check_parts_idle, rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.in_use import check_free, claim

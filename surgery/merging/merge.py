@@ -16,7 +16,7 @@ from surgery.merging.merge_objections import already_merged, objections_to_merge
 from surgery.merging.site_folding import Keep, fold_together, verify_records
 from surgery.merging.site_merge import check_finite, merge_site, owner_of
 from surgery.progress import Progress, each_step
-from surgery.report_data import Report
+from surgery.results import Report
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of
 from surgery.state.adapter_naming import adapter_names

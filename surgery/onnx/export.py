@@ -41,7 +41,7 @@ from surgery.onnx.graph.weight_names import name_weights
 from surgery.onnx.runtime.default_inputs import write_defaults
 from surgery.onnx.runtime.manifest import Manifest
 from surgery.progress import Progress, steps
-from surgery.report_data import Report
+from surgery.results import Report
 from surgery.rewritten_model.verb_root import records_in
 from surgery.routing.thread_state import thread_routing
 from surgery.state.records import model_state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from surgery.display import escaped, html_table
 from surgery.inspection.show import Summary
 from surgery.pictures.figure import Owner
 from surgery.pictures.output_changes import OutputChange
@@ -14,6 +13,7 @@ from surgery.pictures.style import colours_of
 from surgery.pictures.svg import site_svg
 from surgery.pictures.tree import Mark, TreeRow, owners_in
 from surgery.pictures.tree_svg import short_number
+from surgery.results import escaped, html_table
 
 __all__ = ["page"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from surgery.display import escaped
 from surgery.pictures.figure import Box, Figure, Owner, SiteFigure
 from surgery.pictures.layout import LINE, TITLE_SIZE, Layout, Point, Rectangle, place_figure, shown_text
 from surgery.pictures.style import css
 from surgery.pictures.text_size import shorten, text_width
+from surgery.results import escaped
 
 __all__ = ["document", "site_svg"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from surgery.display import escaped
 from surgery.pictures.figure import Owner
 from surgery.pictures.svg import document
 from surgery.pictures.text_size import shorten, text_width
 from surgery.pictures.tree import Mark, TreeRow
+from surgery.results import escaped
 
 __all__ = ["short_number", "tree_svg"]
 

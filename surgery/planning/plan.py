@@ -11,12 +11,11 @@ from torch import nn
 
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
-from surgery.display import Displayed, Table
 from surgery.errors import PlanError, SurgeryError, abbreviate, collapse_similar
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import Readiness
 from surgery.planning.rank_check import rank_notes
-from surgery.report_data import Report
+from surgery.results import Displayed, Report, Table
 from surgery.state.adapter_tensors import is_adapter_key
 from surgery.state.records import model_state
 from surgery.tracing.example_call import Observation, observe

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.authoring.rule import Rule
-from surgery.report_data import Report
+from surgery.results import Report
 
 __all__ = ["LoadReport"]
 

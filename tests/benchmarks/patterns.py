@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from surgery import ANY, Structure, as_digraph, one_of
-from surgery.text_table import table
+from surgery.results import table
 
 
 def attention_graph(blocks: int) -> fx.Graph:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.text_table import table
+from surgery.results import table
 from tests.benchmarks.lines import Row
 from tests.benchmarks.timing import Setting
 from tests.support import ROOT

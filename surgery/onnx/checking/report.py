@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.errors import ParityError
-from surgery.report_data import Report
-from surgery.text_table import table
+from surgery.results import Report, table
 
 __all__ = ["TIE", "Compared", "Decoded", "ParityReport", "parity_error"]
 

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from surgery import activate, adapters, apply_rules, coverage, plan_rules, summary
-from surgery.display import Displayed, Table
+from surgery.results import Displayed, Table, table
 from surgery.rules import IA3Rule, LoraRule
-from surgery.text_table import table
 
 NAME = "a_module_with_a_long_name_for_a_table"
 

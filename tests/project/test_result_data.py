@@ -13,7 +13,7 @@ from torch import nn
 
 from surgery import Pattern, apply_rules, coverage, load_adapter, merge, plan_rules, remove, save_adapter, summary
 from surgery.onnx.checking.report import Compared, Decoded, ParityReport
-from surgery.report_data import plain
+from surgery.results import plain
 from surgery.rules import LoraRule
 
 
