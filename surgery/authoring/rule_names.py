@@ -7,7 +7,9 @@ from typing import Any
 
 from surgery.errors import RuleError, near_misses, qualified_name
 
-__all__ = ["register", "registered"]
+__all__ = ["SLOT", "register", "registered"]
+
+SLOT = "-slot"  # the ending of rules that only exported files have
 
 _classes: dict[str, type[Any]] = {}
 
@@ -28,8 +30,9 @@ def registered(name: str) -> type[Any]:
     if name in _classes:
         return _classes[name]
     all_names = set(_classes) | {entry.name for entry in metadata.entry_points(group="surgery.rules")}
+    names = sorted(each for each in all_names if not each.endswith(SLOT))
     raise RuleError(
         f"{name!r} is not the name of a rule",
-        why=near_misses(name, all_names) or f"known rules: {', '.join(sorted(all_names))}",
+        why=near_misses(name, names) or f"known rules: {', '.join(names)}",
         fix="import or install the package that defines it",
     )

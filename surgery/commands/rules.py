@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from surgery.authoring.rule_names import SLOT
 from surgery.commands.answer import Answer, Table
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["rules"]
 
 GROUP = "surgery.rules"
-SLOT = "-slot"  # the ending of rules that only exported files have
 
 
 def _names(incomplete: str = "") -> list[str]:

@@ -33,6 +33,8 @@ def test_wrong_words_get_near_misses_and_exit_code_2() -> None:
 def test_errors_are_texts_or_json_and_traceback_shows_more(files: Files) -> None:
     plain = run("rules", "lroa")
     assert plain.code == 1 and plain.err.startswith("error: 'lroa' is not the name of a rule") and not plain.out
+    unlike = run("rules", "zzzzq").err  # no name is near: all are listed, without those of exported files alone
+    assert " lora," in unlike and "-slot" not in unlike
     assert "Traceback" not in plain.err and "Traceback" in run("rules", "lroa", "--traceback").err
     data = run("rules", "lroa", "--json").data
     assert data["error"]["type"] == "RuleError" and "lora" in data["error"]["why"]
