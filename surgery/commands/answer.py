@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 import traceback as tracebacks
 import warnings
@@ -119,7 +120,7 @@ def _print_answer(answer: Answer, as_json: bool, noted: Iterable[str]) -> None:
         return
     for text in noted:
         _print_note(f"warning: {text}")
-    for part in answer.parts:
+    for part in map(_visible_part, answer.parts):
         if sys.stdout is not None and sys.stdout.isatty():
             _print_on_terminal(part)
         else:
@@ -130,7 +131,7 @@ def _print_on_terminal(part: str | Table) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    console = Console(markup=False)
+    console = Console(markup=False, emoji=False)
     if isinstance(part, str):
         console.print(part, soft_wrap=True)
         return
@@ -153,7 +154,8 @@ def _print_error(error: Exception, as_json: bool, traceback: bool) -> None:
     if sys.stderr is not None and sys.stderr.isatty():
         from rich.console import Console
 
-        Console(stderr=True, markup=False, highlight=False).print(f"error: {text}", style="red", soft_wrap=True)
+        console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        console.print(f"error: {_visible(text)}", style="red", soft_wrap=True)
     else:
         _print_note(f"error: {text}")
 
@@ -168,9 +170,23 @@ def _print_json(data: Any) -> None:
     print(text)
 
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _visible(text: str) -> str:
+    """A text with escapes for control characters, since names in files may hold commands for terminals."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _visible_part(part: str | Table) -> str | Table:
+    if isinstance(part, str):
+        return _visible(part)
+    return Table(part.head, [[_visible(cell) for cell in row] for row in part.rows])
+
+
 def _print_note(text: str) -> None:
     if sys.stderr is not None:  # it is closed, and `print` would write to stdout
-        print(text, file=sys.stderr)
+        print(_visible(text), file=sys.stderr)
 
 
 def _drop_output() -> None:

@@ -20,7 +20,7 @@ from surgery.errors import SurgeryError
 __all__ = ["bench"]
 
 
-def check_device(name: str) -> None:
+def _check_device(name: str) -> None:
     """Raises `SurgeryError` unless torch can put tensors on the device."""
     import torch
 
@@ -56,7 +56,7 @@ def bench(
     from surgery import apply_rules, merge, remove, unmerge
     from surgery.rules import LoraRule
 
-    check_device(device)
+    _check_device(device)
     chosen = [LoraRule("all-linear")] if rules is None else read_rules(rules, trust)
     net: Any = load_model(model, class_name)
     call = {name: tensor.to(device) for name, tensor in example_call(net, example, batch, length).items()}

@@ -105,6 +105,16 @@ def test_any_safetensors_file(tmp_path: Path) -> None:
     assert described["dtypes"] == {"F32": 6, "F16": 2} and len(described["sites"]) == 1
 
 
+def test_names_do_not_command_the_terminal(tmp_path: Path) -> None:
+    name = "a\x1b]0;title\x07b"
+    save_file({f"{name}.weight": torch.ones(1)}, tmp_path / "x.safetensors", {"note": name})
+    done = run("inspect", tmp_path / "x.safetensors")
+    assert done.code == 0 and "\x1b" not in done.out and "\\x1b]0;title\\x07b" in done.out
+    assert run("inspect", tmp_path / "x.safetensors", "--json").data["sites"][0]["path"] == name
+    error = run("inspect", tmp_path / name)
+    assert error.code == 1 and "\x1b" not in error.err
+
+
 def test_long_lists_are_cut_and_all_shows_them(tmp_path: Path) -> None:
     save_file({f"layers.{i}.weight": torch.ones(1) for i in range(25)}, tmp_path / "x.safetensors")
     assert "and 5 more sites" in run("inspect", tmp_path / "x.safetensors").out
