@@ -17,6 +17,7 @@ from surgery.peft.fused_head import fused_head
 from surgery.peft.reported_class import reported_class
 from surgery.routing.route import route
 from surgery.routing.routing_block import RowCountError
+from surgery.routing.rows import RowsError
 from surgery.state.records import merged_adapters, model_state
 from surgery.transaction.neutral_context import neutral
 from surgery.transaction.undo_log import Journal
@@ -30,6 +31,8 @@ _THEMSELVES = frozenset(
     "apply bfloat16 cpu cuda double eval float half ipu mtia requires_grad_ share_memory to to_empty train type "
     "xpu".split()
 )
+
+_MIXED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # those that PEFT's adapter_names always takes
 
 
 def inside(model: Any) -> Any:
@@ -183,3 +186,19 @@ class Facade(_Seen):
             what = "Length of `adapter_names` should be the same as the number of inputs, but got "
             what += f"{error.names} and {error.rows} respectively."
             raise as_builtin(SurgeryError(what, fix='name an adapter, or "__base__", for each row')) from None
+        except RowsError as error:
+            raise self._mixed_batch_error(error) from None
+
+    def _mixed_batch_error(self, error: RowsError) -> SurgeryError:
+        """PEFT's error for a module that can't have an adapter for each row, with the engine's reason."""
+        site = unwrap(self._base).get_submodule(error.where or "")
+        if isinstance(site, _MIXED):
+            return error
+        why, where, kind = f"{error.what}: {error.why}", error.where, TypeError
+        supported = ", ".join(each.__name__ for each in _MIXED)
+        what = f"Mixed batching is only supported for the following modules: {supported}."
+        if isinstance(site, nn.MultiheadAttention):
+            what = "lora.MultiheadAttention does not support mixed adapter batches."
+        elif any(getattr(config, "target_parameters", None) for config in self._configs.values()):
+            what, kind = "lora.ParamWrapper does not support mixed adapter batches yet.", ValueError
+        return as_builtin(SurgeryError(what, where=where, why=why, fix=error.fix), kind)

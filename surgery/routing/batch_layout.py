@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.complex_numbers import is_number
-from surgery.errors import SurgeryError
+from surgery.routing.rows import RowsError
 from surgery.routing.thread_state import paused
 from surgery.state.records import site_state
 from surgery.transaction.object_contents import copied
@@ -54,7 +54,7 @@ def check_rows_first(
     if any(part.startswith("expert") for part in site.path.split(".")[:-1]):
         multiple = "a router sends experts some of the tokens"
     if isinstance(multiple, str):
-        raise SurgeryError(
+        raise RowsError(
             "the adapters of the rows in a module's input are unknown",
             where=site.path,
             why=f"they are {shape} for a batch of {batch}, and {multiple}",

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer, Tape
+from surgery.patterns.module_class import class_of
 from surgery.routing.routed_call import Routing, bind_arguments
-from surgery.routing.rows import join_rows, take_rows
-from surgery.state.records import Applied, SiteState
+from surgery.routing.rows import RowsError, join_rows, take_rows
+from surgery.state.records import Applied, SiteState, site_state
 from surgery.weaving.generated_class import generated_class
 from surgery.weaving.lowering import LowRankEdit, low_rank_edit
 from surgery.weaving.rewrite_recording import layer_of
@@ -81,6 +82,22 @@ def _low_rank(own: OwnForward, layer: Layer) -> LowRankEdit | None:
     return by_forward[own.key]
 
 
+def _check_independent_rows(module: nn.Module, value: Tensor) -> None:
+    """Raise `RowsError` if the rows are one sequence without a batch: an output depends on all of them."""
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and value.dim() == 2:
+        raise RowsError(
+            "the rows of a sequence can't have adapters of their own",
+            where=_path(module),
+            why=f"a {class_of(module).__name__} takes {tuple(value.shape)} for one sequence, without a batch",
+            fix="call it with a batch of sequences, or exclude it from the adapters",
+        )
+
+
+def _path(module: nn.Module) -> str | None:
+    site = site_state(module)
+    return site.path if site is not None else None
+
+
 _edits: WeakValueDictionary[tuple, RowEdit] = WeakValueDictionary()
 _low_ranks: WeakKeyDictionary[Tape, dict[tuple, LowRankEdit | None]] = WeakKeyDictionary()
 
@@ -107,6 +124,8 @@ class EditsByRows:
                 fix="put it into evaluation mode",
             )
         size = self.routing.size_of(module, main)
+        if any(edit.cls is not None for edit in self.edits.values()):  # whose forward runs on some of the rows
+            _check_independent_rows(module, main)
         base_needed = not self.covered or any(edit.cls is None for edit in self.edits.values())
         output = self.base.forward(module, *args, **kwargs) if base_needed else None
         parts = []
@@ -118,4 +137,4 @@ class EditsByRows:
                 parts.append(edit.cls.forward(module, *take(list(args)), **take(kwargs)))
         if not self.covered:
             parts.append(take_rows(output, rows, self.names, size))
-        return join_rows(parts, rows, self.names)
+        return join_rows(parts, rows, self.names, _path(module))

@@ -12,7 +12,7 @@ from surgery.errors import SurgeryError
 from surgery.lifecycle.switching import check_none_merged, check_settled
 from surgery.routing.batch_layout import check_rows_first
 from surgery.routing.joint_rewrite import routes_itself
-from surgery.routing.rows import RowOwners
+from surgery.routing.rows import RowOwners, RowsError
 from surgery.routing.site_plan import RoutedCall, plan_of
 from surgery.routing.thread_state import thread_routing
 from surgery.state.adapter_naming import adapter_names
@@ -91,7 +91,7 @@ class RoutingBlock:
         if not shown and self.check and size and size % self.rows.count == 0:
             check_rows_first(self.entry or self.model, self.modules, module, tuple(value.shape), batch, self.arguments)
         if not size or size % self.rows.count:
-            raise SurgeryError(
+            raise RowsError(
                 f"{self.rows.count} adapters are named, and a module is called with {tuple(value.shape)}",
                 where=site_state(module).path,  # type: ignore[union-attr]
                 why="the batch's rows do not come first there, or are not all there",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 
-__all__ = ["RowOwners", "join_rows", "take_rows"]
+__all__ = ["RowOwners", "RowsError", "join_rows", "take_rows"]
 
 
 class RowOwners:
@@ -63,6 +63,10 @@ class RowOwners:
         return (first + torch.arange(times, device=device)).flatten()
 
 
+class RowsError(SurgeryError):
+    """The rows of a site's input are not rows of the batch, so they do not have adapters."""
+
+
 class AdapterRows:
     """The rows of one adapter, for a rule that defines `routed`."""
 
@@ -95,29 +99,34 @@ def take_rows(value: Any, rows: RowOwners, names: tuple[str, ...] | str, size: i
     )
 
 
-def join_rows(parts: Sequence[Any], rows: RowOwners, names: tuple[str, ...]) -> Any:
-    """Join the values of each adapter's rows, and of the remaining rows last, into a value of all rows."""
+def join_rows(parts: Sequence[Any], rows: RowOwners, names: tuple[str, ...], where: str | None = None) -> Any:
+    """Join the values of each adapter's rows, and of the remaining rows last, into a value of all rows.
+
+    `where`: the site's path, for errors.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
         size = sum(part.shape[0] if part.dim() else 1 for part in parts)
         shapes = [tuple(part.shape) for part in parts]
         if first.dim() == 0 or size % rows.count:
-            raise SurgeryError(
+            raise RowsError(
                 "a module's outputs can't be joined by rows",
+                where=where,
                 why=f"adapters of one batch give {' and '.join(map(str, shapes))}",
                 fix="route adapters of modules whose outputs have the rows of the batch first",
             )
         if len({shape[1:] for shape in shapes}) > 1:
-            raise SurgeryError(
+            raise RowsError(
                 "adapters of one batch give rows of different shapes",
+                where=where,
                 why=" and ".join(map(str, shapes)),
                 fix="route these adapters in separate batches",
             )
         return torch.cat(list(parts)).index_select(0, rows.order(names, size, first.device))
     if isinstance(first, (tuple, list)):
-        items = [join_rows(column, rows, names) for column in zip(*parts, strict=True)]
+        items = [join_rows(column, rows, names, where) for column in zip(*parts, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     if isinstance(first, Mapping):
-        values = {key: join_rows([part[key] for part in parts], rows, names) for key in first}
+        values = {key: join_rows([part[key] for part in parts], rows, names, where) for key in first}
         return values if type(first) is dict else type(first)(**values)  # type: ignore[call-arg]
     return first

@@ -414,3 +414,31 @@ def test_a_density_that_is_not_used_is_told() -> None:
 def test_configurations_say_the_version_of_their_format() -> None:
     assert ours.LoraConfig().peft_version == peft.LoraConfig().peft_version
     assert ours.LoraConfig(peft_version="0.9").peft_version == "0.9"
+
+
+class Inner(nn.Module):
+    """A module of modules that PEFT's adapter_names do not take."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, x, x)[0] if isinstance(self.inner, nn.MultiheadAttention) else self.inner(x)[0]
+
+
+@pytest.mark.parametrize("kind", ["attention", "recurrent"])
+def test_rows_of_modules_that_can_not_have_adapters_for_each(kind: str) -> None:
+    for library in (peft, ours):
+        inner = nn.MultiheadAttention(8, 2) if kind == "attention" else nn.GRU(8, 8, batch_first=True)
+        model = nn.Sequential(nn.Linear(8, 8), Inner(inner)).eval()
+        fields = {"attention": {"target_modules": ["inner"]}, "recurrent": {"target_modules": ["0"],
+                  "modules_to_save": ["inner"]}}[kind]  # fmt: skip
+        made = library.get_peft_model(model, library.LoraConfig(**fields)).eval()
+        made.add_adapter("other", library.LoraConfig(**fields))
+        words = (
+            "lora.MultiheadAttention does not support" if kind == "attention" else "Mixed batching is only supported"
+        )
+        x = torch.randn(3, 8) if kind == "attention" else torch.randn(3, 4, 8)
+        with pytest.raises(TypeError, match=words):
+            made(x, adapter_names=["default", "other", "__base__"])

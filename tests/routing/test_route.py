@@ -853,3 +853,39 @@ def test_compiled_models_follow() -> None:
             model.get_parameter("0.adapters.a.B").add_(1.0)
             torch.testing.assert_close(compiled(x), model(x), **CLOSE)
         torch.testing.assert_close(compiled(x), model(x), **CLOSE)
+
+
+class Sequences(nn.Module):
+    """A module that takes a sequence without a batch, too."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = (x, x, x) if isinstance(self.inner, nn.MultiheadAttention) else (x,)
+        options = {"need_weights": False} if len(inputs) == 3 else {}
+        return self.inner(*inputs, **options)[0]
+
+
+@pytest.mark.parametrize("kind", ["attention", "recurrent"])
+def test_rows_of_one_sequence_do_not_have_adapters_of_their_own(kind: str) -> None:
+    """An output of a sequence depends on all of its positions: on some of them alone it would be another."""
+    inner = nn.MultiheadAttention(8, 2, batch_first=True) if kind == "attention" else nn.GRU(8, 8, batch_first=True)
+    rules = {"attention": LoraRule("inner", rank=2), "recurrent": TrainRule("inner")}
+    model = Sequences(inner).eval()
+    for name in "ab":
+        apply_rules(model, rules[kind], adapter=name)
+    disturb(model)
+    x = torch.randn(4, 8)
+    with (
+        route(model, ["a", "b", None, "a"]),
+        pytest.raises(SurgeryError, match="one sequence, without a batch") as error,
+    ):
+        model(x)
+    assert error.value.where == "inner"
+    if kind == "attention":
+        batch, names = torch.randn(4, 5, 8), ["a", "b", None, "a"]
+        with route(model, names):
+            routed = model(batch)
+        torch.testing.assert_close(routed, alone(model, batch, names), **CLOSE)
