@@ -875,7 +875,7 @@ def test_rows_of_one_sequence_do_not_have_adapters_of_their_own(kind: str) -> No
     rules = {"attention": LoraRule("inner", rank=2), "recurrent": TrainRule("inner")}
     model = Sequences(inner).eval()
     for name in "ab":
-        apply_rules(model, rules[kind], adapter=name)
+        deactivate(apply_rules(model, rules[kind], adapter=name))
     disturb(model)
     x = torch.randn(4, 8)
     with (
