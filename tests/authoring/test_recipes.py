@@ -375,7 +375,7 @@ READING: dict[str, Case] = {
         {"layers.0": patched},
         TOKENS,
     ),
-    "ablated heads": Case(llama, lambda p: p.AblateRule("o_proj", heads=[0, 2]), {"*": ablated}, TOKENS),
+    "ablated heads": Case(llama, lambda p: p.AblateRule("o_proj", heads=[0, 2], size=8), {"*": ablated}, TOKENS),
     "autoencoder": Case(
         llama, lambda p: p.AutoencoderRule("model.layers.0", ablated=[3]), {"layers.0": autoencoder}, TOKENS
     ),
