@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from surgery.adapter_files.tensor_headers import Header, damaged_entry, read_header
+from surgery.adapter_files.tensor_headers import AGAIN, Header, damaged_entry, read_header
 from surgery.errors import SurgeryError
 from surgery.progress import Progress, each_step
 
@@ -171,7 +171,7 @@ def _open_safetensors(path: Path) -> TensorFile:
         if set(safe_open(str(path), "pt").keys()) != set(header.tensors):
             raise SafetensorError("its header is ambiguous")
     except (SafetensorError, OSError, ValueError) as error:
-        raise SurgeryError(f"{path.name} is damaged", why=str(error)[:200]) from None
+        raise SurgeryError(f"{path.name} is damaged", why=str(error)[:200], fix=AGAIN) from None
     shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
     dtypes = {key: DTYPES[tensor.dtype] for key, tensor in header.tensors.items()}
     data = _map_bytes(path)[header.start :]
@@ -207,7 +207,7 @@ def _header(path: Path) -> Header:
     header = read_header(path, MOST_HEADER)
     for key, tensor in header.tensors.items():
         if tensor.dtype not in DTYPES or tensor.numbers * DTYPES[tensor.dtype].itemsize != tensor.nbytes:
-            raise damaged_entry(path, key, tensor._asdict(), header.space)
+            raise damaged_entry(path, key, tensor, header.space)
     return header
 
 
@@ -225,21 +225,22 @@ def _open_pickle(path: Path) -> TensorFile:
             entries = archive.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise SurgeryError(f"{path.name} is damaged", why="its sizes exceed the file's size")
+            raise SurgeryError(f"{path.name} is damaged", why="its sizes exceed the file's size", fix=AGAIN)
         pickled = [entry.file_size for entry in entries if entry.filename.endswith("data.pkl")]
         if sum(pickled) > MOST_HEADER:
-            raise SurgeryError(f"{path.name} is damaged", why=f"{sum(pickled)} bytes of names")
+            raise SurgeryError(f"{path.name} is damaged", why=f"{sum(pickled)} bytes of names", fix=AGAIN)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except SurgeryError:
         raise
     except Exception as error:  # pickle, zip and torch raise errors of many classes
         raise SurgeryError(
-            f"{path.name} can't be read as tensors", why=f"{type(error).__name__}: {error}"[:300]
+            f"{path.name} can't be read as tensors", why=f"{type(error).__name__}: {error}"[:300], fix=AGAIN
         ) from None
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and _is_dense_tensor(content[key]) for key in content
     ):
-        raise SurgeryError(f"{path.name} contains other things than tensors by name")
+        fix = "save a dict of tensors by name: torch.save(state_dict, file)"
+        raise SurgeryError(f"{path.name} contains other things than tensors by name", fix=fix)
     return TensorFile(
         {key: tuple(tensor.shape) for key, tensor in content.items()},
         {key: tensor.dtype for key, tensor in content.items()},

@@ -11,6 +11,7 @@ from surgery.errors import SurgeryError
 
 __all__ = ["Header", "TensorHeader", "damaged_entry", "read_header"]
 
+AGAIN = "copy or download the file again, or save it again"
 MOST = 100 << 20  # bytes, as in safetensors itself
 
 
@@ -50,14 +51,20 @@ def read_header(path: Path, most: int = MOST) -> Header:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, most):
-                raise SurgeryError(f"{path.name} is damaged", why=f"a header of {length} bytes in a file of {size}")
-            data = parse_json(file.read(length), f"the header of {path.name}")
+                why = f"it states a header of {length} bytes in a file of {size}"
+                raise SurgeryError(f"{path.name} is damaged", why=why, fix=AGAIN)
+            text = file.read(length)
+            try:
+                data = parse_json(text, f"the header of {path.name}")
+            except SurgeryError as error:
+                error.fix = error.fix or AGAIN
+                raise
     except OSError as error:
         raise SurgeryError(f"{path.name} can't be read", why=str(error)) from None
     space = size - 8 - length
     metadata = data.pop("__metadata__", {}) if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(metadata, dict):
-        raise SurgeryError(f"{path.name} is damaged", why="its header is not a mapping of tensors")
+        raise SurgeryError(f"{path.name} is damaged", why="its header is not a mapping of tensors", fix=AGAIN)
     tensors: dict[str, TensorHeader] = {}
     for key, entry in data.items():
         tensor = _tensor(entry, space)
@@ -69,7 +76,24 @@ def read_header(path: Path, most: int = MOST) -> Header:
 
 
 def damaged_entry(path: Path, key: str, entry: Any, space: int) -> SurgeryError:
-    return SurgeryError(f"{path.name} is damaged", where=key[:200], why=f"{str(entry)[:200]} in {space} bytes of data")
+    """The error for a tensor whose entry in the header does not fit the file's bytes of data, `space`."""
+    return SurgeryError(f"{path.name} is damaged", where=key[:200], why=_describe(entry, space), fix=AGAIN)
+
+
+def _describe(entry: Any, space: int) -> str:
+    if isinstance(entry, dict):
+        offsets = entry.get("data_offsets")
+        entry = TensorHeader(str(entry.get("dtype")), entry.get("shape"), *offsets) if _is_span(offsets) else None  # type: ignore[arg-type]
+    if not isinstance(entry, TensorHeader):
+        return "its header does not give this tensor a dtype, a shape, and a first and a last byte"
+    if entry.end > space:
+        return f"this tensor ends at byte {entry.end} of the data, and the file has {space}: it was cut off"
+    shape = str(entry.shape)[:100]
+    return f"this tensor has {entry.nbytes} bytes, which are not those of {entry.dtype[:20]} numbers of shape {shape}"
+
+
+def _is_span(offsets: Any) -> bool:
+    return isinstance(offsets, list) and len(offsets) == 2 and all(type(at) is int and 0 <= at for at in offsets)
 
 
 def _tensor(entry: Any, space: int) -> TensorHeader | None:

@@ -93,7 +93,8 @@ def from_peft(
         except Exception as error:  # a reshaping of a shape that it did not expect
             value, why = None, f"{type(error).__name__}: {error}"[:300]
         if value is None or value.shape != values[name].shape:
-            problems.append(SurgeryError(f"{key} does not fit", why=why))
+            fix = "give tensors of an adapter with the same configuration"
+            problems.append(SurgeryError(f"{key} does not fit", why=why, fix=fix))
         else:
             values[name] = value
     if problems:

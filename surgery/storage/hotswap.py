@@ -32,6 +32,7 @@ from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site
 from surgery.storage.hotswap_plan import AdapterSite, adapter_sites, plan_incoming_rules, step_for
 from surgery.storage.hotswap_values import NewValues, detached_copy
+from surgery.storage.load_errors import completed, mismatch_errors
 from surgery.storage.load_report import LoadReport
 from surgery.storage.matched_tensors import distrusted_rule_error, locate_tensors
 from surgery.storage.model_origin import other_model
@@ -159,10 +160,12 @@ def hotswap(
     report.base = differences(model, stored.base)
     problems += new_values.problems
     if strict:
-        mismatches = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
-        problems += [*stored.unheld, *map(SurgeryError, mismatches)]
+        without = "hotswap(…, strict=False) takes the adapter without this setting, so it computes something else"
+        problems += completed(stored.unheld, source, without)
+        problems += mismatch_errors(report, source, "hotswap", same_base)
     if problems or not stored.rules:
-        raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
+        problems = problems or completed([RuleError("the files hold no rules")], source)
+        raise LoadError([*problems, *other_model(model, stored.origin)])
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=3)

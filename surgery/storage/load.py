@@ -27,6 +27,7 @@ from surgery.progress import Progress
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.fingerprint import differences
 from surgery.state.records import require_state
+from surgery.storage.load_errors import completed, mismatch_errors
 from surgery.storage.load_report import LoadReport
 from surgery.storage.matched_tensors import distrusted_rule_error, locate_tensors
 from surgery.storage.model_origin import other_model
@@ -113,7 +114,7 @@ def load_adapter(
     report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
     report.assumed = stored.assumed
     problems = [
-        *stored.problems,
+        *completed(stored.problems, source),
         *([] if trust else map(distrusted_rule_error, (rule for rule in stored.rules if rule.imports))),
     ]
     known = [rule for rule in stored.rules if trust or not rule.imports]
@@ -124,7 +125,7 @@ def load_adapter(
         values = locate_tensors(plan, stored, report, finite)
         if problems:
             report.unexpected = []  # they belong to rules that could not be read or matched
-        problems += _too_large(plan, values, stored.file)
+        problems += completed(_too_large(plan, values, stored.file), source)
     if sizes := sizes_wanted(model, plan, stored):
         if resize and len(sizes) == 1 and hasattr(model, "resize_token_embeddings"):
             options: dict[str, Any] = {"example_inputs": example_inputs, "config": config, "component": component}
@@ -135,10 +136,12 @@ def load_adapter(
         problems.append(other_vocabulary(model, sizes))
     report.base = differences(model, stored.base, _restored(plan))
     if strict:
-        mismatches = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
-        problems += [*stored.unheld, *map(_problem, mismatches)]
+        without = "load_adapter(…, strict=False) loads the adapter without this setting, so it computes something else"
+        problems += completed(stored.unheld, source, without)
+        problems += mismatch_errors(report, source, "load_adapter", same_base)
     if problems or plan is None:
-        raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
+        problems = problems or completed([RuleError("the files hold no rules")], source)
+        raise LoadError([*problems, *other_model(model, stored.origin)])
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]  # the base: see above
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=3)
@@ -150,7 +153,8 @@ def load_adapter(
         except (SurgeryError, Warning):
             raise
         except Exception as error:  # a field may be valid and still fail to initialise
-            raise LoadError([_problem("its rules can't be applied", why=f"{type(error).__name__}: {error}")]) from error
+            problem = SurgeryError("its rules can't be applied", why=f"{type(error).__name__}: {error}")
+            raise LoadError(completed([problem], source)) from error
     require_state(model).peft_fields[adapter] = dict(stored.peft_fields)
     _fill(plan, values, stored.file)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
@@ -181,7 +185,8 @@ def _too_large(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: T
     specs = [spec for step in plan.steps for spec in step.specs if (id(step), spec.name) not in filled]
     size = sum(math.prod(spec.shape) for spec in specs)
     if size > (1 << 24) + 4 * sum(map(math.prod, file.shapes.values())):
-        yield _problem(f"its rules need {size:,} numbers that are not in the file")
+        why = "so many are not created for a file of this size"
+        yield SurgeryError(f"its rules need {size:,} numbers that are not in the file", why=why)
 
 
 def _values_of_file(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: TensorFile) -> InitialValue:
@@ -241,7 +246,3 @@ def _realise(step: PlannedRule, adapter: str, unfilled: set[str], duplicates: di
         step.rule.initialise(
             LiveSite(module, step.path, adapter, box.tensors(), lambda name, _: tensor_at(module, name))
         )
-
-
-def _problem(text: str, **details: Any) -> SurgeryError:
-    return SurgeryError(text, **details)

@@ -24,6 +24,8 @@ from surgery.storage.model_origin import origin_of
 
 __all__ = ["Stored", "stored_adapter"]
 
+AGAIN = "copy or download the adapter's files again, or save the adapter again"
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -75,7 +77,7 @@ def stored_adapter(
     except LoadError:
         raise
     except SurgeryError as error:
-        error.where = error.where or str(source)
+        error.where, error.fix = error.where or str(source), error.fix or AGAIN
         raise LoadError([error]) from error
 
 
@@ -118,7 +120,8 @@ def _no_adapter(place: Path) -> SurgeryError:
         )
         fix += "with callbacks=[AdapterCheckpoints()] writes folders that load_adapter opens"
         return SurgeryError(what, why=why, fix=fix)
-    return SurgeryError(what, why=f"it does not contain {', '.join((SURGERY[0], PEFT[0], OLD, *BARE))}")
+    why = f"it does not contain {', '.join((SURGERY[0], PEFT[0], OLD, *BARE))}"
+    return SurgeryError(what, why=why, fix="name the folder into which save_adapter or PEFT wrote")
 
 
 def _metadata_of(file: TensorFile) -> dict[str, Any]:
@@ -155,7 +158,8 @@ def _labels(data: Mapping[str, Any]) -> dict[str, Any]:
 def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
     version, listed = settings.get("version"), settings.get("rules")
     if type(version) is not int or version < 1:
-        raise SurgeryError(f"its version {version!r} is not a version of the format")
+        why = "versions are whole numbers from 1"
+        raise SurgeryError(f"its version {version!r} is not a version of the format", why=why)
     if version > VERSION:
         raise SurgeryError(f"it has version {version} of the format", why="a later release wrote it", fix="update")
     rules, problems = list[Rule](), list[SurgeryError]()
@@ -177,5 +181,5 @@ def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
 
 def _rules_in(listed: Any) -> Iterator[Any]:
     if not isinstance(listed, list) or not listed:
-        raise SurgeryError("its settings list no rules")
+        raise SurgeryError("its settings list no rules", why=f'"rules" in {SURGERY[1]} is not a list with rules')
     yield from listed

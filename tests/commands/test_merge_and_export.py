@@ -52,6 +52,8 @@ def test_what_does_not_fit_is_an_error(files: Files, tmp_path: Path) -> None:
     model.save_pretrained(other)
     refused = run("merge", other, files.peft, "--out", tmp_path / "m", "--json")
     assert refused.code == 1 and "another base" in refused.data["error"]["text"]
+    told = refused.data["error"]["text"]
+    assert "; --any-base makes this a warning" in told and "same_base" not in told
     assert not (tmp_path / "m").exists()
     loose = run("merge", other, files.peft, "--out", tmp_path / "m", "--any-base", "--json")
     assert loose.code == 0 and any("another base" in warning for warning in loose.data["warnings"])

@@ -12,6 +12,9 @@ from surgery.onnx.runtime.slot import Slot
 
 __all__ = ["listed", "problems_of"]
 
+EARLIER = "export a checkpoint from before its numbers grew without limit"
+EXPORT = "export the adapter for this file: export_adapter(model, name, onnx_path, out_path)"
+
 
 def problems_of(
     slots: Mapping[str, Slot], tensors: Mapping[str, np.ndarray], *, empty: str, finite: bool = False
@@ -28,7 +31,7 @@ def problems_of(
         if name in tensors:
             problems += _misfit(slot, tensors[name], sizes, empty, finite)
     if not tensors:
-        problems.append(SurgeryError("the adapter has no tensors"))
+        problems.append(SurgeryError("the adapter has no tensors", fix=EXPORT))
     return problems
 
 
@@ -46,7 +49,7 @@ def _unknown(slots: Mapping[str, Slot], tensors: Mapping[str, np.ndarray]) -> It
     for name in tensors:
         if name not in slots:
             why = near_misses(str(name), slots) or f"it has {len(slots)} slots"
-            yield SurgeryError(f"the file has no slot {name!r}", why=why)
+            yield SurgeryError(f"the file has no slot {name!r}", why=why, fix=EXPORT)
 
 
 def _incomplete_sites(slots: Mapping[str, Slot], tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
@@ -58,7 +61,7 @@ def _incomplete_sites(slots: Mapping[str, Slot], tensors: Mapping[str, np.ndarra
         missing = [slot.tensor for slot in site_slots if slot.name not in tensors]
         if present and missing:
             why = f"it has {', '.join(present)}, and lacks {', '.join(missing)}"
-            yield SurgeryError("the adapter has only a part of a site's tensors", where=site, why=why)
+            yield SurgeryError("the adapter has only a part of a site's tensors", where=site, why=why, fix=EXPORT)
 
 
 def _misfit(
@@ -77,20 +80,23 @@ def _misfit(
     shape = tensor.shape[:free_axis] + (None,) * len(slot.free) + tensor.shape[free_axis + 1 :]
     if shape != slot.shape or tensor.ndim != len(slot.shape):
         why = f"it is {tensor.shape}, and the slot {_shape(slot)}"
-        yield SurgeryError("a tensor has another shape", where=slot.name, why=why)
+        yield SurgeryError("a tensor has another shape", where=slot.name, why=why, fix=EXPORT)
         return
     if slot.free:
         size = tensor.shape[free_axis]
         if size == 0 and empty == "zeros1":
             yield SurgeryError(
-                "a tensor is empty", where=slot.name, why='the file is for runtimes without empty tensors: "zeros1"'
+                "a tensor is empty",
+                where=slot.name,
+                why='the file is for runtimes without empty tensors: "zeros1"',
+                fix=EXPORT,
             )
         rank, first = sizes.setdefault(slot.dim or slot.name, (size, slot.name))
         if rank != size:
             why = f"its rank is {size}, and that of {first} is {rank}"
-            yield SurgeryError("two tensors of a site have different ranks", where=slot.name, why=why)
+            yield SurgeryError("two tensors of a site have different ranks", where=slot.name, why=why, fix=EXPORT)
     if not finite and tensor.dtype.kind in "fV" and not np.isfinite(widened(tensor)).all():
-        yield SurgeryError("a tensor has numbers that are not finite", where=slot.name)
+        yield SurgeryError("a tensor has numbers that are not finite", where=slot.name, fix=EARLIER)
 
 
 def _shape(slot: Slot) -> str:
