@@ -697,7 +697,6 @@ LORA = {"peft_type": "LORA", "target_modules": ["1"], "r": 2}
         ({**LORA, "use_qalora": True}, "use_qalora"),
         ({**LORA, "arrow_config": {"x": 1}}, "arrow_config"),
         ({**LORA, "layer_replication": [[0, 1]]}, "layer_replication"),
-        ({**LORA, "alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({**LORA, "use_bdlora": {"x": 1}}, "use_bdlora"),
         ({**LORA, "megatron_config": {"x": 1}}, "megatron_config"),
         ({**LORA, "init_lora_weights": "corda"}, "init_lora_weights='corda'"),
