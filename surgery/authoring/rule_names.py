@@ -10,6 +10,7 @@ from surgery.errors import RuleError, near_misses, qualified_name
 __all__ = ["SLOT", "register", "registered"]
 
 SLOT = "-slot"  # the ending of rules that only exported files have
+LIBRARY = "surgery.rules."
 
 _classes: dict[str, type[Any]] = {}
 
@@ -29,8 +30,10 @@ def registered(name: str) -> type[Any]:
             entry.load()
     if name in _classes:
         return _classes[name]
-    all_names = set(_classes) | {entry.name for entry in metadata.entry_points(group="surgery.rules")}
-    names = sorted(each for each in all_names if not each.endswith(SLOT))
+    offered = {entry.name for entry in metadata.entry_points(group="surgery.rules")}
+    # The library registers companions, too, which have no place in a file by themselves.
+    own = {each for each, cls in _classes.items() if not cls.__module__.startswith(LIBRARY)}
+    names = sorted(each for each in offered | own if not each.endswith(SLOT))
     raise RuleError(
         f"{name!r} is not the name of a rule",
         why=near_misses(name, names) or f"known rules: {', '.join(names)}",
