@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from surgery.errors import MatchError, RuleError, SurgeryError, SurgeryWarning
+from surgery.errors import LoadError, MatchError, RuleError, SurgeryError, SurgeryWarning
 
 __all__ = [
     "NoMatchingPeftModuleError",
@@ -17,6 +17,7 @@ __all__ = [
     "as_builtin",
     "invalid",
     "pefts_errors",
+    "size_errors",
 ]
 
 PeftWarning = SurgeryWarning  # every warning of the façade is one
@@ -80,3 +81,19 @@ def pefts_errors(builtin: type[Exception] = ValueError) -> Iterator[None]:
         if same is error:
             raise
         raise same from error.__cause__
+
+
+@contextmanager
+def size_errors() -> Iterator[None]:
+    """Within the block, tensors of other sizes are a RuntimeError, too, as those of `load_state_dict` are."""
+    try:
+        yield
+    except LoadError as error:
+        other = [problem for problem in error.problems if "which does not give the" in problem.what]
+        if not other:
+            raise
+        for problem in other:
+            problem.what = f"size mismatch for {problem.what}"
+            problem.fix = problem.fix or "ignore_mismatched_sizes=True passes over it"
+        error.what = other[0].what if len(error.problems) == 1 else f"{error.what}: {other[0].what}"
+        raise as_builtin(error, RuntimeError) from error.__cause__

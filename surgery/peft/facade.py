@@ -185,6 +185,9 @@ def set_peft_model_state_dict(
     A tensor of the base that the adapter has no copy of goes into the base, as in PEFT: a bias, for example, that was
     trained with `bias="all"`. All or nothing: a tensor of another shape, or on the device meta, is an error, with the
     adapter and the base as they were. The adapter's tensors on the device meta that the state dict lacks stay there.
+
+    `options`: `ignore_mismatched_sizes=True` passes over the adapter's tensors of another shape, with a warning; they
+    are among the missing keys.
     """
     base = inside(model)
     with pefts_errors(KeyError):
@@ -192,6 +195,8 @@ def set_peft_model_state_dict(
     if not _has_facade(model):
         named = {key: key if key.startswith("base_model.") else f"{PREFIX}{key}" for key in peft_model_state_dict}
         peft_model_state_dict = {named[key]: tensor for key, tensor in peft_model_state_dict.items()}
+    if options.get("ignore_mismatched_sizes"):
+        peft_model_state_dict = _without_other_sizes(base, adapter_name, peft_model_state_dict)
     with pefts_errors(RuntimeError), Journal():
         if on_meta := [key for key, tensor in peft_model_state_dict.items() if tensor.is_meta]:
             what, fix = f"{len(on_meta)} tensors of the state dict are on the device meta", "load their values first"
@@ -205,6 +210,16 @@ def set_peft_model_state_dict(
         loaded = load_base_tensors(base, {key: peft_model_state_dict[key] for key in unexpected})
     unexpected = [key for key in unexpected if key not in loaded]
     return LoadResult(_own_keys(model, missing), _own_keys(model, unexpected))
+
+
+def _without_other_sizes(base: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict without those of another shape than the adapter's, with a warning of them."""
+    own = {key: tuple(tensor.shape) for key, tensor in to_peft(base, adapter)[1].items()}
+    other = [key for key, tensor in tensors.items() if own.get(key, tuple(tensor.shape)) != tuple(tensor.shape)]
+    for key in other:
+        text = f"{key} is {tuple(tensors[key].shape)}, and this adapter's is {own[key]}; it is ignored because of "
+        warnings.warn(f"{text}ignore_mismatched_sizes=True", SurgeryWarning, stacklevel=3)
+    return {key: tensor for key, tensor in tensors.items() if key not in other}
 
 
 def _own_keys(model: nn.Module, keys: Iterable[str]) -> list[str]:

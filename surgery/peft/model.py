@@ -25,7 +25,7 @@ from surgery.peft.checkpoints import load_checkpoint, subfolder_of
 from surgery.peft.configuration import check_targets, completed
 from surgery.peft.defaults import with_defaults
 from surgery.peft.delegation import facade, inside, whole
-from surgery.peft.errors import as_builtin, pefts_errors
+from surgery.peft.errors import as_builtin, pefts_errors, size_errors
 from surgery.peft.merging import merge_alone, unmerge
 from surgery.peft.model_card import write_card
 from surgery.peft.notices import (
@@ -208,7 +208,8 @@ class PeftModel(FacadeProperties):
         A Trainer's checkpoint of these adapters brings back all that it holds of the active ones, to the bit, and the
         base's trained tensors and buffers with them.
 
-        `options`: `subfolder`, `revision`, `example_inputs`, and a `config` that replaces the one beside the tensors.
+        `options`: `subfolder`, `revision`, `example_inputs`, a `config` that replaces the one beside the tensors, and
+        `ignore_mismatched_sizes` as in `surgery.load_adapter`.
         What does not fit is a `LoadError`, with the model unchanged; another base is a warning.
         """
         if options.get("key_mapping"):
@@ -226,18 +227,20 @@ class PeftModel(FacadeProperties):
             self._check_kind(config)
             config.inference_mode = not is_trainable
             arguments |= {"config": settings and settings.to_dict(), "example_inputs": self._example(config, options)}
-            arguments["resize"] = bool(options.get("resize"))
+            arguments |= {name: bool(options.get(name)) for name in ("resize", "ignore_mismatched_sizes")}
             arguments["freeze"] = True  # PEFT freezes the base with any adapter
             warn_of_changed_base([*self._configs.values(), config])
             with new_adapters_idle(self._base):
-                report = surgery.load_adapter(self._base, model_id, adapter_name, **arguments)
+                with size_errors():
+                    report = surgery.load_adapter(self._base, model_id, adapter_name, **arguments)
             self._place(adapter_name, options)
             self._configs[adapter_name] = completed(options["config"], config) if settings else config
             if is_trainable and adapter_name not in self.active_adapters:
                 require_idle_gradients(self._base, adapter_name, True)
         if not is_trainable:
             self._base.eval()
-        return LoadResult(report.missing, report.unexpected)
+        passed_over = [line.partition(" ")[0] for line in report.mismatched]
+        return LoadResult([*report.missing, *passed_over], report.unexpected)
 
     @classmethod
     def from_pretrained(

@@ -54,6 +54,7 @@ def load_adapter(
     config: Mapping[str, Any] | None = None,
     component: str | None = None,
     resize: bool = False,
+    ignore_mismatched_sizes: bool = False,
     freeze: bool | None = None,
     progress: Progress = False,
 ) -> LoadReport:
@@ -93,6 +94,8 @@ def load_adapter(
             not show it; default None.
         resize: resize the model's embeddings first, if the files have another vocabulary, by the model's
             `resize_token_embeddings`. They keep that size when the adapter is removed. Default False.
+        ignore_mismatched_sizes: pass over tensors of other sizes with a warning. They keep their rule's starting
+            values, and the report's `mismatched` lists them. Default False: they are errors.
         freeze: as in `apply_rules`; default None.
         progress: as in `apply_rules`; default False.
 
@@ -122,15 +125,15 @@ def load_adapter(
     values: list[tuple[PlannedRule, str, Entry]] = []
     if plan is not None:
         problems += plan.problems
-        values = locate_tensors(plan, stored, report, finite)
+        values = locate_tensors(plan, stored, report, finite, ignore_mismatched_sizes)
         if problems:
             report.unexpected = []  # they belong to rules that could not be read or matched
         problems += completed(_too_large(plan, values, stored.file), source)
-    if sizes := sizes_wanted(model, plan, stored):
+    if (resize or not ignore_mismatched_sizes) and (sizes := sizes_wanted(model, plan, stored)):
         if resize and len(sizes) == 1 and hasattr(model, "resize_token_embeddings"):
             options: dict[str, Any] = {"example_inputs": example_inputs, "config": config, "component": component}
             options |= {"strict": strict, "same_base": same_base, "finite": finite, "trust": trust, "freeze": freeze}
-            options["progress"] = progress
+            options |= {"ignore_mismatched_sizes": ignore_mismatched_sizes, "progress": progress}
             with resized(model, *sizes):
                 return load_adapter(model, source, adapter, subfolder=subfolder, revision=revision, **options)
         problems.append(other_vocabulary(model, sizes))
@@ -143,7 +146,7 @@ def load_adapter(
         problems = problems or completed([RuleError("the files hold no rules")], source)
         raise LoadError([*problems, *other_model(model, stored.origin)])
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]  # the base: see above
-    for note in [*stored.notes, *loose]:
+    for note in [*stored.notes, *loose, *_passed_over(report)]:
         warnings.warn(note, SurgeryWarning, stacklevel=3)
     # With an example, the rules' own starting values are used, because planning checks them with the example call.
     initial = _values_of_file(plan, values, stored.file) if example_inputs is None else None
@@ -159,6 +162,12 @@ def load_adapter(
     _fill(plan, values, stored.file)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
     return report
+
+
+def _passed_over(report: LoadReport) -> Iterator[str]:
+    """Returns a warning for each kind of tensor of another size."""
+    for line in report.passed_over():
+        yield f"{line}; it is ignored because of ignore_mismatched_sizes=True"
 
 
 def _restored(plan: Plan | None) -> list[Tensor]:

@@ -16,6 +16,8 @@ __all__ = ["LoadReport"]
 class LoadReport(Report):
     """The applied rules, and the keys that were `loaded`, `missing`, `unexpected` or misfits.
 
+    `mismatched`: tensors of other sizes that `ignore_mismatched_sizes=True` passed over.
+
     `assumed`: facts that the files do not state and that were inferred, such as a scale or the paths of modules.
 
     The report is true if everything fitted. `load_adapter` requires that, except with `strict=False`.
@@ -27,23 +29,30 @@ class LoadReport(Report):
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
     base: list[str] = field(default_factory=list)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     assumed: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return not (self.missing or self.unexpected or self.misfits or self.base)
+        return not (self.missing or self.unexpected or self.misfits or self.mismatched or self.base)
 
     def to_rows(self) -> list[dict[str, Any]]:
         """A row for each tensor: adapter, tensor, status (loaded, missing, unexpected, misfit), reason."""
         keys = [(key, status, "") for status in ("loaded", "missing", "unexpected") for key in getattr(self, status)]
-        keys += [(key, "misfit", why) for key, _, why in (line.partition(" ") for line in self.misfits)]
+        keys += [
+            (key, "misfit", why) for key, _, why in (line.partition(" ") for line in [*self.misfits, *self.mismatched])
+        ]
         return [{"adapter": self.adapter, "tensor": key, "status": status, "reason": why} for key, status, why in keys]
 
     def __str__(self) -> str:
         lines = [f"adapter {self.adapter!r}: {len(self.loaded)} tensors loaded"]
-        return "\n".join([*lines, *(f"  {text}" for text in [*self.problems(), *self.assumed])])
+        return "\n".join([*lines, *(f"  {text}" for text in [*self.problems(), *self.passed_over(), *self.assumed])])
+
+    def passed_over(self) -> list[str]:
+        """Returns one line for each kind of tensor that `ignore_mismatched_sizes` passed over."""
+        return _grouped(self.mismatched)
 
     def problems(self) -> list[str]:
         """Returns one line for each kind of problem."""

@@ -20,9 +20,12 @@ __all__ = ["distrusted_rule_error", "locate_tensors"]
 
 
 def locate_tensors(
-    plan: Plan, stored: Stored, report: LoadReport, finite: bool
+    plan: Plan, stored: Stored, report: LoadReport, finite: bool, ignore_sizes: bool = False
 ) -> list[tuple[PlannedRule, str, Entry]]:
-    """Returns the plan's tensors that fit the file, and lists all others in the report."""
+    """Returns the plan's tensors that fit the file, and lists all others in the report.
+
+    `ignore_sizes`: tensors of other sizes are listed as mismatched, and not as misfits.
+    """
     file, used_keys, located = stored.file, set[str](), list[tuple[PlannedRule, str, Entry]]()
     shared: dict[Any, Entry] = {}
     for step in plan.steps:
@@ -38,7 +41,10 @@ def locate_tensors(
                 report.missing.append(entry.key)
                 continue
             used_keys.add(entry.key)
-            misfit = _misfit(file, entry, spec.shape, spec.dtype, finite)
+            if misfit := _other_size(file, entry, spec.shape):
+                (report.mismatched if ignore_sizes else report.misfits).append(f"{entry.key} {misfit}")
+                continue
+            misfit = _misfit(file, entry, spec.dtype, finite)
             tie = spec.tie(step.rule)
             first = entry if misfit or tie is None else shared.setdefault(tie, entry)
             if first.key != entry.key and not torch.equal(_value(file, first), _value(file, entry)):
@@ -56,8 +62,8 @@ def _value(file: TensorFile, entry: Entry) -> torch.Tensor:
     return entry.read(file.read(entry.key))
 
 
-def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:
-    """Returns why a stored tensor does not fit a rule. Checks its shape on the meta device before reading numbers."""
+def _other_size(file: TensorFile, entry: Entry, shape: tuple[int, ...]) -> str | None:
+    """Returns why a stored tensor's shape does not fit. Computes it on the meta device before numbers are read."""
     file_shape, numbers = file.shapes[entry.key], file.dtypes[entry.key]
     unchanged = entry.read is as_it_is
     try:
@@ -68,6 +74,12 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
         read = None
     if read != shape:
         return f"is {file_shape}, which does not give the {shape} of this model"
+    return None
+
+
+def _misfit(file: TensorFile, entry: Entry, dtype: torch.dtype, finite: bool) -> str | None:
+    """Returns why the numbers of a stored tensor do not fit a rule."""
+    numbers, unchanged = file.dtypes[entry.key], entry.read is as_it_is
     if (numbers.is_floating_point, numbers.is_complex) != (dtype.is_floating_point, dtype.is_complex):
         return f"holds {str(numbers).removeprefix('torch.')}, and {str(dtype).removeprefix('torch.')} is needed"
     try:

@@ -779,3 +779,53 @@ assert torch.equal(read(x), model(x))
         assert ran.returncode == 0, ran.stderr[-2000:]
         assert "me/topics" in ran.stdout
         assert {"adapter_config.json", "other/adapter_config.json", "README.md"} <= held["me/topics"].keys()
+
+
+class Sizes(nn.Module):
+    """An embedding and a layer, without a config that tells the vocabulary."""
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.emb, self.lin = nn.Embedding(tokens, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lin(self.emb(ids))
+
+
+@quiet
+def test_tensors_of_other_sizes_are_passed_over_if_asked(tmp_path: Path) -> None:
+    made: dict[Any, Any] = {}
+    for library in (peft, ours):
+        torch.manual_seed(0)
+        fields = {"target_modules": ["emb", "lin"], "r": 2, "init_lora_weights": False}
+        saved = library.get_peft_model(Sizes(20), library.LoraConfig(**fields))
+        folder = tmp_path / library.__name__
+        saved.save_pretrained(folder)
+        torch.manual_seed(0)
+        base = Sizes(25)
+        with pytest.raises(RuntimeError) as error:
+            library.PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        assert all(words in error.value.args[0] for words in ("size mismatch", "20", "25"))
+        with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
+            model = library.PeftModel.from_pretrained(base, folder, ignore_mismatched_sizes=True)
+        tensors, loaded = (library.get_peft_model_state_dict(each) for each in (saved, model))
+        same = [key for key, tensor in tensors.items() if tensor.equal(loaded[key])]
+        missing = library.get_peft_model(Sizes(25), library.LoraConfig(target_modules=["emb", "lin"], r=2))
+        with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
+            result = library.set_peft_model_state_dict(missing, tensors, ignore_mismatched_sizes=True)
+        made[library] = [key.replace(".default", "") for key in same], len(result.unexpected_keys)
+        assert [key for key in result.missing_keys if "lora_embedding_A" in key]
+    assert made[peft] == made[ours] and "emb" in str(made[ours]) and "lora_embedding_A" not in str(made[ours])
+    base = llama()[0]
+    config = ours.LoraConfig(target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    saved = ours.get_peft_model(base, config)
+    saved.save_pretrained(tmp_path / "llama", save_embedding_layers=True)
+    wide = llama()[0]
+    wide.resize_token_embeddings(wide.config.vocab_size + 5)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        ours.PeftModel.from_pretrained(wide, tmp_path / "llama")
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
+        loaded = ours.PeftModel.from_pretrained(wide, tmp_path / "llama", ignore_mismatched_sizes=True)
+    tensors, others = (ours.get_peft_model_state_dict(each, save_embedding_layers=False) for each in (saved, loaded))
+    other = [key for key, tensor in tensors.items() if not tensor.equal(others[key])]
+    assert other == ["base_model.model.model.embed_tokens.lora_embedding_A"]
