@@ -94,6 +94,6 @@ def size_errors() -> Iterator[None]:
             raise
         for problem in other:
             problem.what = f"size mismatch for {problem.what}"
-            problem.fix = problem.fix or "ignore_mismatched_sizes=True passes over it"
+            problem.fix = "use the model that it was made for; ignore_mismatched_sizes=True passes over such tensors"
         error.what = other[0].what if len(error.problems) == 1 else f"{error.what}: {other[0].what}"
         raise as_builtin(error, RuntimeError) from error.__cause__
