@@ -344,14 +344,16 @@ class PeftModel(FacadeProperties):
     @whole
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
         """Return the plain model with adapters (default: the active ones) in its weights; all others are removed."""
-        was_tied = self._says_tied()
+        base, was_tied = self._base, self._says_tied()
         if not merged_adapters(unwrap(self._base)):
             self.merge_adapter(adapter_names, safe_merge)
         surgery.forget(self._base)
-        if was_tied and not self._says_tied():
+        self.unload()
+        if was_tied and _has_own_head(base):  # else the weights would be tied when the model is saved and loaded
+            base.config.tie_word_embeddings = False
             text = "Setting `tie_word_embeddings=False` in the model's config: the merged weights are no longer tied."
             warnings.warn(text, SurgeryWarning, stacklevel=3)
-        return self.unload()
+        return base
 
     def _says_tied(self) -> bool:
         return bool(getattr(getattr(self._base, "config", None), "tie_word_embeddings", False))
@@ -410,6 +412,17 @@ class PeftModel(FacadeProperties):
             frozen = {name for name, parameter in self._base.named_parameters() if not parameter.requires_grad}
             result.missing_keys[:] = [key for key in result.missing_keys if key not in frozen]
         return result
+
+
+def _has_own_head(model: Any) -> bool:
+    """Whether a model's output embeddings have other memory than its input embeddings."""
+    try:
+        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):  # a model that does not tell them
+        return False
+    weights = [getattr(embedding, "weight", None) for embedding in embeddings]
+    first, second = weights
+    return first is not None and second is not None and first.data_ptr() != second.data_ptr()
 
 
 def _require_gradients(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:

@@ -398,6 +398,19 @@ def test_a_merge_that_unties_says_so() -> None:
         assert not merged.config.tie_word_embeddings
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_merge_corrects_a_config_that_says_tied_of_weights_that_are_not() -> None:
+    """A file of the model would be loaded with one of the two weights in both places."""
+    for library in (peft, ours):
+        model: Any = tiny.llama(layers=1)[0]
+        assert model.lm_head.weight is not model.get_input_embeddings().weight
+        model.config.tie_word_embeddings = True
+        made = library.get_peft_model(model, library.LoraConfig(target_modules=["embed_tokens"]))
+        with pytest.warns(UserWarning, match="tie_word_embeddings=False"):
+            merged = made.merge_and_unload()
+        assert merged.config.tie_word_embeddings is False
+
+
 def test_gradients_of_an_adapter_that_is_not_active() -> None:
     found = []
     for library in (peft, ours):

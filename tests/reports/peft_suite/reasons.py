@@ -190,12 +190,6 @@ REASONS: tuple[Reason, ...] = (
     # Words.
     Reason(
         "e",
-        "a warning about `tie_word_embeddings` of a model whose weights are not tied",
-        {"test": r"test_merge_and_unload_fixes_tie_word_embeddings_config", "text": r"Emitted warnings: \[\]"},
-    ),
-    Reason("e", "the length of a model card", {"test": r"test_non_existing_model_card", "text": r"> 1000"}),
-    Reason(
-        "e",
         "a warning that asks to untie the embeddings before a merge, which unties them here",
         {"test": r"test_warn_for_tied_embeddings_merge"},
     ),
