@@ -87,6 +87,8 @@ class BiasRule(Rule):
 class BiasesOf(BiasRule):
     """A BiasRule that skips targets without a bias: LoRA's `bias="lora_only"`."""
 
+    name = BiasRule.name  # a file has a BiasRule in its place
+
     @property
     def label(self) -> str:
         return "BiasRule"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from surgery.authoring.rule_names import registered
+from surgery.authoring.rule_names import check_named, registered
 from surgery.errors import RuleError
 from surgery.patterns.pattern import Pattern
 from surgery.patterns.targets import Targets, normalise_targets
@@ -92,8 +92,10 @@ class Declaration:
         """Convert the rule to plain data: its name, its version and its fields.
 
         Raises:
-            RuleError: A field has a value that is not data, such as a tensor or a `Pattern.where`.
+            RuleError: A field has a value that is not data, such as a tensor or a `Pattern.where`; or the class is not
+                decorated with `@rule`.
         """
+        check_named(type(self))
         data: dict[str, Any] = {"rule": self.name, "version": self.version}
         for field in fields(self):
             data[field.name] = _to_data(getattr(self, field.name), f"{self.label}.{field.name}")

@@ -66,7 +66,7 @@ def rules_to_json(rules: Iterable[Rule]) -> str:
         rules: The rules.
 
     Raises:
-        RuleError: A rule contains a `Pattern.where`, or a value that is not data.
+        RuleError: A rule contains a `Pattern.where`, or a value that is not data; or its class lacks `@rule`.
     """
     return json.dumps([rule.to_dict() for rule in rules], indent=2)
 

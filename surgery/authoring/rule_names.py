@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.errors import RuleError, near_misses, qualified_name
 
-__all__ = ["SLOT", "register", "registered"]
+__all__ = ["SLOT", "check_named", "register", "registered"]
 
 SLOT = "-slot"  # the ending of rules that only exported files have
 LIBRARY = "surgery.rules."
@@ -21,6 +21,16 @@ def register(name: str, cls: type[Any]) -> None:
     if registered is not None and qualified_name(registered) != qualified_name(cls):
         raise RuleError(f"the rule name {name!r} is taken by {qualified_name(registered)}", fix="choose another name")
     _classes[name] = cls
+
+
+def check_named(cls: type[Any]) -> None:
+    """Raise `RuleError` if a rule class has no name of its own, because files could not name it."""
+    if "name" not in vars(cls):
+        raise RuleError(
+            f"{cls.__qualname__} can't be written to a file",
+            why="the class has no name of its own in files: it is not decorated with @rule",
+            fix=f'put @rule("its-name") above the class; rule("its-name")({cls.__name__}) names a class that exists',
+        )
 
 
 def registered(name: str) -> type[Any]:

@@ -18,6 +18,7 @@ from surgery.planning.rank_check import rank_notes
 from surgery.results import Displayed, Report, Table
 from surgery.state.adapter_tensors import is_adapter_key
 from surgery.state.records import model_state
+from surgery.state.running_statistics import module_names
 from surgery.tracing.example_call import Observation, observe
 from surgery.transaction.object_contents import copied
 
@@ -180,9 +181,8 @@ class Plan(Displayed, Report):
         parts += [f"ready: calls of {name} in {'; '.join(kinds)}" for name, kinds in ready.items()]
         parts += [f"note: {note}" for note in self.notes]
         if self.statistics:
-            many = f"{len(self.statistics)} modules, such as " if len(self.statistics) > 2 else ""
-            listed = f"{many}{', '.join(path or '(the model itself)' for path in self.statistics[:2])}"
-            parts.append(f"training moves the running statistics of {listed}: remove puts them back")
+            names = module_names(self.statistics)
+            parts.append(f"training moves the running statistics of {names}: remove puts them back")
         parts += [f"warning: {warning}" for warning in self.warnings]
         parts += [f"problem: {problem}" for problem in self.problems]
         return parts

@@ -10,13 +10,14 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.errors import abbreviate
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.own_entries import own_buffer
 from surgery.transaction.gradient_flags import is_lazy
@@ -26,6 +27,7 @@ __all__ = [
     "exchange",
     "forget_statistics",
     "keep_statistics",
+    "module_names",
     "changed_modules",
     "changing_buffers",
     "moving_modules",
@@ -109,6 +111,17 @@ def _of_self(place: ast.expr) -> str | None:
     return None
 
 
+def module_names(paths: Sequence[str]) -> str:
+    """Names modules in a sentence.
+
+    >>> module_names(["1"]), module_names(["1", ""]), module_names([str(index) for index in range(9)])
+    ("module '1'", "modules '1', '' (the model itself)", "9 modules, such as '0', '1'")
+    """
+    quoted = [repr(path) if path else "'' (the model itself)" for path in paths]
+    noun = "" if len(paths) > 5 else "module " if len(paths) == 1 else "modules "
+    return noun + abbreviate(quoted, "modules")
+
+
 # On a model ---------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +145,7 @@ def changed_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
         pairs = (
             [(value, own_buffer(module, name)) for name, value in stored.values.items()] if stored is not None else []
         )
-        if any(tensor is not None and not torch.equal(tensor, value.to(tensor.device)) for value, tensor in pairs):
+        if any(tensor is not None and _differ(value, tensor) for value, tensor in pairs):
             changed.append(module)
     return changed
 
@@ -177,6 +190,10 @@ def _store_loaded_values(model: nn.Module, state_dict: Mapping[str, Any], prefix
             value = state_dict.get(prefix + ".".join(filter(None, (path, name))))
             if isinstance(value, Tensor) and value.shape == stored.values[name].shape:  # type: ignore[union-attr]
                 stored.values[name] = _copy(value)  # type: ignore[union-attr]
+
+
+def _differ(value: Tensor, tensor: Tensor) -> bool:
+    return not (value.is_meta or tensor.is_meta) and not torch.equal(tensor, value.to(tensor.device))
 
 
 def _copy(tensor: Tensor | None) -> Tensor:

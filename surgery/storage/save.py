@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from surgery.adapter_files import tensor_files
 from surgery.adapter_files.entry import NAME, OLD, PEFT, SURGERY, VERSION
 from surgery.adapter_files.process_group import writing
-from surgery.errors import SurgeryError
+from surgery.authoring.rule_names import check_named
+from surgery.errors import SurgeryError, SurgeryWarning
+from surgery.patterns.module_walk import base_modules
 from surgery.peft_format.writing import to_peft
 from surgery.progress import Progress
 from surgery.rewritten_model.state_dict import adapter_state_dict
@@ -23,7 +26,8 @@ from surgery.state.absent_values import without_values
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of, whole
 from surgery.state.fingerprint import fingerprint
-from surgery.state.records import sites
+from surgery.state.records import ModelState, site_state, sites
+from surgery.state.running_statistics import changed_modules, changing_buffers, module_names
 from surgery.storage.path_check import check_targets
 from surgery.transaction.neutral_context import neutrally
 
@@ -74,8 +78,12 @@ def save_adapter(
         The folder's path.
 
     Raises:
-        SurgeryError: PEFT's format can't hold the adapter; a rule holds something that is not data; a state dict lacks
-            a tensor or is sharded; or other processes have other parts of the model (a pipeline's stages).
+        SurgeryError: PEFT's format can't hold the adapter; a rule holds something that is not data, or its class lacks
+            `@rule`; a state dict lacks a tensor or is sharded; or other processes have other parts of the model (a
+            pipeline's stages).
+
+    Warns:
+        SurgeryWarning: running statistics of the base moved, and no rule of the adapter keeps them.
 
     Notes:
         A merged adapter is saved as it was trained. If the process is killed, the folder holds either the previous
@@ -86,6 +94,8 @@ def save_adapter(
         raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
     model, state = rewritten(model)
     adapter_names(state, adapter)
+    for rule in state.adapters[adapter]:
+        check_named(type(rule))
     all_sites = list(sites(model))
     check_targets(model, state, all_sites, adapter)
     if state_dict is None and any(map(without_values, state.places[adapter].boxes)):
@@ -93,6 +103,7 @@ def save_adapter(
         raise SurgeryError(f"the adapter {adapter!r} has no values yet", why=why, fix="load them first")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise SurgeryError(f"{folder} is not a folder", fix="an adapter is saved into a folder of its own")
+    _warn_of_statistics(model, state, adapter)
     extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
     alone = state_dict is not None
     if format != "surgery":
@@ -115,6 +126,29 @@ def save_adapter(
     }
     tensors = _whole(adapter_state_dict(model, adapter, state_dict))
     return _write_files(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone, progress)
+
+
+def _warn_of_statistics(model: nn.Module, state: ModelState, adapter: str) -> None:
+    """Warns of moved running statistics of the base that no rule of the adapter replaces: the files lack them."""
+    moved = [module for module in changed_modules(state.moving) if not _replaces_statistics(module, adapter)]
+    if not moved:
+        return
+    moved_ids = {id(module) for module in moved}
+    names = module_names([path for path, module in base_modules(model) if id(module) in moved_ids])
+    warnings.warn(
+        f"training moved the running statistics of {names}. They belong to the base, so the files of {adapter!r} do "
+        "not have them, and a model that loads the adapter computes with other statistics. Train with StatisticsRule() in "
+        "the adapter, which keeps them, or with StatisticsRule(frozen=True)",
+        SurgeryWarning,
+        stacklevel=4,
+    )
+
+
+def _replaces_statistics(module: nn.Module, adapter: str) -> bool:
+    site = site_state(module)
+    layers = [applied.layer for _, applied in site.of([adapter])] if site is not None else []
+    replaced = {str(ref.key) for layer in layers if layer is not None for ref in layer.tape.replaced_refs()}
+    return {*changing_buffers(module)} <= {*tensors_of(module, adapter), *replaced}
 
 
 def _write_files(

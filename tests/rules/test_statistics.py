@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from surgery import (
     PlanError,
     SurgeryError,
+    SurgeryWarning,
     activate,
     adapter_state_dict,
     apply_rules,
@@ -152,8 +153,10 @@ def test_another_base_that_is_loaded_is_the_one_to_come_back_to() -> None:
 def test_the_plan_says_which() -> None:
     plan = plan_rules(net(), LORA)
     assert plan.statistics == MOVING == plan.to_dict()["statistics"]
-    message = "training moves the running statistics of 4 modules, such as norm, average: remove puts them back"
-    assert message in str(plan)
+    message = (
+        "training moves the running statistics of modules 'norm', 'average', 'channels.inner.0', 'channels.inner.1'"
+    )
+    assert f"{message}: remove puts them back" in str(plan)
     assert plan_rules(net(), [LORA, StatisticsRule()]).statistics == ["average"]
     assert plan_rules(net(), [LORA, NormRule(["norm"])]).statistics == MOVING[1:]
     plain = named(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False))
@@ -292,3 +295,37 @@ def test_slots_of_adapters_that_moved_no_statistics(tmp_path: Path) -> None:
     before = Snapshot(model)
     report = export_onnx(model, tmp_path / "a.onnx", x, adapters="slots", dynamic=False)
     assert report.parity is not None and report.parity.ok and before.differences(model) == []
+
+
+def test_a_save_warns_of_statistics_that_it_lacks(tmp_path: Path) -> None:
+    model, x = net(), torch.randn(3, 4)
+    apply_rules(model, LORA)
+    save_adapter(model, tmp_path / "start")  # nothing has moved
+    train(model)
+    adapted = model.eval()(x)
+    with pytest.warns(SurgeryWarning, match="StatisticsRule") as caught:
+        save_adapter(model, tmp_path / "moved")
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert all(f"{path!r}" in str(caught[0].message) for path in MOVING)
+    with pytest.warns(SurgeryWarning, match="StatisticsRule"):
+        save_adapter(deactivate(model), tmp_path / "idle")
+    load_adapter(remove(model), tmp_path / "moved")
+    assert not torch.equal(model(x), adapted)  # what the warning says
+    save_adapter(model, tmp_path / "again")
+
+
+@pytest.mark.parametrize("keeper", [StatisticsRule(), StatisticsRule(frozen=True), TrainRule("1")], ids=str)
+def test_a_save_does_not_warn_where_a_rule_keeps_the_statistics(keeper: Any, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), torch.randn(3, 4)
+    apply_rules(model, LoraRule("0", rank=2), adapter="other")
+    train(model)  # the other adapter moves those of the base
+    apply_rules(model, [LoraRule("0", rank=2, init="random"), keeper], adapter="kept")
+    activate(model, "kept")
+    train(model)
+    save_adapter(model, tmp_path / "kept", "kept")
+    with pytest.warns(SurgeryWarning, match="of module '1'. They belong to the base"):
+        save_adapter(model, tmp_path / "other", "other")
+    if "frozen=False" in str(keeper) or isinstance(keeper, TrainRule):
+        adapted = model.eval()(x)
+        load_adapter(remove(model), tmp_path / "kept")
+        assert torch.equal(model(x), adapted)
