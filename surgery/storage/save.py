@@ -137,8 +137,8 @@ def _warn_of_statistics(model: nn.Module, state: ModelState, adapter: str) -> No
     names = module_names([path for path, module in base_modules(model) if id(module) in moved_ids])
     warnings.warn(
         f"training moved the running statistics of {names}. They belong to the base, so the files of {adapter!r} do "
-        "not have them, and a model that loads the adapter computes with other statistics. Train with StatisticsRule() in "
-        "the adapter, which keeps them, or with StatisticsRule(frozen=True)",
+        "not have them, and a model that loads the adapter computes with other statistics. Train with StatisticsRule() "
+        "in the adapter, which keeps them, or with StatisticsRule(frozen=True)",
         SurgeryWarning,
         stacklevel=4,
     )
