@@ -62,16 +62,17 @@ def assert_reversible(
 ) -> None:
     """Check that apply → remove, and apply → merge → unmerge → remove, restore the model bit for bit.
 
+    >>> import torch
     >>> from torch import nn
     >>> from surgery.testing import assert_reversible
     >>> from surgery.rules import LoraRule
-    >>> assert_reversible(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
+    >>> assert_reversible(nn.Sequential(nn.Linear(4, 4)), LoraRule("0", rank=2), example_inputs=torch.randn(3, 4))
 
     Args:
         model: The model to test on. It is changed and restored.
         rules: One rule or several.
         example_inputs: Inputs of one call: a tensor, a tuple of arguments, or a dict of keyword arguments. With it,
-            the outputs are compared, too. Default None.
+            the outputs are compared, too. Default None: the model is not called, so a rule whose calls fail passes.
         disturb: Called with the model after `apply_rules`, to change the adapter's tensors as training would.
             Default None: random noise is added.
         seed: The seed of that noise. Default 0.
