@@ -43,11 +43,18 @@ def fit_prefix(model: nn.Module, example_inputs: Any, adapter: str = "default") 
 
     Raises:
         RuleError: the adapter has no prefixes, or prefixes with a projection (fold them first); or the call has several
-            texts, padding, too short a text, or does not reach every site. The prefixes then keep their values.
+            texts, a string instead of token ids, padding, too short a text, or does not reach every site. The prefixes
+            then keep their values.
 
     Source: Li & Liang 2021, arXiv:2101.00190, section 7.4: activations of real words start a prefix well.
     """
     boxes = _prefixes(model, adapter)
+    if (text := _written_text(example_inputs)) is not None:
+        raise RuleError(
+            f"fit_prefix got the text {text[:40]!r}",
+            why="the model is called with token ids, and the text is not tokenized",
+            fix='tokenize it: fit_prefix(model, tokenizer(text, return_tensors="pt"))',
+        )
     mask = example_inputs.get("attention_mask") if isinstance(example_inputs, Mapping) else None
     if mask is not None and not bool(mask.all()):
         raise RuleError("the text is padded", why="padded positions would be in the prefix", fix="leave padding out")
@@ -88,6 +95,14 @@ def _prefixes(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
         path: dict(model.get_submodule(f"{path}adapters.{adapter}").named_parameters()) for path in owners
     }
     return {path.rstrip("."): tensors for path, tensors in parameters.items() if "value" in tensors}
+
+
+def _written_text(inputs: Any) -> str | None:
+    """Returns the first string in the arguments of a call, or None."""
+    if isinstance(inputs, str):
+        return inputs
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    return next((text for part in parts if (text := _written_text(part)) is not None), None)
 
 
 def _check(path: str, key: Tensor, text: tuple[Tensor, Tensor] | None) -> None:

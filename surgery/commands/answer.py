@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.commands.exit_codes import ERROR, INTERRUPTED
+from surgery.commands.exit_codes import ERROR, INTERRUPTED, TROUBLE
 from surgery.errors import PlanError, SurgeryError, SurgeryWarning
 from surgery.results import plain, table
 
@@ -51,6 +51,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., None]:
 
     def run(*, json: bool, traceback: bool, **arguments: Any) -> None:
         noted: list[str] = []
+        error_code = TROUBLE if arguments.get("exit_code") else ERROR
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always", SurgeryWarning)
@@ -71,7 +72,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., None]:
             if traceback:
                 tracebacks.print_exc()
             _print_error(error, json, traceback)
-            raise typer.Exit(ERROR) from None
+            raise typer.Exit(error_code) from None
         try:
             _print_answer(answer, json, noted)
             if sys.stdout is not None:
@@ -81,7 +82,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., None]:
                 raise
             _print_note(f"error: the output can't be written: {error}")
             _drop_output()
-            raise typer.Exit(ERROR) from None
+            raise typer.Exit(error_code) from None
         raise typer.Exit(answer.code)
 
     functools.update_wrapper(run, function)

@@ -38,7 +38,9 @@ def diff(
     all: Annotated[
         bool, typer.Option("--all", help=f"List all tensors that differ; default: the first {MOST}.")
     ] = False,
-    exit_code: Annotated[bool, typer.Option("--exit-code", help="The exit code is 1 if anything differs.")] = False,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="The exit code is 1 if anything differs, and 2 for an error.")
+    ] = False,
 ) -> Answer:
     """Compare two adapters or two models: settings, tensors, and the norm of each difference.
 

@@ -56,6 +56,9 @@ class StepWriter(Protocol):
     def depends_on_sizes(self, ref: Ref) -> bool: ...
 
 
+_TO_NUMBER = "turn a value into a Python number"
+
+
 class Value:
     """A tensor or other value of the site's forward, as a rule sees it: a rule uses it like a tensor.
 
@@ -96,7 +99,7 @@ class Value:
         if name in ("_tape", "_ref", "_name", "_owner"):
             return object.__setattr__(self, name, value)
         fix = f"compute a new value; where it is a ModelOutput, value[{name!r}] = …; or use site.apply(function, …)"
-        raise self._refuse(f"set {name} on", fix)
+        raise self._refuse(f"set {name} on a value", fix)
 
     def __repr__(self) -> str:
         return f"<{' '.join(str(part) for part in self._ref[:2] if part != '')} of {self._tape.where or 'the site'}>"
@@ -105,7 +108,7 @@ class Value:
 
     def _refuse(self, action: str, fix: str) -> SiteError:
         return SiteError(
-            f"a rewrite can't {action} a value",
+            f"a rewrite can't {action}",
             where=self._tape.where,
             why=f"{self!r} stands for every call to come ({line_running(with_text=True)})",
             fix=fix,
@@ -125,7 +128,7 @@ class Value:
         return bool(
             self._decide(
                 (bool, int, float),
-                "branch on",
+                "branch on a value",
                 "use torch.where, site.apply(torch.cond, …), site.apply(function, …), or a field of the rule",
             )
         )
@@ -135,26 +138,26 @@ class Value:
         if count is None:
             count = self._tape.count_of(ref_of(self))
         if count is None:
-            count = self._length("iterate over", "unpack it (a, b = value), or take its items by index: value[0]")
+            count = self._length(
+                "iterate over a value", "unpack it (a, b = value), or take its items by index: value[0]"
+            )
         items = self._tape.call("function", unpack, (self, count), {})
         return iter([self._tape.call("function", operator.getitem, (items, index), {}) for index in range(count)])
 
     def __len__(self) -> int:
-        return self._length("take the length of", "use value.shape[0], which stays a value")
+        return self._length("take the length of a value", "use value.shape[0], which stays a value")
 
     def _length(self, action: str, fix: str) -> int:
         return self._tape.call("function", len, (self,), {})._decide(int, action, fix)
 
     def __index__(self) -> int:
-        return self._decide(int, "use as a Python number", "pass it on as it is; torch functions take it")
+        return self._decide(int, _TO_NUMBER, "pass the value on as it is; torch functions take it")
 
     def __int__(self) -> int:
-        return int(self._decide((int, float), "use as a Python number", "pass it on as it is; torch functions take it"))
+        return int(self._decide((int, float), _TO_NUMBER, "pass the value on as it is; torch functions take it"))
 
     def __float__(self) -> float:
-        return float(
-            self._decide((int, float), "use as a Python number", "pass it on as it is; torch functions take it")
-        )
+        return float(self._decide((int, float), _TO_NUMBER, "pass the value on as it is; torch functions take it"))
 
     def __contains__(self, item: object) -> bool:
         return bool(self._tape.call("function", operator.contains, (self, item), {}))
@@ -172,7 +175,7 @@ class SizeValue(Value, torch.SymInt):
     @property
     def node(self) -> Any:
         if self._tape.watch is None:
-            raise self._refuse("compute with", "use it inside of the rewrite that it belongs to")
+            raise self._refuse("compute with a value", "use it inside of the rewrite that it belongs to")
         return self
 
 

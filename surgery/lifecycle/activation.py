@@ -93,9 +93,9 @@ def activate(
     Args:
         model: the model.
         adapter: a name or several names. None: the adapters that were live before `deactivate`.
-        weights: a number, one number for each name, or a mapping from names to numbers; default 1. An adapter's changes
-            of outputs, inputs and parameters are multiplied by its weight, and `merge` folds them with it. Rules that
-            do not add a difference of numbers (prefixes, prompts) only take the weight 1.
+        weights: a number for all, one number for each name, or a mapping from names to numbers; default 1. An adapter's
+            changes of outputs, inputs and parameters are multiplied by its weight, and `merge` folds them with it.
+            Rules that do not add a difference of numbers (prefixes, prompts) only take the weight 1.
         train: False freezes the tensors of these adapters; True lets the tensors train that their rules train.
             None: the flags stay as they are.
 
@@ -279,10 +279,12 @@ def _requested(state: ModelState, adapter: str | Sequence[str], weights: Weights
                 f"there is a weight for {unnamed[0]!r}, which is not among the adapters", fix="name it, too"
             )
     else:
-        alone = [weights] if isinstance(weights, (int, float)) else weights
-        values = [1.0] * len(names) if alone is None else list(alone)
+        same = 1.0 if weights is None else weights
+        values = [same] * len(names) if isinstance(same, (int, float)) else list(same)
     if len(values) != len(names):
-        raise SurgeryError(f"there are {len(values)} weights for {len(names)} adapters", fix="give one for each")
+        raise SurgeryError(
+            f"there are {len(values)} weights for {len(names)} adapters", fix="give one for each, or one number for all"
+        )
     for name, weight in zip(names, values, strict=True):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise SurgeryError(f"the weight {weight!r} of {name!r} is not a finite number")

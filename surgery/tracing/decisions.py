@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from surgery.errors import SiteError
 from surgery.tracing.guards import differs, parts_of
 
@@ -37,8 +39,14 @@ def check_decision(value: Any, expected: Any, where: str) -> None:
     """Raise `SiteError` if Python would decide differently on a value of a rewrite than in the example."""
     if differs(value, expected):
         raise SiteError(
-            f"a rewrite goes by {expected!r}, which it saw in the example, and this call gives {value!r}",
+            f"a rewrite depends on a {_noun(expected)} that is {expected!r} in the example and {value!r} in this call",
             where=where,
             why="Python code of a rewrite runs once, when the rule is applied",
             fix="use torch functions, which take sizes as values, or site.apply(function, …), which runs at each call",
         )
+
+
+def _noun(expected: Any) -> str:
+    if isinstance(expected, torch.Size):
+        return "shape"
+    return "size or number" if type(expected) is int else "value"

@@ -317,7 +317,7 @@ def test_planning_draws_nothing_and_calls_do() -> None:
     [
         (lambda site: site.output if site.output.sum() > 0 else site.input, "can't branch on a value"),
         (lambda site: sum(row for row in site.output), "can't iterate over a value"),
-        (lambda site: site.output * float(site.output.sum()), "can't use as a Python number"),
+        (lambda site: site.output * float(site.output.sum()), "can't turn a value into a Python number"),
     ],
 )
 def test_refusals_name_the_line_of_the_user(body: Any, message: str) -> None:
@@ -378,7 +378,9 @@ def test_a_decision_on_a_size_is_checked_at_each_call() -> None:
     linear, x = nn.Linear(3, 3), torch.randn(2, 3)
     apply_program(linear, nn.Linear, FACTORIES_ON["rows"], x)
     assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias) * 2)
-    with pytest.raises(Exception, match="a rewrite goes by 2, which it saw in the example, and this call gives 5"):
+    with pytest.raises(
+        Exception, match="a rewrite depends on a size or number that is 2 in the example and 5 in this call"
+    ):
         linear(torch.randn(5, 3))
     block = Block()
     apply_program(block, Block, lambda site: _by_rows(site), x)

@@ -27,6 +27,8 @@ def test_norms_are_those_of_torch(files: Files, tmp_path: Path) -> None:
     assert row["relative"] == pytest.approx(float((b - a).norm() / a.norm()))
     assert run("diff", files.model, tmp_path, "--exit-code").code == 1
     assert run("diff", files.model, files.model, "--exit-code").code == 0
+    absent = tmp_path / "absent"
+    assert run("diff", files.model, absent, "--exit-code").code == 2 and run("diff", files.model, absent).code == 1
 
 
 def test_one_adapter_in_two_formats_is_equal(files: Files, tmp_path: Path) -> None:

@@ -367,6 +367,19 @@ def test_refusals() -> None:
         active(nn.Linear(2, 2))
 
 
+def test_one_number_is_the_weight_of_each_adapter() -> None:
+    model, x = model_with("a", "b"), torch.randn(2, 8)
+    output = activate(model, ["a", "b"], weights=[0.5, 0.5])(x)
+    activate(model, ["a", "b"])
+    assert not torch.equal(model(x), output)
+    assert torch.equal(activate(model, ["a", "b"], weights=0.5)(x), output)
+    activate(model, ["a", "b"])
+    with using(model, ["a", "b"], weights=0.5):
+        assert torch.equal(model(x), output)
+    with pytest.raises(SurgeryError, match="there are 1 weights for 2 adapters"):
+        activate(model, ["a", "b"], weights=[0.5])
+
+
 def test_a_mapping_of_weights_is_not_taken_for_names() -> None:
     model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0")], adapter="a")
     with pytest.raises(SurgeryError, match="the adapters' names are a mapping"):

@@ -237,6 +237,9 @@ def test_what_can_not_be_fitted_is_refused() -> None:
         ("lora", EXAMPLE, "no PrefixRule"),
         ("made", EXAMPLE, "with a projection"),
         ("default", {"input_ids": TEXT[:, :3]}, "too short"),
+        ("default", "a text", "the text 'a text'"),
+        ("default", ["a text"], "the text 'a text'"),
+        ("default", {"input_ids": "a text"}, "the text 'a text'"),
         ("default", {"input_ids": TEXT.repeat(2, 1)}, "2 texts"),
         ("default", {"input_ids": TEXT, "attention_mask": torch.tensor([[0, 1, 1, 1]])}, "padded"),
     ]
