@@ -17,6 +17,7 @@ from tests.support.prompts import IDS, SMALL, N, adapted, llama, transformers
 def test_refused_calls() -> None:
     model = adapted(llama())
     four = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    four[:, :, 4, 1] = False  # no mask of the text's tokens says so
     calls: list[tuple[str, dict[str, Any]]] = [
         ("a 2-D mask", {"attention_mask": four}),
         ("a 2-D mask", {"attention_mask": {"full_attention": four}}),

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def _run(job: dict[str, Any]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(job["folder"])
         sys.argv, subprocess.run = ["-c"], _forked
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         exec(compile(job["code"], "<string>", "exec"), {"__name__": "__main__"})
         status = 0
     except SystemExit as left:
