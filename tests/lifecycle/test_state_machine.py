@@ -376,7 +376,7 @@ class Adapters(RuleBasedStateMachine):
         elif how == "mapping":
             weights = dict(zip(names, weights, strict=True))
         elif how == "number":
-            weights, problem = weights[0], problem or ("one number" if len(names) > 1 else "")
+            weights = weights[0]
         elif how == "nan":
             weights, problem = [float("nan"), *weights[1:]], "nan"
         elif how == "few":
@@ -387,7 +387,13 @@ class Adapters(RuleBasedStateMachine):
             weights, problem = {"unknown": 1.0}, "unknown"
         live = dict.fromkeys(names, 1.0) if weights is None else {}
         if not problem and weights is not None:
-            listed = list(weights.values()) if isinstance(weights, dict) else [weights] if how == "number" else weights
+            listed = (
+                list(weights.values())
+                if isinstance(weights, dict)
+                else [weights] * len(names)
+                if how == "number"
+                else weights
+            )
             live = {name: float(weight) for name, weight in zip(names, listed, strict=True)}
         problem = problem or self.shadow.cannot_switch(live)
         if self.attempt(problem, lambda: activate(self.model, names, weights)):
