@@ -146,7 +146,9 @@ def _warn_of_statistics(model: nn.Module, state: ModelState, adapter: str) -> No
 
 def _replaces_statistics(module: nn.Module, adapter: str) -> bool:
     site = site_state(module)
-    layers = [applied.layer for _, applied in site.of([adapter])] if site is not None else []
+    if site is None:  # also a scripted module, which can't hold an adapter
+        return False
+    layers = [applied.layer for _, applied in site.of([adapter])]
     replaced = {str(ref.key) for layer in layers if layer is not None for ref in layer.tape.replaced_refs()}
     return {*changing_buffers(module)} <= {*tensors_of(module, adapter), *replaced}
 
