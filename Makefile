@@ -99,7 +99,7 @@ properties: $(VENV)/.dev ## Try EXAMPLES drawn models and rules for each propert
 crashes: $(VENV)/.dev ## Interrupt and kill CRASHES of the Trainer's runs of each kind, of which make test runs 2
 	CRASHES=$(CRASHES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_crashes.py -s $(ARGS)
 
-examples: $(VENV)/.dev ## Run all examples in new processes and their smallest setting, of which `make test` leaves out two
+examples: $(VENV)/.dev ## Run all examples in new processes and their smallest setting, of which `make test` leaves out three
 	ALL_EXAMPLES=1 $(BIN)/python -m pytest tests/project/test_examples.py -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types

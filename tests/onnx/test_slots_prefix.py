@@ -72,7 +72,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", onnx_cases(FAMILIES, "gpt2"))
+@pytest.mark.parametrize("name", onnx_cases(FAMILIES, "gpt2", "t5"))
 def test_attention_that_takes_its_function_from_a_registry(name: str, tmp_path: Path) -> None:
     make, rules = FAMILIES[name]
     model, inputs = moved(make())

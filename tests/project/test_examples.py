@@ -1,7 +1,7 @@
 """The examples run in their smallest setting, say what they need, and give the model back to the bit.
 
-`make examples` runs all of them, each in a new process. `make test` leaves out two, of which other tests show the
-parts, and forks the processes of the others from one that has imported torch and transformers."""
+`make examples` runs all of them, each in a new process. `make test` leaves out three, of which other tests show
+the parts, and forks the processes of the others from one that has imported torch and transformers."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def test_many(peft: bool, tmp_path: Path, packaged: Callable[[str], Path], monke
     assert {"business", "tech"} <= {folder.name for folder in (tmp_path / "out" / "adapters").iterdir()}
 
 
+@LONG
 def test_ship(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ["--steps", "1", "--batch", "2", "--texts", "3", "--tokens", "8", "--clients", "2"]
     results, printed = run("ship", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
