@@ -207,7 +207,7 @@ def test_what_has_no_weight_says_so() -> None:
     ("weights", "message"),
     [
         ([1.0], "1 weights for 2 adapters"),
-        (math.nan, "1 weights for 2 adapters"),
+        (math.nan, "not a finite number"),
         ([1.0, math.inf], "not a finite number"),
         ([1.0, "2"], "not a finite number"),
         ([True, 1.0], "not a finite number"),
