@@ -90,7 +90,9 @@ def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iter
 def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str], check: bool) -> None:
     """Raise an error before any change if an adapter can't be removed from a site."""
     removed = [applied for _, applied in site.of(names)]
-    if site.merged is not None and any(applied.live or applied.changed for applied in removed):
+    if site.merged is not None and any(
+        applied.live or applied.changed or applied.adapter in site.merged.adapters for applied in removed
+    ):
         adapters = ", ".join(site.merged.adapters)
         raise SiteError(
             "the model is merged", where=path, why=f"its weights hold {adapters}", fix="unmerge(model) first"

@@ -442,3 +442,17 @@ def test_a_copy_of_a_part_counts_as_one() -> None:
     model[0] = copied
     with pytest.raises(SurgeryError, match="part of this model has live adapters"):
         deactivate(model)
+
+
+def test_an_idle_adapter_that_is_merged_is_not_removed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    weight = model[0].weight.detach().clone()
+    for name in "ab":
+        apply_rules(model, LoraRule("0", rank=2, init="random"), adapter=name)
+    deactivate(model)
+    merge(model, "b")
+    with pytest.raises(SurgeryError, match="the model is merged"):
+        remove(model)
+    remove(model, "a")
+    unmerge(model)
+    assert torch.equal(remove(model)[0].weight, weight)

@@ -210,8 +210,10 @@ class Shadow:
 
     def cannot_remove(self, names: Sequence[str]) -> str:
         merged = self.merged_paths()
-        for adapter in (self.adapters[name] for name in names):
-            if any(entry.path in merged and (adapter.live or entry.start) for entry in adapter.entries):
+        for name in names:
+            adapter = self.adapters[name]
+            in_weights = adapter.live or name in self.merged
+            if any(entry.path in merged and (in_weights or entry.start) for entry in adapter.entries):
                 return "merged"
         staying: set[str] = set()
         for name, adapter in reversed(self.adapters.items()):
