@@ -54,10 +54,10 @@ def bench(
     import torch
 
     from surgery import apply_rules, merge, remove, unmerge
-    from surgery.rules import LoraRule
+    from surgery.authoring.rule_names import registered
 
     _check_device(device)
-    chosen = [LoraRule("all-linear")] if rules is None else read_rules(rules, trust)
+    chosen = [registered("lora")("all-linear")] if rules is None else read_rules(rules, trust)
     net: Any = load_model(model, class_name)
     call = {name: tensor.to(device) for name, tensor in example_call(net, example, batch, length).items()}
     net.to(device)

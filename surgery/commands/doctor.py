@@ -115,13 +115,13 @@ def _check(device: str) -> dict[str, Any]:
         from torch import nn
 
         from surgery import apply_rules, merge, remove, unmerge
-        from surgery.rules import LoraRule
+        from surgery.authoring.rule_names import registered
 
         layer = nn.Linear(8, 8).to(device)
         model: Any = nn.Sequential(layer)
         x = torch.ones(1, 8, device=device)
         before, weight = model(x), layer.weight.detach().clone()
-        apply_rules(model, LoraRule("0", rank=2, init="random"))
+        apply_rules(model, registered("lora")("0", **{"rank": 2, "init": "random"}))
         if torch.equal(model(x), before):
             return {**check, "ok": False, "reason": "the rule changes nothing"}
         merge(model)

@@ -136,3 +136,14 @@ def test_tests_lie_in_folders() -> None:
 def test_in_a_checkout_the_folder_gives_the_same_package() -> None:
     code = "import rules, surgery.rules; assert rules is surgery.rules and rules.LoraRule is surgery.rules.LoraRule"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_engine_never_imports_the_rule_library() -> None:
+    """Also not in functions: a rule is asked for by its name, as the rules of others are."""
+    for file in (ROOT / "surgery").rglob("*.py"):
+        if "rules" in file.relative_to(ROOT).parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.startswith("surgery.rules")], file
