@@ -40,7 +40,7 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return f"a {cls.__name__} iterates over its children, adapters included", "target its children, or its parent"
     if cls.forward is nn.Module.forward:
-        fix = "target what is in it; layers of a graph of torch.export are made anew by with_layers(model)"
+        fix = "target the modules inside it; with_layers(model) makes layers of a graph of torch.export"
         if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
             fix = "exclude it: no rule reaches parameters that a container hands out"
         return "it only holds what is in it, and is never called", fix
