@@ -554,7 +554,7 @@ class Adapters(RuleBasedStateMachine):
             getattr(getattr(self.model.get_submodule(e.path).adapters, name), key) for name, e, key in trained
         ]
         mode = self.model.training
-        self.model.train(mode and not any(self.shadow.adapters[name].dropout for name, _, _ in trained))
+        self.model.train(mode and not any(self.shadow.adapters[name].dropout for name in names))
         grads = torch.autograd.grad(self.model(IDS).square().sum(), adapter_tensors, allow_unused=True)
         self.model.train(mode)
         wanted = torch.autograd.grad(self.wanted(leaves).square().sum(), list(leaves.values()), allow_unused=True)
