@@ -25,27 +25,16 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-# Arguments in the fixes of errors, and the options of the commands for them.
-_OPTIONS = {"load_adapter(…, same_base=False)": "--any-base", "load_adapter(…, trust=True)": "--trust"}
-
-
 def load_all(
     model: nn.Module, paths: Sequence[Path], *, trust: bool, same_base: bool, example: Any = None
 ) -> list[dict[str, Any]]:
     """Puts adapters on a model, all live. Returns what each report says."""
-    from surgery import LoadError, load_adapter
+    from surgery import load_adapter
 
     reports = []
     for path, name in zip(paths, names_of(paths), strict=True):
         options: dict[str, Any] = {"trust": trust, "same_base": same_base, "example_inputs": example}
-        try:
-            report = load_adapter(model, existing(path), name, progress=True, **options)
-        except LoadError as error:
-            for problem in error.problems:
-                for argument, option in _OPTIONS.items():
-                    problem.fix = problem.fix and problem.fix.replace(argument, option)
-            raise
-        reports.append(report.to_dict())
+        reports.append(load_adapter(model, existing(path), name, progress=True, **options).to_dict())
     return reports
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.commands.exit_codes import ERROR, INTERRUPTED, TROUBLE
+from surgery.commands.option_words import parameters_of, use_options, with_options
 from surgery.errors import PlanError, SurgeryError, SurgeryWarning
 from surgery.results import plain, table
 
@@ -51,6 +52,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., None]:
 
     def run(*, json: bool, traceback: bool, **arguments: Any) -> None:
         noted: list[str] = []
+        names = parameters_of(function)
         error_code = TROUBLE if arguments.get("exit_code") else ERROR
         try:
             with warnings.catch_warnings():
@@ -59,7 +61,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., None]:
 
                 def note(message: Any, category: type[Warning], *where: Any, **other: Any) -> None:
                     if issubclass(category, SurgeryWarning):
-                        noted.append(str(message))
+                        noted.append(with_options(str(message), names))
                     else:
                         show(message, category, *where, **other)
 
@@ -71,6 +73,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., None]:
         except Exception as error:
             if traceback:
                 tracebacks.print_exc()
+            use_options(error, names)
             _print_error(error, json, traceback)
             raise typer.Exit(error_code) from None
         try:

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from surgery.commands.answer import Answer, size_text
-from surgery.commands.example_call import example_call
-from surgery.commands.model_folder import load_model, model_on_meta
+from surgery.commands.example_call import model_and_call
 from surgery.commands.new_files import check_new_folder, new_folder
-from surgery.commands.options import ClassName, DryRun, Example, ModelPath, RulesPath, Trust
+from surgery.commands.options import ClassName, DryRun, Example, ModelPath, RulesPath, Trust, Untie, WithExample
 from surgery.commands.paths import size_of
 from surgery.commands.plan import answer_of_plan
 from surgery.commands.rules_file import read_rules
+from surgery.errors import SurgeryError
 
 __all__ = ["apply"]
 
@@ -24,14 +24,13 @@ def apply(
     rules: RulesPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; new or empty.")],
     merged: Annotated[bool, typer.Option("--merged", help="Write the whole model with the rules merged.")] = False,
+    untie: Untie = False,
     format: Annotated[
         Literal["auto", "peft", "surgery"], typer.Option(help="The adapter's format; auto: PEFT's if it fits.")
     ] = "auto",
     seed: Annotated[int, typer.Option(help="The seed of the starting values.", min=0, max=2**64 - 1)] = 0,
     example: Example = None,
-    with_example: Annotated[
-        bool, typer.Option("--with-example", help="Plan with an example call, which some rules need.")
-    ] = False,
+    with_example: WithExample = False,
     class_name: ClassName = None,
     trust: Trust = False,
     dry_run: DryRun = False,
@@ -46,18 +45,19 @@ def apply(
 
     check_new_folder(out)
     chosen = read_rules(rules, trust)
-    if dry_run:
-        net = model_on_meta(model, class_name)
-        return answer_of_plan(net, plan_rules(net, chosen), {"out": str(out), "written": False})
+    if untie and not merged:
+        raise SurgeryError("--untie is for merged models", fix="add --merged")
     import torch
 
     torch.manual_seed(seed)
-    net = load_model(model, class_name)
-    call = example_call(net, example) if example or with_example else None
+    net, call = model_and_call(model, class_name, example, with_example, weights=not dry_run)
+    if dry_run:
+        plan = plan_rules(net, chosen, example_inputs=call)
+        return answer_of_plan(net, plan, apply, {"out": str(out), "written": False})
     apply_rules(net, chosen, example_inputs=call, progress=True)
     with new_folder(out) as place:
         if merged:
-            merge_to(net, place, progress=True)
+            merge_to(net, place, untie=untie, progress=True)
         else:
             save_adapter(net, place, format=format, progress=True)
         files = sorted(file.name for file in place.iterdir())

@@ -6,13 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.adapter_files.tensor_headers import read_header
+from surgery.commands.model_folder import load_model, model_on_meta
 from surgery.commands.paths import existing
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["example_call"]
+__all__ = ["example_call", "model_and_call"]
+
+
+def model_and_call(
+    folder: Path, class_name: str | None, file: Path | None, with_example: bool, *, weights: bool = False
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The model, and its example call if one is asked for; without a call, and unless `weights`, on the meta device."""
+    wanted = file is not None or with_example
+    model = load_model(folder, class_name) if weights or wanted else model_on_meta(folder, class_name)
+    return model, example_call(model, file) if wanted else None
 
 
 def example_call(model: nn.Module, file: Path | None, batch: int = 2, length: int = 8) -> dict[str, Any]:

@@ -9,9 +9,8 @@ import typer
 
 from surgery.commands.adapters import base_class, load_all, names_of
 from surgery.commands.answer import Answer
-from surgery.commands.example_call import example_call
+from surgery.commands.example_call import model_and_call
 from surgery.commands.merge import AnyBase
-from surgery.commands.model_folder import load_model, model_on_meta
 from surgery.commands.new_files import check_new_file, new_files
 from surgery.commands.options import ClassName, DryRun, Example, ModelPath, Trust
 from surgery.errors import SurgeryError
@@ -56,9 +55,8 @@ def export(
     if form == "slots" and not paths:
         raise SurgeryError("slots are made for adapters", why="none is named", fix="export MODEL ADAPTER… --as slots")
     kind = class_name or base_class(paths)
-    net = model_on_meta(model, kind) if dry_run else load_model(model, kind)
-    call = None if dry_run else example_call(net, example)
-    reports = load_all(net, paths, trust=trust, same_base=not any_base, example=None)
+    net, call = model_and_call(model, kind, example, not dry_run, weights=not dry_run)
+    reports = load_all(net, paths, trust=trust, same_base=not any_base, example=call)
     data: dict[str, Any] = {"out": str(out), "written": not dry_run, "as": form, "adapters": reports}
     if dry_run:
         fitting = [f"{name}: {len(report['loaded'])} tensors fit" for name, report in zip(names, reports, strict=True)]

@@ -9,10 +9,9 @@ import typer
 
 from surgery.commands.adapters import base_class, load_all, names_of
 from surgery.commands.answer import Answer, size_text
-from surgery.commands.example_call import example_call
-from surgery.commands.model_folder import load_model, model_on_meta
+from surgery.commands.example_call import model_and_call
 from surgery.commands.new_files import check_new_folder, new_folder
-from surgery.commands.options import AdapterPaths, ClassName, DryRun, Example, ModelPath, Trust
+from surgery.commands.options import AdapterPaths, ClassName, DryRun, Example, ModelPath, Trust, Untie, WithExample
 from surgery.commands.paths import size_of
 from surgery.errors import SurgeryError
 
@@ -29,12 +28,10 @@ def merge(
     adapters: AdapterPaths,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; new or empty.")],
     weight: Weights = None,
-    untie: Annotated[bool, typer.Option("--untie", help="Let tied weights become different.")] = False,
+    untie: Untie = False,
     any_base: AnyBase = False,
     example: Example = None,
-    with_example: Annotated[
-        bool, typer.Option("--with-example", help="Load with an example call, which some rules need.")
-    ] = False,
+    with_example: WithExample = False,
     class_name: ClassName = None,
     trust: Trust = False,
     dry_run: DryRun = False,
@@ -50,8 +47,7 @@ def merge(
     if weight and len(weight) != len(names):
         raise SurgeryError(f"there are {len(weight)} weights for {len(names)} adapters", fix="--weight once for each")
     kind = class_name or base_class(adapters)
-    net = model_on_meta(model, kind) if dry_run else load_model(model, kind)
-    call = example_call(net, example) if (example or with_example) and not dry_run else None
+    net, call = model_and_call(model, kind, example, with_example, weights=not dry_run)
     reports = load_all(net, adapters, trust=trust, same_base=not any_base, example=call)
     data = {"out": str(out), "written": not dry_run, "model": type(net).__name__, "adapters": reports}
     lines = [f"{name}: {len(report['loaded'])} tensors fit" for name, report in zip(names, reports, strict=True)]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AdapterPaths", "ClassName", "DryRun", "Example", "ModelPath", "RulesPath", "Trust"]
+__all__ = ["AdapterPaths", "ClassName", "DryRun", "Example", "ModelPath", "RulesPath", "Trust", "Untie", "WithExample"]
 
 ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A folder with a model of transformers.", show_default=False)
@@ -25,9 +25,16 @@ ClassName = Annotated[
     str | None,
     typer.Option("--class", help="The model's class in transformers; default: the one that the files name."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and check only: read no weights, write nothing.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Plan and check only; write nothing. Only an example call reads weights."),
+]
 Example = Annotated[
     Path | None,
     typer.Option(help="A safetensors file with the tensors of one call by name; default: made for the model."),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Accept rules that name code to import.")]
+WithExample = Annotated[
+    bool, typer.Option("--with-example", help="Call the model with an example, which some rules need.")
+]
+Untie = Annotated[bool, typer.Option("--untie", help="Let tied weights become different.")]

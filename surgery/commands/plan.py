@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from surgery.commands.answer import Answer
-from surgery.commands.model_folder import model_on_meta
-from surgery.commands.options import ClassName, ModelPath, RulesPath, Trust
+from surgery.commands.example_call import model_and_call
+from surgery.commands.option_words import parameters_of, use_options, with_options
+from surgery.commands.options import ClassName, Example, ModelPath, RulesPath, Trust, WithExample
 from surgery.commands.rules_file import read_rules
 
 if TYPE_CHECKING:
@@ -17,22 +19,35 @@ if TYPE_CHECKING:
 __all__ = ["answer_of_plan", "plan"]
 
 
-def plan(model: ModelPath, rules: RulesPath, class_name: ClassName = None, trust: Trust = False) -> Answer:
+def plan(
+    model: ModelPath,
+    rules: RulesPath,
+    example: Example = None,
+    with_example: WithExample = False,
+    class_name: ClassName = None,
+    trust: Trust = False,
+) -> Answer:
     """Show what rules would do to a model: sites, tensors, parameters, problems.
 
-    Reads config.json alone, no weights. The exit code is 1 if there are problems.
+    Reads config.json alone; an example call needs the weights, too. The exit code is 1 if there are problems.
 
         surgery plan models/bert lora.yaml
     """
     from surgery import plan_rules
 
     chosen = read_rules(rules, trust)
-    net = model_on_meta(model, class_name)
-    return answer_of_plan(net, plan_rules(net, chosen))
+    net, call = model_and_call(model, class_name, example, with_example)
+    return answer_of_plan(net, plan_rules(net, chosen, example_inputs=call), plan)
 
 
-def answer_of_plan(model: nn.Module, plan: Plan, further: dict[str, Any] | None = None) -> Answer:
-    """A plan as an answer. `further`: data of the command that planned."""
+def answer_of_plan(
+    model: nn.Module, plan: Plan, command: Callable[..., Answer], further: dict[str, Any] | None = None
+) -> Answer:
+    """A plan as an answer. `command`: the command that planned. `further`: its data."""
+    names = parameters_of(command)
+    for problem in plan.problems:
+        use_options(problem, names)
+    plan.warnings = [with_options(warning, names) for warning in plan.warnings]
     base = sum(parameter.numel() for parameter in model.parameters())
     share = 100 * plan.trainable / (base + plan.added) if base else 0.0
     counts = {"base": base, "added": plan.added, "trainable": plan.trainable}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from surgery import activate, load_adapter, merge
+from surgery.adapter_files.entry import PEFT
 from tests.support.command_line import Files, run
 
 IDS = torch.arange(8).reshape(2, 4)
@@ -112,3 +113,16 @@ def test_example_calls_are_made_for_texts_and_images() -> None:
     for build, why in ((tiny.whisper, "no example can be made"), (tiny.clip, "can't be called with input_ids")):
         with pytest.raises(SurgeryError, match=why):
             example_call(build()[0], None)
+
+
+def test_errors_name_options(files: Files, tmp_path: Path) -> None:
+    done = run("export", files.model, "--out", tmp_path / "x.onnx", "--opset", "3")
+    assert "--opset 3 can't be written" in done.err and "leave --opset out" in done.err
+    done = run("export", files.model, "--out", tmp_path / "x.onnx", "--cache")
+    assert "fix:   leave --cache out" in done.err
+    shutil.copytree(files.peft, tmp_path / "damaged")
+    tensors = load_file(files.peft / "adapter_model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, tmp_path / "damaged" / PEFT[0])
+    done = run("merge", files.model, tmp_path / "damaged", "--out", tmp_path / "out")
+    assert "fix:   take an earlier checkpoint; in Python: load_adapter(…, finite=False)" in done.err
+    assert {file.name for file in tmp_path.iterdir()} == {"damaged"}

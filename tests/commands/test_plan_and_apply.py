@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from surgery import apply_rules, load_adapter, plan_rules, rules_from_yaml
 from tests.support.command_line import RULES, Files, run
@@ -91,9 +91,29 @@ def test_apply_writes_a_merged_model_or_nothing(files: Files, tmp_path: Path) ->
     assert not (tmp_path / "bad").exists()
 
 
-def test_rules_that_need_an_example_get_one(files: Files, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["plan", "apply", "apply --dry-run"])
+def test_rules_that_need_an_example_get_one(command: str, files: Files, tmp_path: Path) -> None:
     (tmp_path / "prefix.yaml").write_text("- {rule: prefix, targets: [self], length: 2}")
-    without = run("apply", files.model, tmp_path / "prefix.yaml", "--out", tmp_path / "a")
-    assert without.code == 1 and "example" in without.err
-    done = run("apply", files.model, tmp_path / "prefix.yaml", "--out", tmp_path / "a", "--with-example")
-    assert done.code == 0, done
+    words = [*command.split(), files.model, tmp_path / "prefix.yaml"]
+    words += ["--out", tmp_path / "a"] if "apply" in command else []
+    without = run(*words)
+    text = without.out + without.err
+    assert without.code == 1 and "needs an example call" in text and "example_inputs" not in text
+    assert "fix:   --with-example, or --example FILE.safetensors\n" in text
+    assert run(*words, "--with-example").code == 0
+
+
+def test_an_example_that_fails_is_told_in_options(files: Files, tmp_path: Path) -> None:
+    save_file({"input_ids": torch.ones(1, 5)}, tmp_path / "x.safetensors")  # floats are not ids
+    done = run("plan", files.model, files.rules, "--example", tmp_path / "x.safetensors")
+    assert done.code == 1 and "the example call fails" in done.out
+    assert "fix:   --example FILE.safetensors, with the tensors of one call by name" in done.out
+
+
+def test_tied_weights_are_merged_with_an_option(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("- {rule: lora, targets: [decoder], rank: 2, init: random}")
+    words = ["apply", files.model, tmp_path / "x.yaml", "--class", "BertForMaskedLM", "--out", tmp_path / "new"]
+    refused = run(*words, "--merged")
+    assert refused.code == 1 and "fix:   --untie gives the site a weight of its own" in refused.err, refused.err
+    assert "add --merged" in run(*words, "--untie").err
+    assert not (tmp_path / "new").exists() and run(*words, "--merged", "--untie").code == 0

@@ -87,12 +87,12 @@ def interrupted(words: list[object], place: str, folder: Path, signal: str = "SI
 @pytest.mark.parametrize(
     "command, place",
     [
-        ("plan", "surgery.commands.plan:model_on_meta"),
-        ("apply", "surgery.commands.apply:load_model"),
+        ("plan", "surgery.commands.example_call:model_on_meta"),
+        ("apply", "surgery.commands.example_call:load_model"),
         ("apply", "surgery.adapter_files.tensor_files:write_safetensors"),
         ("merge", "surgery.storage.merged_checkpoint:_merge"),
         ("merge", "surgery.storage.merged_checkpoint:_copy_tokenizer"),
-        ("export", "surgery.commands.export:example_call"),
+        ("export", "surgery.commands.example_call:example_call"),
         ("diff", "surgery.commands.diff:_read"),
         ("bench", "surgery.commands.bench:load_model"),
     ],
