@@ -15,6 +15,7 @@ from surgery.rewritten_model import transformers_hooks
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_tensors import detach
 from surgery.state.in_use import check_free
+from surgery.state.merged_tensors import unguard_merged
 from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import _SITE, SiteState, base_parameters, sites
 from surgery.state.running_statistics import forget_statistics, keep_statistics
@@ -89,6 +90,7 @@ def forget(model: M) -> M:
             state.forget(name)
         state.flags |= flags
         state.untied = Untied()
+        unguard_merged(root, journal)
         forget_statistics(root, state.moving, journal)  # those with the merged adapters are now the base's
         state.moving = keep_statistics(root, journal) if state.freezing else []
         thaw_base(root, state, journal)

@@ -22,6 +22,7 @@ from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.attach import PlacedRule
 from surgery.progress import Progress, each_step
 from surgery.state.adapter_tensors import tensors_of
+from surgery.state.merged_tensors import merged_error
 from surgery.state.records import Applied, ModelState, sites
 
 __all__ = ["RuleAtSite", "RuleGroup", "group_rules"]
@@ -103,8 +104,7 @@ def group_rules(model: nn.Module, state: ModelState, how: Combination) -> Iterat
     records_at = {name: state.rules_at((name,)) for name in how.weights}
     for path, module, site in sites(model):
         if site.merged is not None:
-            why = f"its weights hold {', '.join(site.merged.adapters)}"
-            raise SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first")
+            raise merged_error(path, site.merged.adapters)
         for name, weight in how.weights.items():
             tensors = tensors_of(module, name)
             for applied in records_at[name].get(id(module), ()):

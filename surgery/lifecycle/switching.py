@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.lifecycle.gradient_reducers import watch_gradients
 from surgery.state.adapter_tensors import AdapterTensors, box_of
+from surgery.state.merged_tensors import merged_error
 from surgery.state.records import _SITE, Applied, ModelState, SiteState, require_state
 from surgery.state.running_statistics import exchange
 from surgery.state.site_links import module_at
@@ -137,8 +138,7 @@ def check_settled(module: nn.Module) -> SiteState:
     if record is None:
         raise SurgeryError("a site of this model has lost its record", fix="copy models with copy.deepcopy")
     if record.merged is not None:
-        why = f"its weights hold {', '.join(record.merged.adapters)}"
-        raise SurgeryError("the model is merged", where=record.path, why=why, fix="unmerge(model) first")
+        raise merged_error(record.path, record.merged.adapters)
     cls = module.__class__
     if "forward" not in module.__dict__ and (cls is record.base or "_surgery_recipe" in cls.__dict__):
         return record

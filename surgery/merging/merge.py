@@ -21,6 +21,7 @@ from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.in_use import check_free
+from surgery.state.merged_tensors import guard_merged, unguard_merged
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_site, take_out_folds
 from surgery.state.records import Merged, ModelState, Sites, SiteState, sites
@@ -150,6 +151,8 @@ def merge(
             if any(_merged(site).tied for _, _, site in chosen_sites):
                 journal.keep(state.__dict__)
                 state.untied = say_untied(model, journal)
+            if chosen_sites:
+                guard_merged(model, journal)
     return _report(names, chosen_sites)
 
 
@@ -225,6 +228,7 @@ def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: boo
             install_live(module, journal, live=live.get(id(module)))
         journal.keep(state.__dict__)
         retie(root, state.untied, journal)
+        unguard_merged(root, journal)
         state.untied = Untied()
 
 

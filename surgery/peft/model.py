@@ -406,8 +406,12 @@ class PeftModel(FacadeProperties):
             model.get_input_embeddings().register_forward_hook(_require_gradients)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The model's own `load_state_dict`; a checkpoint of adapters may lack the base's frozen tensors."""
-        result = self._base.load_state_dict(state_dict, strict, assign)
+        """The model's own `load_state_dict`; a checkpoint of adapters may lack the base's frozen tensors.
+
+        Other values for a merged adapter's tensors are a SurgeryError, which is also a RuntimeError.
+        """
+        with pefts_errors(RuntimeError):
+            result = self._base.load_state_dict(state_dict, strict, assign)
         if any(".adapters." in key for key in state_dict):
             frozen = {name for name, parameter in self._base.named_parameters() if not parameter.requires_grad}
             result.missing_keys[:] = [key for key in result.missing_keys if key not in frozen]

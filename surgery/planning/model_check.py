@@ -10,6 +10,7 @@ from torch import nn
 from surgery.errors import SurgeryError, abbreviate
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_naming import name_problem
+from surgery.state.merged_tensors import merged_error
 from surgery.state.records import model_state, sites
 from surgery.transaction.gradient_flags import lazy_in
 
@@ -60,7 +61,6 @@ def model_problems(model: nn.Module, adapter: str, examples: Sequence[Any]) -> l
             problems.append(error)
     for path, _, site in rewritten_sites:
         if site.merged is not None:
-            why = f"its weights hold {', '.join(site.merged.adapters)}"
-            problems.append(SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first"))
+            problems.append(merged_error(path, site.merged.adapters))
             break
     return problems

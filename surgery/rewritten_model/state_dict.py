@@ -14,6 +14,7 @@ from surgery.rewritten_model.verb_root import check_all_present, records_in, rew
 from surgery.sharded_tensors import copy_into, is_flattened
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import base_alone, is_adapter_key, tensors_of
+from surgery.state.merged_tensors import check_adapter_unmerged
 from surgery.state.records import Sites, sites
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
@@ -117,9 +118,11 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
         adapter: the adapter's name.
 
     Raises:
-        SurgeryError: tensors that are missing, unknown or of another shape, all listed. The adapter is unchanged.
+        SurgeryError: tensors that are missing, unknown or of another shape, all listed; or the adapter is merged, so
+            the weights would keep the former tensors' change. The adapter is unchanged.
     """
     own = adapter_state_dict(model, adapter)
+    check_adapter_unmerged(rewritten(model)[0], adapter)
     problems = [f"{key} is missing" for key in own if key not in tensors]
     problems += [f"{key} is unknown: {near_misses(key, own) or 'no such site'}" for key in tensors if key not in own]
     for key in own.keys() & tensors.keys():

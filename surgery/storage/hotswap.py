@@ -21,7 +21,6 @@ from surgery.authoring.live_site import LiveSite
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
-from surgery.forward.parameter_view import tensor_at
 from surgery.forward.tape import Layer
 from surgery.patterns.module_walk import RESERVED, tensor_key
 from surgery.rewritten_model.state_dict import rules_of
@@ -30,7 +29,7 @@ from surgery.sharded_tensors import copy_into, is_flattened
 from surgery.state.fingerprint import differences
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site
-from surgery.storage.hotswap_plan import AdapterSite, adapter_sites, plan_incoming_rules, step_for
+from surgery.storage.hotswap_plan import AdapterSite, adapter_sites, plan_incoming_rules, step_for, unmerged_tensors
 from surgery.storage.hotswap_values import NewValues, detached_copy
 from surgery.storage.load_errors import completed, mismatch_errors
 from surgery.storage.load_report import LoadReport
@@ -245,9 +244,8 @@ def _grow_site(
         raise SiteError("its tensors are sharded", where=live_site.path, fix="pad before fully_shard")
     step = step_for(wider, live_site.path, live_site, adapter)
     params = {name: tensor.detach() for name, tensor in live_site.tensors.items()}
-    site = LiveSite(
-        live_site.module, live_site.path, adapter, params, lambda name, _: tensor_at(live_site.module, name)
-    )
+    source = unmerged_tensors(live_site.module, live_site.path)
+    site = LiveSite(live_site.module, live_site.path, adapter, params, source)
     with torch.no_grad(), HookCall(rule, "swapped", live_site.path):
         return step, dict(rule.swapped(wider, site))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -13,16 +13,26 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
 from surgery.forward.own_forward import own_forward
+from surgery.forward.parameter_view import tensor_at
 from surgery.planning.covered_sites import uncovered
 from surgery.planning.matching import Match, Tree, matches
 from surgery.planning.plan import Plan
 from surgery.planning.planner import with_companions
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
+from surgery.state.merged_tensors import check_adapter_unmerged, merged_error
 from surgery.state.records import Applied, ModelState, site_state, sites
 from surgery.weaving.rewrite_recording import SkippedSite, layer_of, record_rewrite
 
-__all__ = ["AdapterSite", "AdapterSites", "adapter_sites", "matched_sites", "plan_incoming_rules", "step_for"]
+__all__ = [
+    "AdapterSite",
+    "AdapterSites",
+    "adapter_sites",
+    "matched_sites",
+    "plan_incoming_rules",
+    "step_for",
+    "unmerged_tensors",
+]
 
 ROOT = "(the model itself)"
 
@@ -46,13 +56,11 @@ def adapter_sites(model: nn.Module, state: ModelState, adapter: str) -> AdapterS
     if not isinstance(adapter, str):
         raise SurgeryError(f"{adapter!r} is not the name of an adapter", fix="give one adapter's name")
     adapter_names(state, adapter)
+    check_adapter_unmerged(model, adapter)
     by_kind: AdapterSites = {}
     rules_by_module = state.rules_at((adapter,))
-    for path, module, site in sites(model):
+    for path, module, _ in sites(model):
         rules = rules_by_module.get(id(module), [])
-        if rules and site.merged is not None:
-            why = f"its weights hold {', '.join(site.merged.adapters)}"
-            raise SurgeryError("the model is merged", where=path or ROOT, why=why, fix="unmerge(model) first")
         tensors = tensors_of(module, adapter)
         for applied in rules:
             if applied.changed:
@@ -65,6 +73,18 @@ def adapter_sites(model: nn.Module, state: ModelState, adapter: str) -> AdapterS
             rule_tensors = {name: tensors[name] for name in applied.tensors if name in tensors}
             by_kind[id(module), type(applied.rule)] = AdapterSite(path, module, applied, rule_tensors)
     return by_kind
+
+
+def unmerged_tensors(module: nn.Module, path: str) -> Callable[[str, bool], Tensor]:
+    """Returns the source of a `LiveSite`: the module's tensors, except those that another adapter is merged into."""
+
+    def read(name: str, before: bool) -> Tensor:
+        state = site_state(module)
+        if state is not None and state.merged is not None and any(name == folded for folded, _ in state.merged.folds):
+            raise merged_error(path, state.merged.adapters)
+        return tensor_at(module, name)
+
+    return read
 
 
 # New rules ------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -17,9 +16,8 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.complex_numbers import is_number
 from surgery.errors import RuleError, SiteError, SurgeryError
-from surgery.forward.parameter_view import tensor_at
 from surgery.planning.plan import Plan
-from surgery.storage.hotswap_plan import ROOT, AdapterSite, AdapterSites, step_for
+from surgery.storage.hotswap_plan import ROOT, AdapterSite, AdapterSites, step_for, unmerged_tensors
 from surgery.weaving.rewrite_recording import layer_of
 
 __all__ = ["NewValues", "detached_copy"]
@@ -103,8 +101,9 @@ class NewValues:
         if type(rule).initialise is not Rule.initialise and (missing or kind not in self._checked_kinds):
             self._checked_kinds.add(kind)
             trial = {name: tensor.clone() for name, tensor in trial_tensors.items()}
+            source = unmerged_tensors(step.module, step.path)
             with HookCall(rule, "initialise", step.path):
-                changes = rule.initialise(LiveSite(step.module, step.path, self.plan.adapter, trial, _tensor(step)))
+                changes = rule.initialise(LiveSite(step.module, step.path, self.plan.adapter, trial, source))
             if changes:
                 why = f"{rule.label} changes the base's weights at its start, which compiled code does not see"
                 raise SiteError("these weights hold only with another base", why=why, fix="load it with load_adapter")
@@ -116,8 +115,7 @@ class NewValues:
         return next((tensor.device for tensor in live.values()), None)
 
     def _site(self, site: AdapterSite, params: dict[str, Tensor]) -> LiveSite:
-        source: Callable[[str, bool], Tensor] = lambda name, _: tensor_at(site.module, name)  # noqa: E731
-        return LiveSite(site.module, site.path, self.plan.adapter, params, source)
+        return LiveSite(site.module, site.path, self.plan.adapter, params, unmerged_tensors(site.module, site.path))
 
     def _check_shapes(self, site: AdapterSite, tensors: Any, rule: Rule) -> dict[str, Tensor]:
         tensors = dict(tensors)
@@ -138,10 +136,6 @@ class NewValues:
         if self.finite and is_number(new) and not bool(torch.isfinite(new).all()):
             raise SiteError(f"its {name} has numbers that {str(tensor.dtype).removeprefix('torch.')} can't hold")
         return new
-
-
-def _tensor(step: PlannedRule) -> Callable[[str, bool], Tensor]:
-    return lambda name, _: tensor_at(step.module, name)
 
 
 def _same_code(step: PlannedRule, site: AdapterSite) -> bool:

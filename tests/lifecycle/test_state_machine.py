@@ -576,9 +576,8 @@ class Adapters(RuleBasedStateMachine):
         }
         if lacking and new:
             new.popitem()
-        problem = (
-            self.routed or self.unknown([name]) or ("merged" if adapter.paths & self.shadow.merged_paths() else "")
-        )
+        merged = name in self.shadow.merged and self.shadow.merged_paths()
+        problem = self.routed or self.unknown([name]) or ("merged" if merged else "")
         problem = problem or ("start" if adapter.changed else "") or ("tensors lack" if lacking else "")
         if self.attempt(problem, lambda: hotswap(self.model, name, new)):
             for entry in adapter.entries:

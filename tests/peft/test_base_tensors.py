@@ -96,9 +96,17 @@ def test_an_error_leaves_adapter_and_base_unchanged() -> None:
         ours.set_peft_model_state_dict(mine, {**state, "base_model.model.second.bias": torch.zeros(3)})
     assert isinstance(error.value, RuntimeError) and not isinstance(error.value, LoadError)
     mine.merge_adapter()
-    with pytest.raises(SurgeryError, match="while default are merged"):
+    with pytest.raises(SurgeryError, match="the model is merged") as error:
+        ours.set_peft_model_state_dict(mine, state)
+    assert isinstance(error.value, RuntimeError)
+    mine.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mine.state_dict().items())
+    mine.add_adapter("other", ours.LoraConfig(r=4, target_modules=["first"]))
+    mine.merge_adapter(["other"])
+    with pytest.raises(SurgeryError, match="while other are merged"):
         ours.set_peft_model_state_dict(mine, state)
     mine.unmerge_adapter()
+    mine.delete_adapter("other")
     assert all(torch.equal(tensor, before[name]) for name, tensor in mine.state_dict().items())
 
 

@@ -125,6 +125,21 @@ def test_what_does_not_fit_is_refused_in_pefts_words(tmp_path: Path) -> None:
         ours.hotswap_adapter(model, tmp_path / "both", "default")
 
 
+def test_a_swap_beside_a_merged_adapter(tmp_path: Path) -> None:
+    adapted(2).save_pretrained(tmp_path)
+    models = [adapted(1, library) for library in (ours, peft)]
+    for model, library in zip(models, (ours, peft), strict=True):
+        torch.manual_seed(3)
+        model.add_adapter("other", library.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+        model.merge_adapter(["other"])
+        merged = out(model)
+        (ours.hotswap_adapter if library is ours else theirs.hotswap_adapter)(model, str(tmp_path), "default")
+        assert torch.equal(out(model), merged)  # it takes no part in a call
+        model.unmerge_adapter()
+    torch.testing.assert_close(out(models[0]), out(models[1]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(out(models[0]), out(adapted(2)), atol=1e-6, rtol=1e-6)
+
+
 def test_what_can_not_be_prepared() -> None:
     model = adapted(1, r=4)
     with pytest.raises(ValueError, match=r"target rank 3, but the original rank is larger \(4\)"):
