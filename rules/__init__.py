@@ -34,6 +34,7 @@ from surgery.rules.prompt import PromptRule
 from surgery.rules.randlora import RandLoraRule
 from surgery.rules.reft import ReftRule
 from surgery.rules.replace import ReplaceRule
+from surgery.rules.rewrite import RewriteRule
 from surgery.rules.road import RoadRule
 from surgery.rules.shira import ShiraRule
 from surgery.rules.statistics import StatisticsRule
@@ -70,6 +71,7 @@ __all__ = [
     "RankAllocator",
     "ReftRule",
     "ReplaceRule",
+    "RewriteRule",
     "RoadRule",
     "ShiraRule",
     "StatisticsRule",

@@ -1,0 +1,1 @@
+"""What `RewriteRule` is made of: functions by name, matches, and the decorator."""

@@ -1,0 +1,90 @@
+"""`RewriteMatch`: one match, as a replacement and a condition see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from surgery import Occurrence, Site
+
+__all__ = ["MatchSite", "RewriteMatch"]
+
+
+class RewriteMatch(Mapping[str, Any]):
+    """One match of a pattern at a site: a mapping from the pattern's names to what they stand for.
+
+    Attributes:
+        site: The site.
+        found: The match as `site.find` returns it.
+    """
+
+    def __init__(self, site: Site, found: Occurrence, names: tuple[str, ...], number: int = 0):
+        self.site, self.found, self.number = site, found, number
+        self._names = names
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self.found.bindings.get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def path(self) -> str:
+        """The path of the site."""
+        return self.site.path
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The nodes of the match, in the graph's order."""
+        return tuple(self.site.node_of(value) for value in self.found.nodes)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Returns the shape of a tensor in the example; None for another value, or if it is unknown."""
+        return self._example(name)[0]
+
+    def dtype(self, name: str) -> Any:
+        """Returns the dtype of a tensor in the example; None for another value, or if it is unknown."""
+        return self._example(name)[1]
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a name stands for a plain value, such as a number in the code. An absent name is None: constant."""
+        return not hasattr(type(self[name]), "__torch_function__")
+
+    def _example(self, name: str) -> tuple[tuple[int, ...] | None, Any]:
+        value = self[name]
+        if self.is_constant(name):
+            return None, None
+        node = self.site.node_of(value)
+        return node.meta.get("shape"), node.meta.get("dtype")
+
+
+class MatchSite:
+    """A site for the replacement of one match: tensors of further matches get further names.
+
+    Everything else is that of the site.
+    """
+
+    def __init__(self, site: Site, number: int):
+        self._site, self._number = site, number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._site, name)
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        return self._site.param(self._numbered(name), *args, **kwargs)
+
+    def buffer(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        return self._site.buffer(self._numbered(name), *args, **kwargs)
+
+    def submodule(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self._site.submodule(self._numbered(name), *args, **kwargs)
+
+    def _numbered(self, name: str) -> str:
+        return f"{name}_{self._number}" if self._number else name

@@ -1,0 +1,159 @@
+"""Rewrite rules: the operations of a pattern become those of a replacement, both written in plain PyTorch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from surgery import Pattern, Rule, RuleError, Site, Structure, SurgeryError, TraceError, rule
+from surgery.rules._rewriting.functions import accepted, call_with, is_name, name_of, resolve
+from surgery.rules._rewriting.match import MatchSite, RewriteMatch
+
+Function = Callable[..., Any]
+
+
+@rule("rewrite")
+class RewriteRule(Rule):
+    """Replaces the operations of a pattern by those of a replacement, wherever a forward has them.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from surgery.rules import RewriteRule
+    >>> class Attention(nn.Module):
+    ...     def forward(self, q, k, v):
+    ...         return torch.softmax(q @ k.transpose(-1, -2) / 2.0, dim=-1) @ v
+    >>> def scores(q, k, v, divisor):
+    ...     return torch.softmax(q @ k.mT / divisor, -1) @ v
+    >>> def fused(q, k, v, divisor):
+    ...     return F.scaled_dot_product_attention(q, k, v, scale=1 / divisor)
+    >>> model, x = Attention(), torch.randn(2, 5, 4)
+    >>> before = model(x, x, x)
+    >>> _ = apply_rules(model, RewriteRule(pattern=scores, replacement=fused), example_inputs=(x, x, x))
+    >>> torch.allclose(model(x, x, x), before, atol=1e-6)
+    True
+
+    The pattern is the function of a `Structure`: `one_of`, `maybe`, `Const`, `module_of` and `having` work in it. Its
+    parameters are names. The replacement gets what a name stands for as the argument of the same name: a tensor, a
+    plain number, or None for a name of an operation that is absent. `apply_rules` needs `example_inputs`.
+
+    Args:
+        pattern: A function, or its qualified name "package.module.function".
+        replacement: A function, or its qualified name. A parameter `site` gets the site, for `site.param`,
+            `site.buffer` and `site.submodule`, whose tensors belong to the adapter. A parameter `match` gets the
+            `RewriteMatch`.
+        where: A function of a `RewriteMatch`, or its qualified name. Only matches for which it is true are rewritten.
+            Default None: all matches.
+        training: "both" (default), or "eval": in training the forward stays as it is.
+
+    Raises:
+        RuleError: The pattern can't be read, it has a parameter that it does not use, or the replacement has a
+            parameter that the pattern does not have.
+    """
+
+    pattern: Function | str | None = None
+    replacement: Function | str | None = None
+    where: Function | str | None = None
+    training: Literal["both", "eval"] = "both"
+
+    imports = True
+    why_not_merged = "it puts other operations in the place of operations, which no weight holds"
+
+    def validate(self) -> None:
+        if not self.targets:
+            object.__setattr__(self, "targets", (EVERYWHERE,))
+        for field in ("pattern", "replacement", "where"):
+            value = getattr(self, field)
+            if not (is_name(value) or callable(value) or value is None and field == "where"):
+                raise self.bad(field, "a function, or its qualified name")
+        if self.training not in ("both", "eval"):
+            raise self.bad("training", "'both' or 'eval'")
+        if callable(self.pattern) and callable(self.replacement):
+            self._structure()
+        for field in ("pattern", "replacement", "where"):
+            if (name := name_of(getattr(self, field))) is not None:
+                object.__setattr__(self, field, name)
+
+    def _structure(self) -> Structure:
+        """Returns the pattern's structure, and checks the replacement's parameters."""
+        pattern, replacement = resolve(self._given("pattern")), resolve(self._given("replacement"))
+        structure = structure_of(pattern)
+        names, needed, _ = accepted(replacement)
+        known = {*structure.names, *_EXTRAS}
+        missing = [name for name in needed if name not in known]
+        if missing:
+            raise RuleError(
+                f"{self.label}: the replacement {_label(replacement)} has the parameter {missing[0]}",
+                why=f"the pattern {_label(pattern)} binds {', '.join(structure.names) or 'no name'}",
+                fix="name the replacement's parameters as the pattern's; `site` and `match` get the site and the match",
+            )
+        return structure
+
+    def _given(self, field: str) -> Function | str:
+        value = getattr(self, field)
+        assert value is not None  # says validate
+        return value
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        self._structure()  # only now: reading a rule imports nothing
+        if self.where is not None:
+            resolve(self.where)
+        return None
+
+    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or _is_layer(module):
+            return []
+        return [] if type(module).forward is nn.Module.forward else [(path, module)]
+
+    def rewrite(self, site: Site) -> Tensor | None:
+        structure = self._structure()
+        try:
+            found = site.find(structure, leaves=False)
+        except TraceError:
+            return NotImplemented
+        matches = [RewriteMatch(site, match, structure.names, number) for number, match in enumerate(found)]
+        matches = [match for match in matches if self._fits(match)]
+        if not matches:
+            return NotImplemented
+        replacement = resolve(self._given("replacement"))
+        for match in matches:
+            values: Mapping[str, Any] = {**match, "site": MatchSite(site, match.number), "match": match}
+            new = call_with(replacement, values)
+            if self.training == "eval" and site.training:
+                continue
+            site.replace(match.found.root, new)
+        return site.output if self.training == "eval" and site.training else None
+
+    def _fits(self, match: RewriteMatch) -> bool:
+        return self.where is None or bool(resolve(self.where)(match))
+
+
+def structure_of(pattern: Function) -> Structure:
+    """Returns the structure of a pattern's function. Raises `RuleError` with the reason if it is not a pattern."""
+    if pattern not in _structures:
+        try:
+            _structures[pattern] = Structure(pattern)
+        except SurgeryError as error:
+            raise RuleError(f"{_label(pattern)} is not a pattern", why=_reason(error), fix=error.fix) from error
+    return _structures[pattern]
+
+
+def _reason(error: SurgeryError) -> str:
+    return f"{error.what}: {error.why}" if error.why else error.what
+
+
+def _label(function: Function) -> str:
+    return getattr(function, "__qualname__", repr(function))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.") and not module._modules
+
+
+EVERYWHERE = Pattern.type(nn.Module)
+_EXTRAS = ("site", "match")
+_structures: weakref.WeakKeyDictionary[Function, Structure] = weakref.WeakKeyDictionary()
