@@ -115,7 +115,7 @@ class RewriteRule(Rule):
             found = site.find(structure, leaves=False)
         except TraceError:
             return NotImplemented
-        matches = [RewriteMatch(site, match, structure.names, number) for number, match in enumerate(found)]
+        matches = [RewriteMatch(site, match, tuple(structure.names), number) for number, match in enumerate(found)]
         matches = [match for match in matches if self._fits(match)]
         if not matches:
             return NotImplemented
