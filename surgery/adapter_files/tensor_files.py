@@ -22,6 +22,7 @@ from torch import Tensor
 from surgery.adapter_files.tensor_headers import AGAIN, Header, damaged_entry, read_header
 from surgery.errors import SurgeryError
 from surgery.progress import Progress, each_step
+from surgery.transaction.created_folder import created_folder
 
 __all__ = ["TensorFile", "open_tensors", "replace_files", "write_safetensors"]
 
@@ -71,8 +72,7 @@ def replace_files(
     settings, commits the save. Before it, the old settings file is renamed to `previous_name`, so that no program reads
     new tensors with old settings; our reader also looks there. `obsolete`: further files of the previous adapter.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as mark:
+    with created_folder(folder), _locked(folder) as mark:
         files: dict[str, Path] = {}
         try:
             for name, write in (tensors, (settings[0], _bytes(settings[1]))):

@@ -15,7 +15,7 @@ from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.switching import check_none_merged, set_trained, switch, weights_now
 from surgery.patterns.module_walk import base_modules
 from surgery.results import Displayed, Table
-from surgery.rewritten_model.verb_root import check_parts_idle, rewritten
+from surgery.rewritten_model.verb_root import check_parts_idle, rewritten, rewritten_if_any
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.in_use import check_free, claim
 from surgery.state.records import ModelState, model_state, site_state
@@ -162,13 +162,16 @@ def deactivate(model: M) -> M:
 def active(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the live adapters, merged ones included, in the order in which they were applied.
 
+    A model without adapters gives an empty tuple.
+
     >>> from torch import nn
     >>> from surgery import active, apply_rules
     >>> from surgery.rules import LoraRule
     >>> active(apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2)))
     ('default',)
     """
-    return tuple(weights_now(rewritten(model)[1]))
+    found = rewritten_if_any(model)
+    return () if found is None else tuple(weights_now(found[1]))
 
 
 class AdapterTable(dict[str, Adapter], Displayed):
@@ -185,6 +188,8 @@ class AdapterTable(dict[str, Adapter], Displayed):
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return an `Adapter` for each adapter's name: its rules, sites, number of parameters, and whether live or merged.
 
+    A model without adapters gives an empty mapping.
+
     >>> from torch import nn
     >>> from surgery import adapters, apply_rules
     >>> from surgery.rules import LoraRule
@@ -192,9 +197,12 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     >>> found["a"].sites, found["a"].parameters, found["a"].live
     (('0',), 32, True)
     """
-    root, state = rewritten(model)
+    found = rewritten_if_any(model)
+    if found is None:
+        return AdapterTable()
+    root, state = found
     paths = {id(module): path for path, module in base_modules(root)}
-    found = {
+    rows = {
         name: Adapter(
             rules,
             tuple(paths[id(site)] for site in state.places[name].modules if id(site) in paths),
@@ -205,7 +213,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
         )
         for name, rules in state.adapters.items()
     }
-    return AdapterTable(found)
+    return AdapterTable(rows)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from surgery.adapter_files.entry import PEFT
 from surgery.adapter_files.hub_download import download
 from surgery.errors import RuleError, SurgeryError, SurgeryWarning, near_misses
 from surgery.peft.errors import as_builtin, invalid
+from surgery.transaction.created_folder import created_folder
 
 __all__ = [
     "MultitaskPromptTuningInit",
@@ -217,12 +218,12 @@ class PeftConfig:
         if Path(save_directory).is_file():
             what = f"Provided path ({save_directory}) should be a directory, not a file"
             raise as_builtin(SurgeryError(what), AssertionError)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
         data = self.to_dict()
         if options.get("auto_mapping_dict") is not None:
             data["auto_mapping"] = options["auto_mapping_dict"]
         text = json.dumps(data, indent=2, sort_keys=True)
-        (Path(save_directory) / PEFT[1]).write_text(text, encoding="utf-8")
+        with created_folder(save_directory) as folder:
+            (folder / PEFT[1]).write_text(text, encoding="utf-8")
 
 
 def own_class(kind: type[PeftConfig]) -> type[PeftConfig]:

@@ -16,6 +16,7 @@ from surgery.patterns.module_class import class_of
 from surgery.patterns.wrappers import unwrap
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import sites
+from surgery.transaction.created_folder import created_folder
 
 __all__ = ["write_card"]
 
@@ -47,9 +48,9 @@ def write_card(facade: Any, folder: Path, name: str | None = None) -> str:
     head = [line for line in _without(head, "tags") if line.partition(":")[0] not in told]
     head += [f"{key}: {value}" for key, value in told.items()]
     head += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(tags))] if tags else []
-    folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(["---", *head, "---", *body]) + "\n"
-    place.write_text(text, encoding="utf-8")
+    with created_folder(folder):
+        place.write_text(text, encoding="utf-8")
     return text
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.lifecycle.activation import using
 from surgery.patterns.module_walk import every_path
-from surgery.rewritten_model.verb_root import rewritten
+from surgery.rewritten_model.verb_root import rewritten_if_any
 from surgery.state.records import merged_adapters, site_state
 from surgery.tracing.example_call import call, random_state
 
@@ -45,11 +45,12 @@ class OutputChange:
 def output_changes(model: nn.Module, example_inputs: Any) -> list[OutputChange]:
     """The changes of the sites, of repeated layers and of the model, in the order of the calls.
 
-    The model is called twice, in evaluation mode and without gradients, on the same random numbers. Raises
-    `SurgeryError` if an adapter is merged: its weights are not those of the base.
+    The model is called twice, in evaluation mode and without gradients, on the same random numbers. A model without
+    adapters is called once: nothing changes. Raises `SurgeryError` if an adapter is merged: its weights are not those
+    of the base.
     """
-    root, state = rewritten(model)
-    if merged := merged_adapters(root):
+    found = rewritten_if_any(model)
+    if found is not None and (merged := merged_adapters(found[0])):
         raise SurgeryError(
             f"outputs without {', '.join(merged)} can't be computed",
             why="the weights hold what was merged",
@@ -57,9 +58,11 @@ def output_changes(model: nn.Module, example_inputs: Any) -> list[OutputChange]:
         )
     watched = {path: module for path, module in every_path(model) if _is_shown(path, module)}
     random = random_state()
-    with using(model, None):
-        base = _outputs(model, watched, example_inputs, random)
     live = _outputs(model, watched, example_inputs, random)
+    base = live
+    if found is not None:
+        with using(model, None):
+            base = _outputs(model, watched, example_inputs, random)
     changes = []
     for path in live:
         module = watched[path]

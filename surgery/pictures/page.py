@@ -30,7 +30,7 @@ def page(data: ReportData) -> str:
         ("tree", "Tree", _tree(data.rows, numbers, colours)),
         ("sites", "Sites", _sites(data.groups, colours)),
         ("parameters", "Parameters", _parameters(data)),
-        ("outputs", "Outputs", _changes(data.changes, numbers)),
+        ("outputs", "Outputs", _changes(data.changes, numbers) if data.rules else _norms(data.changes)),
         ("rules", "Rules", _rules(data.rules)),
     ]
     texts = [(name, head, "\n".join(parts)) for name, head, parts in sections]
@@ -202,6 +202,18 @@ def _changes(changes: Sequence[OutputChange], numbers: Mapping[str, int]) -> Ite
         text = "other shape" if relative is None else "0" if relative == 0 else f"{100 * relative:.3g} %"
         cells.append([name, change.type, _bar(0.0, most, relative or 0.0), text, f"{change.norm:.4g}"])
     yield _table(["module", "type", "", "change", "norm without"], cells, raw=frozenset({0, 2}))
+
+
+def _norms(changes: Sequence[OutputChange]) -> Iterator[str]:
+    """The outputs of a model without adapters."""
+    if changes:
+        yield "<p>The example: the norm of each output, module by module in the order of the calls.</p>"
+        most = max(change.norm for change in changes)
+        cells = [
+            [change.path or "(the model)", change.type, _bar(change.norm, most), f"{change.norm:.4g}"]
+            for change in changes[:_CHANGES]
+        ]
+        yield _table(["module", "type", "", "norm"], cells, raw=frozenset({2}))
 
 
 def _rules(rules: Sequence[tuple[str, str, str]]) -> Iterator[str]:

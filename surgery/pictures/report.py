@@ -10,6 +10,7 @@ from torch import nn
 from surgery.errors import SurgeryError
 from surgery.pictures.page import page
 from surgery.pictures.report_data import report_data
+from surgery.transaction.created_folder import created_folder
 from surgery.transaction.neutral_context import neutrally
 
 __all__ = ["report"]
@@ -38,7 +39,8 @@ def report(model: nn.Module, path: str | Path, *, example_inputs: Any = None, ti
         path: the file to write. Its folder is made.
         example_inputs: an example call: a tensor, a tuple of arguments or a dict of keyword arguments. The model runs
             on it twice, with the live adapters and without adapters, and the page shows in which layers outputs change.
-            Default None: the page does not have this part.
+            A model without adapters runs once, and the page shows the norm of each layer's output. Default None: the
+            page does not have this part.
         title: the heading. Default None: the model's class.
 
     Returns:
@@ -52,6 +54,6 @@ def report(model: nn.Module, path: str | Path, *, example_inputs: Any = None, ti
     if file.is_dir():
         raise SurgeryError("a report is one file", where=str(file), why="this is a folder", fix="name a file in it")
     text = page(report_data(model, example_inputs, title))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    with created_folder(file.parent):
+        file.write_text(text, encoding="utf-8")
     return file

@@ -10,7 +10,7 @@ from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError, near_misses
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import select_tensors
-from surgery.rewritten_model.verb_root import check_all_present, records_in, rewritten
+from surgery.rewritten_model.verb_root import check_all_present, rewritten, rewritten_if_any
 from surgery.sharded_tensors import copy_into, is_flattened
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import base_alone, is_adapter_key, tensors_of
@@ -162,7 +162,7 @@ def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:
     Raises:
         SurgeryError: an unknown adapter.
     """
-    if adapter is None and not records_in(model) and not any(True for _ in sites(model)):
+    if adapter is None and rewritten_if_any(model) is None:
         return []
     _, state = rewritten(model)
     return [rule for name in adapter_names(state, adapter) for rule in state.adapters[name]]

@@ -23,7 +23,15 @@ from surgery.state.records import (
 )
 from surgery.state.site_links import at_path, link_sites
 
-__all__ = ["check_all_present", "check_parts_idle", "records_in", "rewritten", "root_of", "with_lost"]
+__all__ = [
+    "check_all_present",
+    "check_parts_idle",
+    "records_in",
+    "rewritten",
+    "rewritten_if_any",
+    "root_of",
+    "with_lost",
+]
 
 
 def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, ModelState]:
@@ -36,6 +44,15 @@ def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, Model
     if not lost:
         check_present(root, state)
     return root, state
+
+
+def rewritten_if_any(model: nn.Module) -> tuple[nn.Module, ModelState] | None:
+    """As `rewritten`, for functions that only read. None if no rules were applied to any part of the model."""
+    check_module(model)
+    root = unwrap(model)
+    if not records_in(root) and not any(True for _ in sites(root)):
+        return None
+    return rewritten(model)
 
 
 def root_of(model: nn.Module) -> nn.Module:

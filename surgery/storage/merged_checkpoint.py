@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from surgery.progress import Progress, steps
 from surgery.rewritten_model.save_pretrained import plain_saving
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.tied_weights import why_not_said
+from surgery.transaction.created_folder import created_folder
 from surgery.transaction.neutral_context import verb
 
 __all__ = ["merge_to"]
@@ -73,10 +75,7 @@ def merge_to(
             why="merge_to writes checkpoints of transformers",
             fix="merge(model), then save base_state_dict(model) in your own way",
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=folder))
-    try:
+    with created_folder(folder) as folder, _temporary(folder) as place:
         _merge(model, adapter, untie, progress)
         if why := why_not_said(model):
             raise SurgeryError("the checkpoint of this model can't hold untied weights", why=why, fix=_UNTIED)
@@ -90,9 +89,17 @@ def merge_to(
         for file in sorted(place.iterdir()):
             os.replace(file, folder / file.name)
         ensure_unmerged(model)
+    return folder
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A folder in this folder for the block alone."""
+    place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=folder))
+    try:
+        yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    return folder
 
 
 _UNTIED = "merge(model, untie=True) and keep this model; or exclude the tied modules from the rule's targets"

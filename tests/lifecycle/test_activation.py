@@ -364,7 +364,7 @@ def test_refusals() -> None:
         deactivate(pissa)
     assert active(pissa) == ("p",)
     with pytest.raises(SurgeryError, match="no rules were applied"):
-        active(nn.Linear(2, 2))
+        deactivate(nn.Linear(2, 2))
 
 
 def test_one_number_is_the_weight_of_each_adapter() -> None:

@@ -181,6 +181,7 @@ def test_a_part_that_was_rewritten_by_itself_keeps_its_own_record() -> None:
 def test_an_untouched_model_has_nothing_inside() -> None:
     outer = compiled(body())
     assert surgery.rules_of(outer) == [] and summary(outer).rows == ()
+    assert surgery.adapters(outer) == {} and surgery.active(outer) == ()
     with pytest.raises(SurgeryError, match="no rules were applied"):
         remove(outer)
 

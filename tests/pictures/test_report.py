@@ -202,7 +202,19 @@ def test_models_in_other_modules(wrap: Callable[[nn.Module], nn.Module], tmp_pat
 
 def test_an_untouched_model_has_a_tree(tmp_path: Path) -> None:
     text = report(Model(2), tmp_path / "a.html").read_text(encoding="utf-8")
-    assert 'id="tree"' in text and 'id="sites"' not in text
+    assert 'id="tree"' in text and 'id="sites"' not in text and 'id="outputs"' not in text
+
+
+def test_an_untouched_model_runs_on_an_example(tmp_path: Path) -> None:
+    model, x = Model(2).eval(), torch.ones(2, 8)
+    text = report(model, tmp_path / "a.html", example_inputs=x).read_text(encoding="utf-8")
+    Page(text)
+    rows = re.findall(r"<td[^>]*>(layers\.\d|\(the model\))</td><td[^>]*>(\w+)</td>.*?<td[^>]*>([\d.]+)</td>", text)
+    hidden = model.layers[0](x)
+    values = {"layers.0": hidden, "layers.1": model.layers[1](hidden), "(the model)": model(x)}
+    expected = [(path, f"{float(value.detach().double().norm()):.4g}") for path, value in values.items()]
+    assert 'id="outputs"' in text and [(path, norm) for path, _, norm in rows] == expected
+    assert {change.change for change in output_changes(model, x)} == {0.0}
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from surgery.errors import SurgeryError
 from surgery.onnx.runtime.default_inputs import DEFAULTS
+from surgery.transaction.created_folder import created_folder
 
 __all__ = ["MANIFEST", "SIDECAR", "size_of", "write_model"]
 
@@ -40,10 +41,7 @@ def write_model(
     nbytes = sum(_nbytes(value) for graph in model.graphs() for value in graph.initializers.values())
     limit = LARGE if external_data is None else external_data
     separate = limit if isinstance(limit, bool) else nbytes >= limit
-    with _as_surgery_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".surgery-", dir=path.parent))
-    try:
+    with _temporary_beside(path) as temporary:
         file, data = temporary / path.name, f"{path.name}.data"
         sidecar = file.with_name(path.name + SIDECAR)
         with _as_surgery_error(path):
@@ -63,8 +61,17 @@ def write_model(
                     os.replace(part, path.parent / part.name)
                 else:
                     (path.parent / part.name).unlink(missing_ok=True)  # remove that of an older file
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder in the file's folder, which is created. After an error, neither is left."""
+    with contextlib.ExitStack() as stack:
+        with _as_surgery_error(path):
+            stack.enter_context(created_folder(path.parent))
+            temporary = Path(tempfile.mkdtemp(prefix=".surgery-", dir=path.parent))
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
 
 
 @contextlib.contextmanager
