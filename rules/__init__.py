@@ -22,6 +22,7 @@ from surgery.rules.fold import fold_prompts
 from surgery.rules.fourier import FourierRule
 from surgery.rules.hra import HraRule
 from surgery.rules.ia3 import IA3Rule
+from surgery.rules.layers import DropRule, ReorderRule, RepeatRule
 from surgery.rules.loha import LohaRule
 from surgery.rules.lokr import LokrRule
 from surgery.rules.lora import LoraRule
@@ -54,6 +55,7 @@ __all__ = [
     "C3aRule",
     "CaptureRule",
     "Captured",
+    "DropRule",
     "ExpertLoraRule",
     "FourierRule",
     "HraRule",
@@ -70,6 +72,8 @@ __all__ = [
     "RandLoraRule",
     "RankAllocator",
     "ReftRule",
+    "ReorderRule",
+    "RepeatRule",
     "ReplaceRule",
     "RewriteRule",
     "RoadRule",

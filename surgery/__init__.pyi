@@ -10,6 +10,7 @@ from .authoring.routed_site import Member
 from .authoring.rule import Rule, SlotRule
 from .authoring.site import Site
 from .authoring.site_module import SiteModule
+from .authoring.structure_rule import StructureRule
 from .errors import (
     LoadError,
     MatchError,
@@ -35,6 +36,7 @@ from .lifecycle.forget import forget
 from .lifecycle.remove import remove
 from .lifecycle.rename_copy import copy_adapter, rename_adapter
 from .merging.merge import MergeReport, merge, unmerge
+from .model_edits.model_edits import ModelEdits
 from .onnx.checking.parity import ParityReport, verify_onnx
 from .onnx.export import ExportReport, export_onnx
 from .patterns.module_class import class_of
@@ -81,6 +83,7 @@ __all__ = [
     "Member",
     "MergeError",
     "MergeReport",
+    "ModelEdits",
     "Occurrence",
     "ParityError",
     "ParityReport",
@@ -101,6 +104,7 @@ __all__ = [
     "SiteModule",
     "SlotRule",
     "Structure",
+    "StructureRule",
     "Summary",
     "SurgeryError",
     "SurgeryWarning",

@@ -28,6 +28,7 @@ from surgery.planning.plan import Plan
 from surgery.progress import Progress, each_step
 from surgery.rewritten_model import transformers_hooks
 from surgery.rewritten_model.moved_sites import watch
+from surgery.rewritten_model.restructure import make_edits
 from surgery.state.absent_values import watch_absent
 from surgery.state.adapter_tensors import attach, box_of, tensors_of
 from surgery.state.in_use import check_free
@@ -68,6 +69,8 @@ def install_plan(
     standing, owners, tied = Standing(freezes=plan.freezes), Owners(plan.model), dict[Any, Tensor]()
     unready: list[str] = []
     with Journal() as journal:
+        for record in plan.structure:
+            make_edits(plan.model, model_state(plan.model), record, journal)
         with torch.no_grad(), each_step(plan.steps, progress, f"apply {plan.adapter}") as plan_steps:
             for step in plan_steps:
                 _insert_tensors(step, plan, standing, owners, initial, tied, journal)
@@ -165,6 +168,7 @@ def _record_adapter(model: nn.Module, plan: Plan, standing: Standing, journal: J
     freeze_base(plan, state, journal)
     state.adapters[plan.adapter] = plan.rules
     state.standing[plan.adapter] = standing
+    state.structure += plan.structure
     touched = {id(step.module): step.module for step in plan.steps}.values()
     state.place(plan.adapter, Places.of(plan.adapter, [(m, _rules_at(m, plan.adapter)) for m in touched]))
     watch(model, state, journal)

@@ -6,19 +6,21 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from surgery.errors import SiteError
+from surgery.errors import SiteError, SurgeryError
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.apply import M
 from surgery.lifecycle.freezing import thaw_base
 from surgery.merging.site_folding import verify_records
 from surgery.rewritten_model import transformers_hooks
 from surgery.rewritten_model.moved_sites import unwatch
+from surgery.rewritten_model.restructure import check_undoable, set_aside_sites, undo_edits
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import detach
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_model, keep_site, take_out_fold
-from surgery.state.records import _MODEL, _SITE, ModelState, SiteState
+from surgery.state.records import _MODEL, _SITE, ModelState, SiteState, merged_adapters, site_state
+from surgery.state.restructuring import Restructuring
 from surgery.state.site_links import module_at
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
@@ -63,6 +65,8 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     affected = list(_sites_of(root, state, names))
     for path, module, site in affected:
         _check_removable(path, module, site, names, check)
+    undone = [record for record in reversed(state.structure) if record.adapter in names]
+    _check_structure(root, state, undone, names)
     keys = transformers_hooks.keys_of(root, state, names)
     with Journal() as journal:
         shared, going = ClassChange(journal), frozenset(names)
@@ -71,6 +75,9 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         keep_model(journal, model, state)
         for name in names:
             state.forget(name)
+        for record in undone:
+            undo_edits(root, state, record, journal)
+            state.structure.remove(record)
         thaw_base(root, state, journal)
         if not state.adapters:
             restore(root, state, journal)
@@ -85,6 +92,19 @@ def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iter
     for path, module, site in with_lost(model, state, names):
         if id(module) in placed or any(applied.adapter in names for applied in site.applied):
             yield path, module, site
+    for module in set_aside_sites(model, state):
+        site = site_state(module)
+        if site is not None and any(applied.adapter in names for applied in site.applied):
+            yield site.path, module, site
+
+
+def _check_structure(root: nn.Module, state: ModelState, undone: Sequence[Restructuring], names: Sequence[str]) -> None:
+    """Raise an error before any change if a structural rule can't be undone."""
+    if undone and (merged := merged_adapters(root)):
+        raise SurgeryError(
+            "the model is merged", why=f"its weights hold {', '.join(merged)}", fix="unmerge(model) first"
+        )
+    check_undoable(state, undone, set(names))
 
 
 def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str], check: bool) -> None:

@@ -18,6 +18,7 @@ from surgery.planning.rank_check import rank_notes
 from surgery.results import Displayed, Report, Table
 from surgery.state.adapter_tensors import is_adapter_key
 from surgery.state.records import model_state
+from surgery.state.restructuring import Restructuring
 from surgery.state.running_statistics import module_names
 from surgery.tracing.example_call import Observation, observe
 from surgery.transaction.object_contents import copied
@@ -41,6 +42,7 @@ class Plan(Displayed, Report):
         freezes: whether the adapter freezes the base.
         switches: attributes that are set while adapted, so that an inference fast path does not bypass a site.
         statistics: the base's modules whose running statistics training changes; `remove` restores them.
+        structure: the structural rules with their edits, in order.
         kinds: for rules that look into forwards, the kinds of calls with a graph, and the reason for those without.
     """
 
@@ -58,6 +60,7 @@ class Plan(Displayed, Report):
     kinds: list[Readiness] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
     statistics: list[str] = field(default_factory=list)
+    structure: list[Restructuring] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return not self.problems
@@ -146,6 +149,11 @@ class Plan(Displayed, Report):
                 }
                 for step in self.steps
             ],
+            "structure": [
+                {"rule": record.rule.name, "site": path, "type": kind, "change": change}
+                for record in self.structure
+                for path, kind, change in record.steps
+            ],
             "added": self.added,
             "trainable": self.trainable,
             "freezes": self.freezes,
@@ -161,15 +169,27 @@ class Plan(Displayed, Report):
     def to_rows(self) -> list[dict[str, Any]]:
         """A row for each rule at each site: rule, site, type, kind, tensors, added, trainable."""
         columns = ("rule", "site", "type", "kind", "tensors", "added", "trainable")
-        rows = [{name: step[name] for name in columns} for step in self.to_dict()["steps"]]
-        return [
+        data = self.to_dict()
+        rows = [{name: step[name] for name in columns} for step in data["steps"]]
+        rows = [
             {**row, "tensors": " ".join(f"{name}{shape}" for name, shape in row["tensors"].items())} for row in rows
         ]
+        structure = [{**step, "kind": "structure", "tensors": step["change"]} for step in data["structure"]]
+        return [{name: row.get(name, 0) for name in columns} for row in structure] + rows
 
     def _display_parts(self) -> list[str | Table]:
-        head = f"adapter {self.adapter!r}: {len(self.steps)} edits, {self.trainable:,} trainable parameters"
+        structure = [
+            (record.rule.label, path or "(the model itself)", kind, change, "0")
+            for record in self.structure
+            for path, kind, change in record.steps
+        ]
+        edits = len(self.steps) + len(structure)
+        head = f"adapter {self.adapter!r}: {edits} edits, {self.trainable:,} trainable parameters"
         head += f"; the base {self._base_state()}"
-        parts: list[str | Table] = [head, Table(["rule", "site", "type", "tensors", "trainable"], _rows(self.steps))]
+        parts: list[str | Table] = [
+            head,
+            Table(["rule", "site", "type", "tensors", "trainable"], structure + _rows(self.steps)),
+        ]
         shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
         parts += [f"shared: {line}" for line in collapse_similar(list(dict.fromkeys(shared)))]
         switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]

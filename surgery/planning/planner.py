@@ -7,6 +7,7 @@ rewrite (`_plan_site`). Example calls check the result (`check_examples`). The p
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.authoring.rule_arguments import model_problem, rules_in
+from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, abbreviate, collapse_similar
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
@@ -23,15 +25,18 @@ from surgery.patterns.wrappers import submodule, unwrap
 from surgery.planning.covered_sites import uncovered
 from surgery.planning.direct_reads import bypasses, fastpath_switch
 from surgery.planning.equivalent_sites import site_key
-from surgery.planning.matching import Match, Tree, matches, unmatched_targets
+from surgery.planning.matching import Match, Tree
 from surgery.planning.model_check import model_problems
 from surgery.planning.plan import Plan
 from surgery.planning.plan_examples import check_examples
 from surgery.planning.read_search import Bypass
+from surgery.planning.site_matches import match_sites, nothing_to_do
+from surgery.planning.structure_plan import plan_structure
 from surgery.planning.uncalled_modules import never_called
 from surgery.state.records import site_state
 from surgery.state.running_statistics import changing_buffers, moving_modules
 from surgery.tracing.example_call import examples_in
+from surgery.transaction.undo_log import Trial
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import find_conflicts
 from surgery.weaving.rewrite_recording import Recording, SkippedSite, record_rewrite
@@ -61,12 +66,24 @@ def make_plan(
         plan.problems += problems + model_problems(model, adapter, plan.examples)
     if plan.problems:
         return plan
+    structural = [rule for rule in valid_rules if isinstance(rule, StructureRule)]
+    others = [rule for rule in valid_rules if not isinstance(rule, StructureRule)]
+    with Trial() if structural else nullcontext():
+        plan_structure(plan, structural)
+        if not plan.problems:
+            _plan_sites(plan, others)
+    return plan
+
+
+def _plan_sites(plan: Plan, rules: Sequence[Rule]) -> None:
+    """Plan the rules that edit forwards."""
+    model = plan.model
     tree = Tree.of(model)
     reads = _DirectReads(bypasses(model), _fast_paths(tree))
     matched = [
         (rule, targets, is_companion)
-        for rule, is_companion in with_companions(valid_rules)
-        if (targets := _match(plan, tree, rule, is_companion)) is not None
+        for rule, is_companion in with_companions(rules)
+        if (targets := match_sites(plan, tree, rule, is_companion)) is not None
     ]
     own_sites = uncovered([(rule, targets) for rule, targets, _ in matched])
     for (rule, targets, is_companion), kept in zip(matched, own_sites, strict=True):
@@ -74,13 +91,12 @@ def make_plan(
             plan.problems.append(_covered(rule, [match.path for match in targets]))
         else:
             _plan_rule(plan, rule, kept, reads, is_companion)
-    plan.problems += find_conflicts(plan.steps, excludable=_excludable(tree, valid_rules))
+    plan.problems += find_conflicts(plan.steps, excludable=_excludable(tree, rules))
     if plan.freezes or plan.frozen_by:
         plan.statistics += _moving_statistics(plan)
     plan.warnings = collapse_similar(plan.warnings)
     if plan.examples and not plan.problems:
         check_examples(plan)
-    return plan
 
 
 def with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
@@ -89,44 +105,6 @@ def with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
         yield rule, False
         for companion in rule.companions():
             yield companion, True
-
-
-# Match --------------------------------------------------------------------------------------------------------
-
-
-def _match(plan: Plan, tree: Tree, rule: Rule, is_companion: bool) -> list[Match] | None:
-    """The modules that a rule rewrites, each once: its matches, expanded. None if the rule's targets do not match."""
-    try:
-        matched = matches(tree, rule)
-        plan.warnings += [] if is_companion else unmatched_targets(tree, rule)
-    except MatchError as error:
-        if not is_companion:
-            plan.problems.append(error)
-        return None
-    targets: dict[int, Match] = {}
-    for match in matched:
-        try:
-            expanded = _expand(rule, match)
-        except SurgeryError as error:
-            plan.problems.append(error)
-            continue
-        for path, module in expanded:
-            aliases = tuple(alias for alias in tree.paths[id(module)] if alias != path)
-            targets.setdefault(id(module), Match(path, module, aliases))
-    if not targets and not is_companion:
-        plan.problems.append(_nothing_to_do(rule, [match.path for match in matched]))
-    return list(targets.values())
-
-
-def _expand(rule: Rule, match: Match) -> list[tuple[str, nn.Module]]:
-    if type(rule).expand is Rule.expand:
-        return [(match.path, match.module)]
-    with HookCall(rule, "expand", match.path):
-        return list(rule.expand(match.module, match.path))
-
-
-def _nothing_to_do(rule: Rule, paths: Sequence[str]) -> MatchError:
-    return MatchError(f"{rule.label} finds nothing to do in what it matches", where=", ".join(paths[:3]))
 
 
 def _covered(rule: Rule, paths: Sequence[str]) -> MatchError:
@@ -166,7 +144,7 @@ def _plan_rule(plan: Plan, rule: Rule, targets: Sequence[Match], reads: _DirectR
     for match in targets:
         _plan_site(plan, rule, match, reads, is_companion, recordings)
     if targets and not is_companion and len(plan.passed) == len(targets):
-        plan.problems.append(_nothing_to_do(rule, plan.passed))
+        plan.problems.append(nothing_to_do(rule, plan.passed))
     plan.passed.clear()
 
 

@@ -40,7 +40,8 @@ def keep_model(journal: Journal, model: nn.Module, state: ModelState | None) -> 
     journal.keep(model.__dict__)
     if state is not None:
         named = (state.adapters, state.flags, state.places, state.standing, state.resting, state.peft_fields)
-        journal.keep(state.__dict__, state.switched, state.ignored_on_save, state.moving, state.unlinked, *named)
+        lists = (state.switched, state.ignored_on_save, state.moving, state.unlinked, state.structure)
+        journal.keep(state.__dict__, *lists, *named)
 
 
 def keep_fold(journal: Journal, weight: Tensor) -> Callable[[Record], None]:

@@ -22,6 +22,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.tape import Layer
 from surgery.patterns.module_walk import base_modules
 from surgery.state.adapter_tensors import AdapterTensors, box_of
+from surgery.state.restructuring import Restructuring
 from surgery.state.site_links import Links
 from surgery.state.tied_weights import Untied
 
@@ -188,7 +189,8 @@ class ModelState:
     `places`: the sites of each adapter. `keys`: one object for each set of live adapters, so that sites compare
     identities. `links`: the edges from the model to its sites (None: unknown); `unlinked`: sites that were added since.
     `untied`: the ties of a transformers model before a merge. `peft_fields`: fields of PEFT's configuration of a loaded
-    adapter that no rule has, such as the task, for the next save.
+    adapter that no rule has, such as the task, for the next save. `structure`: the structural rules, in the order of
+    application.
     """
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -205,6 +207,7 @@ class ModelState:
     links: Links | None = field(default=None, compare=False, repr=False)
     unlinked: list[nn.Module] = field(default_factory=list, compare=False, repr=False)
     untied: Untied = field(default_factory=Untied)
+    structure: list[Restructuring] = field(default_factory=list)
 
     def __new__(cls, *_: Any, **__: Any) -> ModelState:  # copying and unpickling come here, too
         record = super().__new__(cls)
@@ -216,7 +219,15 @@ class ModelState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(
-            {"links": None, "unlinked": [], "moving": [], "untied": Untied(), "peft_fields": {}, **state}
+            {
+                "links": None,
+                "unlinked": [],
+                "moving": [],
+                "untied": Untied(),
+                "peft_fields": {},
+                "structure": [],
+                **state,
+            }
         )
 
     def place(self, adapter: str, places: Places) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ABSENT", "Journal"]
+__all__ = ["ABSENT", "Journal", "Trial"]
 
 ABSENT: Any = object()  # the value of a missing attribute or key
 
@@ -82,6 +82,17 @@ class Journal:
             self._undo.pop()
         if interrupt is not None:
             raise interrupt
+
+
+class Trial(Journal):
+    """A journal that undoes its changes always, also without an exception: for a look at a changed model."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        super().__exit__(kind, error if error is not None else _TrialEnd(), *rest)
+
+
+class _TrialEnd(Exception):
+    """Takes the notes about inverses that failed."""
 
 
 class _Open(threading.local):

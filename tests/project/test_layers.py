@@ -50,7 +50,7 @@ ORDER: dict[str, int] = {
                 "sharded_tensors",
                 "transaction",
             ),
-            *("arithmetic", "patterns", "forward", "tracing", "structures"),
+            *("arithmetic", "patterns", "model_edits", "forward", "tracing", "structures"),
             *("authoring", "state", "weaving", "rewritten_model", "planning", "merging"),
             *(
                 "lifecycle",

@@ -1,0 +1,99 @@
+"""`EditLog`: makes single changes of a model at once, and notes each with its inverse."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import SiteError
+from surgery.model_edits.module_copy import copy_part
+from surgery.model_edits.table_edit import TableEdit
+from surgery.patterns.module_walk import base_modules
+from surgery.patterns.wrappers import submodule
+from surgery.transaction.undo_log import Journal
+
+__all__ = ["EditLog"]
+
+
+class EditLog:
+    """The changes of a model by one structural rule.
+
+    Attributes:
+        model: the model, as the edits so far have left it.
+        edits: the changes so far, each with its inverse.
+        copies: pairs of modules: a part of the model, and its copy.
+        steps: for a plan's table: (path, class name, what changes there).
+        warnings: texts that `apply_rules` warns with.
+        unplain: why no plain class can hold the edited model, as texts; empty if one can.
+    """
+
+    def __init__(self, model: nn.Module, journal: Journal, shared: Iterable[Any] = ()):
+        self.model = model
+        self.edits: list[TableEdit] = []
+        self.copies: list[tuple[nn.Module, nn.Module]] = []
+        self.steps: list[tuple[str, str, str]] = []
+        self.warnings: list[str] = []
+        self.unplain: list[str] = []
+        self._journal = journal
+        self._shared = tuple(shared)
+
+    def set_children(self, container: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
+        """Give a module other children, in this order."""
+        self._make(TableEdit(container, "_modules", dict(container._modules), dict(children)))
+
+    def set_module(self, path: str, module: nn.Module) -> None:
+        """Put another module in the place of the one at a path."""
+        parent_path, _, name = path.rpartition(".")
+        parent = submodule(self.model, parent_path)
+        if name not in parent._modules:
+            raise SiteError(f"there is no module {name!r} to replace", where=parent_path or "the model")
+        self.set_children(parent, {**parent._modules, name: module})
+
+    def set_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        """Put another parameter in the place of one of a module's own."""
+        before = {name: module._parameters[name]} if name in module._parameters else {}
+        self._make(TableEdit(module, "_parameters", before, {name: parameter}))
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Set a plain attribute of a module or another object."""
+        before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
+        self._make(TableEdit(owner, "__dict__", before, {name: value}))
+
+    def set_config(self, old: Any, new: Any) -> None:
+        """Put a changed copy in the place of a configuration, at every module that refers to it or to a part of it."""
+        pairs = dict(_config_pairs(old, new))
+        for _, module in base_modules(self.model):
+            for name, value in list(module.__dict__.items()):
+                if id(value) in pairs:
+                    self.set_attribute(module, name, pairs[id(value)])
+
+    def change_config(self, module: nn.Module, values: Mapping[str, Any]) -> None:
+        """Set fields of a module's configuration, in a copy that takes its place."""
+        old: Any = module.config
+        new = copy.deepcopy(old)
+        for name, value in values.items():
+            setattr(new, name, value)
+        self.set_config(old, new)
+
+    def copy(self, part: nn.Module, *, share_weights: bool = False) -> nn.Module:
+        """Return a copy of a part of the model. What it shares with the rest of the model stays shared."""
+        copied = copy_part(self.model, part, share_weights, self._shared)
+        self.copies.append((part, copied))
+        return copied
+
+    def _make(self, edit: TableEdit) -> None:
+        self._journal.undo(edit.undo)
+        self.edits.append(edit)
+        edit.make()
+
+
+def _config_pairs(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
+    """The id of each configuration in `old`, with its counterpart in `new`."""
+    yield id(old), new
+    for name, value in vars(old).items():
+        counterpart = vars(new).get(name)
+        if hasattr(value, "to_dict") and hasattr(value, "model_type") and counterpart is not None:
+            yield from _config_pairs(value, counterpart)

@@ -1,0 +1,77 @@
+"""`ModelEdits`: what the author of a structural rule changes a model with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from surgery.errors import SiteError
+from surgery.model_edits.edit_log import EditLog
+from surgery.model_edits.layer_order import is_layer_list, reorder_layers
+from surgery.patterns.wrappers import submodule
+
+__all__ = ["ModelEdits"]
+
+
+class ModelEdits(EditLog):
+    """The edits of one structural rule on a model. `remove` undoes them to the bit.
+
+    >>> from torch import nn
+    >>> from surgery import StructureRule, apply_rules, rule
+    >>> @rule("doc-first-two")
+    ... class FirstTwoRule(StructureRule):
+    ...     def restructure(self, edits, matched):
+    ...         for path, _ in matched:
+    ...             edits.reorder(path, [0, 1])
+    >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    >>> len(apply_rules(model, [FirstTwoRule("0")])[0])
+    2
+
+    Attributes:
+        model: the model, as the edits so far have left it.
+        warnings: texts that `apply_rules` warns with.
+        unplain: why no plain class can hold the edited model, as texts; empty if one can.
+        steps: for a plan's table: (path, class name, what changes there). `reorder` adds its own.
+    """
+
+    def layers(self, path: str) -> list[str]:
+        """Return the names of the layers in a list of layers.
+
+        Raises:
+            SiteError: the module at the path is not a ModuleList or a Sequential.
+        """
+        container = submodule(self.model, path)
+        if is_layer_list(container):
+            return list(container._modules)
+        raise SiteError(
+            "this is not a list of layers",
+            where=path or "(the model itself)",
+            why=f"it is a {type(container).__name__}, whose forward names its children",
+            fix="name a ModuleList or a Sequential, or a layer in one; ReplaceRule(…, by='torch.nn.Identity') takes "
+            "the computation of any module out",
+        )
+
+    def reorder(self, path: str, order: Sequence[int], *, share_weights: bool = False) -> None:
+        """Put the layers of a list into another order, as if the model had been built so.
+
+        Args:
+            path: the path of the list.
+            order: for each new layer, the index of the present layer. A layer that occurs again is copied, and a layer
+                that does not occur is taken out.
+            share_weights: whether copies have the weights of the original layer. Default False.
+
+        Raises:
+            SiteError: it is not a list of layers, an index is beyond its layers, none would be left, or tensors depend
+                on a layer's position.
+        """
+        count = len(self.layers(path))
+        beyond = sorted({index for index in order if not 0 <= index < count})
+        if beyond:
+            raise SiteError(
+                f"there is no layer {', '.join(map(str, beyond))}",
+                where=path,
+                why=f"it has {count} layers, with indices from 0 to {count - 1}",
+                fix="correct the order",
+            )
+        if not order:
+            raise SiteError("no layer would be left", where=path, fix="keep one layer or more")
+        reorder_layers(self, path, order, share_weights=share_weights)

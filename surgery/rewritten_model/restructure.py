@@ -1,0 +1,197 @@
+"""Makes and undoes the edits of structural rules on a model with adapters: their sites, flags and names move along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from surgery.errors import SurgeryError, abbreviate
+from surgery.model_edits.table_edit import TableEdit
+from surgery.patterns.module_walk import base_modules
+from surgery.rewritten_model import transformers_hooks
+from surgery.state.record_undo import keep_model, keep_site
+from surgery.state.records import ModelState, Places, base_parameters, site_state, sites
+from surgery.state.restructuring import Restructuring, place_of, set_aside_modules
+from surgery.state.site_links import module_at
+from surgery.transaction.gradient_flags import set_flag
+from surgery.transaction.undo_log import Journal
+from surgery.weaving.site_class import install_live
+
+__all__ = ["check_undoable", "make_edits", "moved_along", "set_aside_sites", "undo_edits"]
+
+
+def make_edits(root: nn.Module, state: ModelState | None, record: Restructuring, journal: Journal) -> None:
+    """Make the noted edits of a structural rule."""
+
+    def change() -> None:
+        for edit in record.edits:
+            journal.undo(edit.undo)
+            edit.make()
+
+    record.place = place_of(root)
+    moved_along(root, state, record, journal, change)
+
+
+def undo_edits(root: nn.Module, state: ModelState, record: Restructuring, journal: Journal) -> None:
+    """Undo the edits of a structural rule. `check_undoable` was called."""
+
+    def change() -> None:
+        for edit in reversed(record.edits):
+            journal.undo(edit.make)
+            edit.undo()
+
+    _follow_place(root, record, journal)
+    moved_along(root, state, record, journal, change)
+
+
+def check_undoable(state: ModelState, undone: Sequence[Restructuring], leaving: set[str]) -> None:
+    """Raise `SurgeryError` if structural rules can't be undone now, the last first.
+
+    `leaving`: the adapters that are removed with them.
+    """
+    last: dict[tuple[int, str, str], TableEdit] = {}
+    for record in reversed(undone):
+        last |= {key: edit for edit in record.edits for key in edit.keys}
+    changed = {id(edit): edit for edit in last.values() if not edit.in_place}
+    for record in undone:
+        later = state.structure[state.structure.index(record) + 1 :]
+        above = [other for other in later if other not in undone and other.keys & record.keys]
+        if above or any(id(edit) in changed for edit in record.edits):
+            names = ", ".join(dict.fromkeys(f"{other.rule.label} [{other.adapter}]" for other in above))
+            raise SurgeryError(
+                f"{record.rule.label} [{record.adapter}] can't be undone",
+                where=abbreviate([path or "(the model)" for path, *_ in record.steps]),
+                why=f"{names} changed it since" if names else "other code changed the modules or the config since",
+                fix=f"remove {above[-1].adapter!r} first" if above else "put back what was there",
+            )
+        _check_later_adapters(record, leaving)
+
+
+def _check_later_adapters(record: Restructuring, leaving: set[str]) -> None:
+    """Raise `SurgeryError` if a later adapter has tensors on a layer that goes when the record is undone."""
+    present = {id(module) for module in record.modules_of("before")}
+    gone = [module for module in record.modules_of("after") if id(module) not in present]
+    inherited = {id(standing) for standing in _standings_of([source for source, _ in record.copies])}
+    adapters: dict[str, str] = {}
+    for module in gone:
+        for _, below in base_modules(module):
+            if (site := site_state(below)) is not None:
+                for applied in site.applied:
+                    if id(applied.standing) not in inherited and applied.adapter not in leaving:
+                        adapters.setdefault(applied.adapter, site.path)
+    if adapters:
+        name, path = next(iter(adapters.items()))
+        raise SurgeryError(
+            f"{record.rule.label} [{record.adapter}] can't be undone",
+            where=path,
+            why=f"the adapter {name!r} has tensors on a layer that would go",
+            fix=f"save and remove {name!r} first",
+        )
+
+
+def _standings_of(modules: list[nn.Module]) -> list[object]:
+    below = [part for module in modules for _, part in base_modules(module)]
+    return [applied.standing for part in below if (site := site_state(part)) is not None for applied in site.applied]
+
+
+def set_aside_sites(root: nn.Module, state: ModelState) -> list[nn.Module]:
+    """The sites on modules that structural rules took out of the model."""
+    if not state.structure:
+        return []
+    return [module for module in set_aside_modules(root, state.structure) if site_state(module) is not None]
+
+
+def moved_along(
+    root: nn.Module, state: ModelState | None, record: Restructuring, journal: Journal, change: Callable[[], None]
+) -> None:
+    """Change the structure, and adapt the records of adapters: paths, places, flags, and lists of names."""
+    if state is None:
+        return change()
+    keep_model(journal, root, state)
+    old_sites = {id(module) for _, module, _ in sites(root)}
+    flags = {id(parameter): state.flags[name] for name, parameter in base_parameters(root) if name in state.flags}
+    flags |= {id(parameter): flag for parameter, flag in record.flags}
+    old_parameters = dict((id(parameter), parameter) for _, parameter in base_parameters(root))
+    switched = [(module_at(root, path), rest) for path, *rest in state.switched]
+    change()
+    for source, copied in record.copies:
+        pairs = zip(source.parameters(), copied.parameters(), strict=False)
+        flags |= {id(b): flags[id(a)] for a, b in pairs if id(a) in flags and id(b) not in flags}
+    _move_sites(root, state, old_sites, journal)
+    paths = {id(module): path for path, module in base_modules(root)}
+    state.switched[:] = [(paths.get(id(module), ""), *rest) for module, rest in switched]  # type: ignore[misc]
+    _move_flags(root, state, record, flags, old_parameters, journal)
+    state.links = None
+    state.unlinked.clear()
+    for path, _ in state.ignored_on_save:
+        if (saver := module_at(root, path)) is not None:
+            journal.keep(saver.__dict__)
+    transformers_hooks.ignore_on_save(root, state)
+
+
+def _move_sites(root: nn.Module, state: ModelState, old: set[int], journal: Journal) -> None:
+    """Give each site its present path, and each adapter its present sites."""
+    present = {id(module): (path, module, site) for path, module, site in sites(root)}
+    for key, (path, module, site) in present.items():
+        if key not in old:
+            keep_site(journal, module)
+            site.path = path
+            install_live(module, journal)  # other adapters may be live, or have other weights
+        elif site.path != path:
+            journal.attribute(site, "path")
+            site.path = path
+    for adapter, places in list(state.places.items()):
+        modules = [module for module in places.modules if id(module) in present]
+        known = {id(module) for module in modules}
+        new = [module for key, (_, module, site) in present.items() if key not in known and site.of((adapter,))]
+        rules = [
+            (module, [applied for _, applied in present[id(module)][2].of((adapter,))]) for module in modules + new
+        ]
+        state.places[adapter] = Places.of(adapter, rules)
+
+
+def _move_flags(
+    root: nn.Module,
+    state: ModelState,
+    record: Restructuring,
+    flags: dict[int, bool],
+    old: dict[int, nn.Parameter],
+    journal: Journal,
+) -> None:
+    """Name the noted flags of the base by the present names, and freeze parameters that come to a frozen base."""
+    present = list(base_parameters(root))
+    ids = {id(parameter) for _, parameter in present}
+    record.flags = [(parameter, flags[key]) for key, parameter in old.items() if key not in ids and key in flags]
+    known = dict((id(parameter), flag) for parameter, flag in record.flags)
+    flags = {**flags, **known}
+    if not state.freezing:
+        for _, parameter in present:
+            if id(parameter) not in old and id(parameter) in flags:
+                set_flag(parameter, flags[id(parameter)], journal)
+        return
+    state.flags = {name: flags.get(id(parameter), parameter.requires_grad) for name, parameter in present}
+    for _, parameter in present:
+        if id(parameter) not in old:
+            set_flag(parameter, False, journal)
+
+
+def _follow_place(root: nn.Module, record: Restructuring, journal: Journal) -> None:
+    """Move what comes back to the device and the dtype that the model went to in the meantime."""
+    now = place_of(root)
+    if now is None or record.place is None or now == record.place:
+        return
+    (device, dtype), (old_device, old_dtype) = now, record.place
+    staying = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
+    for tensor in record.tensors_of("before"):
+        if id(tensor) in staying:
+            continue
+        cast = dtype if dtype != old_dtype and tensor.dtype == old_dtype else tensor.dtype
+        target = device if device != old_device and tensor.device == old_device else tensor.device
+        journal.undo(_set_data, tensor, tensor.data)
+        tensor.data = tensor.data.to(target, cast)
+
+
+def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    tensor.data = data
