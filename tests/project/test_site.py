@@ -78,3 +78,15 @@ def test_every_name_of_the_api_is_on_its_page(site: Path) -> None:
         names = re.findall(r"^::: ([\w.]+)$", source.read_text(encoding="utf-8"), re.MULTILINE)
         page = (site / "reference" / "api" / f"{source.stem}.html").read_text(encoding="utf-8")
         assert not [name for name in names if f'id="{name}"' not in page], source.name
+
+
+def test_the_menu_of_the_how_to_pages_has_the_sections_of_their_index(site: Path) -> None:
+    index = (ROOT / "docs" / "how-to" / "index.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", index, re.MULTILINE)
+    menu = (site / "how-to" / "undo.html").read_text(encoding="utf-8").partition("md-sidebar--primary")[2]
+    menu = menu.partition("md-sidebar--secondary")[0]
+    places = [menu.find(heading) for heading in headings]
+    assert -1 not in places and places == sorted(places)
+    # The page's own section is open; others are a link to their first page.
+    assert 'href="save-and-load.html"' in menu and 'href="merge.html"' in menu
+    assert 'href="choose-what-trains.html"' in menu and 'href="use-torch-compile.html"' not in menu

@@ -1,6 +1,7 @@
 """Hooks of `mkdocs.yml`: the order of pages, and pages for files outside docs/ that pages link to.
 
-A folder's pages stand in the order in which its `index.md` links to them; pages without a link follow by name.
+A folder's pages stand in the order in which its `index.md` links to them; pages without a link follow by name. The
+second-level headings of `docs/how-to/index.md` are the sections of its menu.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
+HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+SECTIONED = ("how-to/",)  # folders with more pages than a menu shows at once
 LONG_CODE, BREAK = re.compile(r"(?<=<code>)[^<]{25,}(?=</code>)"), re.compile(r"[_./](?=\w)")
 FOLDERS = {
     "start": "Start",
@@ -79,7 +82,20 @@ def branch(pages: list[str], folder: str, files: Files) -> list[Any]:
             entries.append({"Home": name} if folder + name == "index.md" else folder + name)
         else:
             entries.append({FOLDERS.get(name, name): branch(inside, f"{folder}{name}/", files)})
-    return entries
+    return sections(entries, folder, index.content_string) if index and folder in SECTIONED else entries
+
+
+def sections(pages: list[str], folder: str, index: str) -> list[Any]:
+    """The pages of a folder under the headings of its index that link to them first; others stand before them."""
+    _, *parts = HEADING.split(index)
+    headings: dict[str, str] = {}
+    for heading, text in zip(parts[::2], parts[1::2], strict=True):
+        for match in LINK.finditer(text):
+            headings.setdefault(folder + match[2], heading)
+    loose = [page for page in pages if page not in headings]
+    return loose + [
+        {heading: [page for page in pages if headings.get(page) == heading]} for heading in dict.fromkeys(parts[::2])
+    ]
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
