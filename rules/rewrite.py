@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery import Pattern, Rule, RuleError, Site, Structure, SurgeryError, TraceError, rule
 from surgery.rules._rewriting.functions import accepted, call_with, is_name, name_of, resolve
-from surgery.rules._rewriting.match import MatchSite, RewriteMatch
+from surgery.rules._rewriting.match import MatchSite, RewriteMatch, disjoint
 
 Function = Callable[..., Any]
 
@@ -38,8 +38,9 @@ class RewriteRule(Rule):
     True
 
     The pattern is the function of a `Structure`: `one_of`, `maybe`, `Const`, `module_of` and `having` work in it. Its
-    parameters are names. The replacement gets what a name stands for as the argument of the same name: a tensor, a
-    plain number, or None for a name of an operation that is absent. `apply_rules` needs `example_inputs`.
+    parameters are names. Where two matches overlap, the one with more operations is rewritten. The replacement gets
+    what a name stands for as the argument of the same name: a tensor, a plain number, or None for a name of an
+    operation that is absent. `apply_rules` needs `example_inputs`.
 
     Args:
         pattern: A function, or its qualified name "package.module.function".
@@ -116,7 +117,7 @@ class RewriteRule(Rule):
         except TraceError:
             return NotImplemented
         matches = [RewriteMatch(site, match, tuple(structure.names), number) for number, match in enumerate(found)]
-        matches = [match for match in matches if self._fits(match)]
+        matches = disjoint([match for match in matches if self._fits(match)])
         if not matches:
             return NotImplemented
         replacement = resolve(self._given("replacement"))

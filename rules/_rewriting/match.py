@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from surgery import Occurrence, Site
 
-__all__ = ["MatchSite", "RewriteMatch"]
+__all__ = ["MatchSite", "RewriteMatch", "disjoint"]
 
 
 class RewriteMatch(Mapping[str, Any]):
@@ -45,6 +45,18 @@ class RewriteMatch(Mapping[str, Any]):
         """The nodes of the match, in the graph's order."""
         return tuple(self.site.node_of(value) for value in self.found.nodes)
 
+    @property
+    def results(self) -> set[fx.Node]:
+        """The nodes that the replacement's results take the place of."""
+        roots = getattr(self.found, "roots", None) or (self.found.root,)
+        return {self.site.node_of(root) for root in roots}
+
+    @property
+    def inner(self) -> set[fx.Node]:
+        """The nodes that nothing outside the match uses, without the results."""
+        shared = {self.site.node_of(value) for value in self.found.shared}
+        return {*self.nodes} - self.results - shared
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of a tensor in the example; None for another value, or if it is unknown."""
         return self._example(name)[0]
@@ -52,6 +64,11 @@ class RewriteMatch(Mapping[str, Any]):
     def dtype(self, name: str) -> Any:
         """Returns the dtype of a tensor in the example; None for another value, or if it is unknown."""
         return self._example(name)[1]
+
+    @property
+    def result_dtype(self) -> Any:
+        """The dtype of the pattern's result in the example."""
+        return self.site.node_of(self.found.root).meta.get("dtype")
 
     def is_constant(self, name: str) -> bool:
         """Whether a name stands for a plain value, such as a number in the code. An absent name is None: constant."""
@@ -63,6 +80,20 @@ class RewriteMatch(Mapping[str, Any]):
             return None, None
         node = self.site.node_of(value)
         return node.meta.get("shape"), node.meta.get("dtype")
+
+
+def disjoint(matches: list[RewriteMatch]) -> list[RewriteMatch]:
+    """Returns matches that can all be rewritten: where the result of one is an operation inside another, the larger."""
+    chosen: list[RewriteMatch] = []
+    for match in sorted(matches, key=lambda match: -len(match.nodes)):
+        if not any(_overlap(match, other) for other in chosen):
+            chosen.append(match)
+    kept = set(map(id, chosen))  # two matches are compared by identity: their values can't be
+    return [match for match in matches if id(match) in kept]
+
+
+def _overlap(match: RewriteMatch, other: RewriteMatch) -> bool:
+    return match.results & other.inner != set() or other.results & match.inner != set()
 
 
 class MatchSite:

@@ -1,0 +1,23 @@
+"""Ready-made rewrites: patterns of operations, and what computes the same with fewer or faster ones.
+
+>>> import torch
+>>> from torch import nn
+>>> from surgery import apply_rules
+>>> from surgery.rules.rewrites import fuse_silu
+>>> class Swish(nn.Module):
+...     def forward(self, x):
+...         return x * torch.sigmoid(x)
+>>> model, x = Swish(), torch.randn(3)
+>>> before = model(x)
+>>> _ = apply_rules(model, fuse_silu(), example_inputs=x)
+>>> torch.allclose(model(x), before)
+True
+
+Each is a function that returns a rule for `apply_rules`. Its arguments are the targets (default: everywhere) and the
+fields of `RewriteRule`.
+"""
+
+from surgery.rules.rewrites.activations import fuse_gelu, fuse_silu
+from surgery.rules.rewrites.rms_norm import fuse_rms_norm
+
+__all__ = ["fuse_gelu", "fuse_rms_norm", "fuse_silu"]
