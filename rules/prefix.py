@@ -78,8 +78,8 @@ class PrefixRule(SlotRule):
             prefix as a text.
         gate: the prefix has a softmax of its own, and its result is added times tanh of one trained number per head,
             zero at the start (LLaMA-Adapter); default False. PEFT: AdaptionPromptConfig.
-        shift: path of an nn.Embedding of positions, to which positions are given `length` later, as with PEFT's
-            prefixes; default None.
+        shift: path of an nn.Embedding of positions, or of OPT's, to which positions are given `length` later, as with
+            PEFT's prefixes; default None.
 
     Raises:
         RuleError: a field is out of range.

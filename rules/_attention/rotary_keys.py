@@ -30,7 +30,7 @@ def _why_not(model: nn.Module, shift: str | None) -> str | None:
     if _windowed(model):
         return "its prefix leaves the window of attention as the text goes on, and stays in sight here"
     if _rotary(model) is None and shift is None:
-        return "it shifts the text's positions, and here these are neither rotary nor those of one plain embedding"
+        return "it shifts the text's positions, and here these are neither rotary nor those of one embedding"
     unknown = [kind.__name__ for kind in {class_of(module) for module in model.modules()} if _condition(kind) == ""]
     if unknown:
         return f"how {unknown[0]} turns its queries and keys, which would make up for shifted positions, is not known"

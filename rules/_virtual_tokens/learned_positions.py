@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from surgery import class_of
 from surgery.rules._virtual_tokens import text_inputs
 
 LENGTH = 3
+POSITIONS = "position_ids"
 
 
 def position_embedding(model: nn.Module) -> str | None:
@@ -46,6 +49,18 @@ def position_embedding(model: nn.Module) -> str | None:
     return ".".join(filter(None, (path, shifted_embeddings[0]))) if alone else None
 
 
+def positions_input(module: nn.Module) -> str | None:
+    """Returns how an embedding gets positions: "" for its only input, "position_ids", or None if it is not known.
+
+    OPT's embedding takes `position_ids`, with -1 at padding, and adds a number to them.
+    """
+    forward = class_of(module).forward
+    if forward is nn.Embedding.forward:
+        return ""
+    takes = isinstance(module, nn.Embedding) and POSITIONS in inspect.signature(forward).parameters
+    return POSITIONS if takes else None
+
+
 def _names(module: nn.Module) -> tuple[str, ...]:
     return getattr(getattr(class_of(module).forward, "__code__", None), "co_names", ())
 
@@ -60,12 +75,19 @@ def _cache_of(layers: Any = ()) -> Any:
 
 
 def _call(host: Any, ids: Tensor, cache: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Returns the inputs of the plain embeddings inside, and the hidden state."""
+    """Returns the inputs of the embeddings inside that may be of positions, and the hidden state."""
     inputs: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        key = positions_input(module)
+        value = args[0] if key == "" else kwargs.get(key)
+        if isinstance(value, Tensor):
+            inputs[name] = value.clone()
+
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].clone()}))
+        module.register_forward_pre_hook(functools.partial(note, name), with_kwargs=True)
         for name, module in host.named_modules()
-        if class_of(module).forward is nn.Embedding.forward
+        if positions_input(module) is not None
     ]
     mask = ids.new_ones(1, LENGTH + cache.get_seq_length())
     try:

@@ -43,18 +43,20 @@ class Prefix(PeftMethod):
         if width is None and config.data.get("prefix_projection"):
             width = next(module for module in config.model.modules() if isinstance(module, nn.Embedding)).embedding_dim
         exclude = _encoder(config)  # of an encoder-decoder PEFT's prefix is in the decoder alone
-        return [PrefixRule(length=config.take("num_virtual_tokens", 0), projection=width, exclude=exclude)]
+        why, shift = why_not(config.model)
+        length, shift = config.take("num_virtual_tokens", 0), None if why else shift
+        return [PrefixRule(length=length, projection=width, exclude=exclude, shift=shift)]
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         assert isinstance(place.rule, PrefixRule)
         length, layers = place.rule.length, [path for path in place.modules.by_path if path in place.main]
         at = 2 * layers.index(place.path)
-        heads = place.config.get("num_attention_heads")  # those of the keys
-        size = -1 if heads else getattr(place.module, "head_dim", -1)
+        heads, size = place.config.get("num_attention_heads"), getattr(place.module, "head_dim", None)
+        heads, size = (heads or _key_heads(place.modules.model), -1) if heads or not size else (-1, size)
 
         def take(matrix: Tensor, which: int) -> Tensor:
             part = matrix.view(length, 2 * len(layers), -1)[:, which]
-            return part.view(length, heads or -1, size).transpose(0, 1)
+            return part.view(length, heads, size).transpose(0, 1)
 
         def flatten(tensor: Tensor) -> Tensor:
             return tensor.transpose(0, 1).flatten(1)
@@ -88,13 +90,17 @@ class Prefix(PeftMethod):
 
     def complete(self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Any) -> Any:
         width = tensors[KEY].shape[1] // (2 * config["num_layers"])
-        config_of_text = modules.model.config.get_text_config()
-        heads = getattr(config_of_text, "num_key_value_heads", None) or config_of_text.num_attention_heads
+        heads = _key_heads(modules.model)
         sizes = {"token_dim": width, "encoder_hidden_size": width, "num_attention_heads": heads}
         return with_head(self.prefix, config | sizes, tensors, modules)
 
     def join(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
         return torch.stack(list(tensors), 1).flatten(1) if key == KEY else super().join(key, tensors, sites)
+
+
+def _key_heads(model: Any) -> int:
+    config = model.config.get_text_config()
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _encoder(config: PeftConfig) -> Sequence[str]:

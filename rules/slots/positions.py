@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from surgery import LiveSite, Rule, Site, SiteError, SlotRule, class_of, rule
+from surgery import LiveSite, Rule, Site, SiteError, SlotRule, SurgeryError, rule
 from surgery.rules._attention.prefix import listeners
+from surgery.rules._virtual_tokens.learned_positions import positions_input
 
 
 @rule("shifted-positions")
@@ -21,11 +22,8 @@ class ShiftedRule(Rule):
     why_not_merged = "it changes which positions are embedded"
 
     def rewrite(self, site: Site) -> None:
-        if class_of(site.module).forward is not nn.Embedding.forward:
-            label = f"a prefix can't shift the positions of a {site.base_class.__name__}"
-            raise SiteError(label, where=site.path, why="it is not a plain nn.Embedding")
-        padding = getattr(site.module, "padding_idx", None)
-        site.replace(site.input, site.apply(shift_positions, site.input, self.by, padding))
+        positions, padding = _positions(site)
+        site.replace(positions, site.apply(shift_positions, positions, self.by, padding))
 
     slot_kind = "shift"
 
@@ -46,11 +44,20 @@ class ShiftSlotRule(SlotRule):
     slot_kind = "shift"
 
     def rewrite(self, site: Site) -> None:
-        by, padding = site.buffer("by", torch.zeros(1, dtype=torch.long)), getattr(site.module, "padding_idx", None)
-        site.replace(site.input, site.apply(shift_positions, site.input, by, padding))
+        by, (positions, padding) = site.buffer("by", torch.zeros(1, dtype=torch.long)), _positions(site)
+        site.replace(positions, site.apply(shift_positions, positions, by, padding))
 
     def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
         return ShiftedRule(by=int(tensors["by"])), {}
+
+
+def _positions(site: Site) -> tuple[Tensor, int | None]:
+    """Returns the positions in the call of an embedding, and the position of padding."""
+    name = positions_input(site.module)
+    if name is None:
+        what = f"a prefix can't shift the positions of a {site.base_class.__name__}"
+        raise SiteError(what, where=site.path, why="it is neither a plain nn.Embedding nor takes position_ids")
+    return (site.input, getattr(site.module, "padding_idx", None)) if name == "" else (site.inputs[name], -1)
 
 
 def require_module(site: Site, name: str) -> bool:
@@ -63,8 +70,11 @@ def require_module(site: Site, name: str) -> bool:
     return True
 
 
-def shift_positions(positions: Tensor, by: int | Tensor, padding: int | None) -> Tensor:
+def shift_positions(positions: Tensor | None, by: int | Tensor, padding: int | None) -> Tensor:
     """Returns the positions of a text after a prefix. The text from which a prefix is fitted keeps its positions."""
+    if positions is None:
+        why = "the embedding computes them by itself if a call has none"
+        raise SurgeryError("a prefix can't shift the text's positions", why=why, fix="pass position_ids")
     if listeners:
         return positions
     later = positions + by

@@ -58,6 +58,14 @@ def t5() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.T5ForConditionalGeneration(config), {"input_ids": tiny.ids(), "decoder_input_ids": tiny.ids(4)}
 
 
+def opt() -> tuple[nn.Module, dict[str, Any]]:
+    """Its embedding of positions takes them by name, and adds a number to them."""
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 99, "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, word_embed_proj_dim=32))
+    return model, {"input_ids": tiny.ids(), "attention_mask": torch.ones_like(tiny.ids())}
+
+
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "bert": (
         tiny.bert,
@@ -68,6 +76,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         },
     ),
     "gpt2": (tiny.gpt2, {"a": PrefixRule(length=3, shift="wpe"), "b": PrefixRule(length=4)}),
+    "opt": (opt, {"a": PrefixRule(length=3, shift="embed_positions"), "b": PrefixRule(length=4)}),
     "t5": (t5, {"a": PrefixRule(length=3)}),
 }
 

@@ -462,6 +462,16 @@ def test_padding_keeps_its_row() -> None:
     assert torch.equal(embedding(positions), table[torch.tensor([[6, 7, 1]])])  # type: ignore[index]
 
 
+def test_positions_of_an_embedding_that_takes_them_by_name() -> None:
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32))
+    embedding, mask = model.model.decoder.embed_positions, torch.ones(1, 3, dtype=torch.long)
+    expected = embedding(mask, position_ids=torch.tensor([[-1, 4, 5]]))
+    apply_rules(embedding, ShiftedRule(nn.Embedding, by=4))
+    assert torch.equal(embedding(mask, position_ids=torch.tensor([[-1, 0, 1]])), expected)  # -1 is padding
+    with pytest.raises(SurgeryError, match="can't shift the text's positions"):
+        embedding(mask)
+
+
 def test_a_text_becomes_a_prefix_that_shifts_positions() -> None:
     model, text, more = gpt2("Model"), IDS[:1, :3], IDS[:1, 3:]
     whole = model(torch.cat([text, more], 1)).last_hidden_state
@@ -473,6 +483,9 @@ def test_a_text_becomes_a_prefix_that_shifts_positions() -> None:
 def test_what_can_not_be_shifted() -> None:
     with pytest.raises(RuleError, match="shift"):
         PrefixRule(shift=3)  # type: ignore[arg-type]
-    for shift, told in (("lm_head", "not a plain nn.Embedding"), ("wpe2", "no module of that name")):
+    for shift, told in (
+        ("lm_head", "neither a plain nn.Embedding nor takes position_ids"),
+        ("wpe2", "no module of that name"),
+    ):
         with pytest.raises(PlanError, match=told):
             apply_rules(gpt2(), PrefixRule(length=2, shift=shift), example_inputs=TEXT)

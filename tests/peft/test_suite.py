@@ -83,7 +83,7 @@ def test_every_rule_has_a_class_and_patterns():
     for reason in REASONS:
         assert reason.kind in classes.KINDS and reason.words and reason.patterns
         for key, pattern in reason.patterns.items():
-            assert key in {"type", "text", "line", "test", "expected", "method", "causes"}
+            assert key in {"type", "text", "line", "test", "expected", "method", "fields", "causes"}
             re.compile(pattern)
 
 

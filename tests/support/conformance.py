@@ -402,11 +402,11 @@ def _prefixes() -> Iterator[Row]:
         ("bert", {"num_virtual_tokens": 4, "task_type": "SEQ_CLS"}),
         ("RobertaForTokenClassification", {"num_virtual_tokens": 4, "task_type": "TOKEN_CLS"}),
         ("ElectraForQuestionAnswering", {"num_virtual_tokens": 4, "task_type": "QUESTION_ANS"}),
+        ("OPTForCausalLM ffn_dim=48, word_embed_proj_dim=32", {"num_virtual_tokens": 4}),
     ):
         yield Row("PrefixTuning", model, {**common, **fields}, note=note, unmerged=True)
-    positions = "positions that are neither rotary nor those of one plain embedding"
-    for model in ("BloomForCausalLM", "OPTForCausalLM ffn_dim=48, word_embed_proj_dim=32"):
-        yield Row("PrefixTuning", model, {"num_virtual_tokens": 4, **common}, ("peft_type", positions))
+    positions = "positions that are neither rotary nor those of one embedding"
+    yield Row("PrefixTuning", "BloomForCausalLM", {"num_virtual_tokens": 4, **common}, ("peft_type", positions))
     decoder = "encoder-decoders have a prefix in the decoder alone"
     yield Row("PrefixTuning", "t5", {"num_virtual_tokens": 4, "task_type": "SEQ_2_SEQ_LM"},
               ("num_transformer_submodules", decoder))  # fmt: skip

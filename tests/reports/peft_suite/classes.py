@@ -76,7 +76,8 @@ def _expected(source: str, text: str) -> str:
 def _by_rule(test: str, result: Mapping[str, Any], line: str, expected: str) -> Verdict | None:
     values = {
         "type": str(result.get("type")), "text": str(result.get("text")), "line": line, "test": test,
-        "expected": expected, "method": str(result.get("method")), "causes": "\n".join(result.get("causes", ())),
+        "expected": expected, "method": str(result.get("method")), "fields": " ".join(result.get("fields", ())),
+        "causes": "\n".join(result.get("causes", ())),
     }  # fmt: skip
     for reason in REASONS:
         if reason.kind == "c" and "raises(" in expected:  # PEFT refuses it, too: only the words may differ

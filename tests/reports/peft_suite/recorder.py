@@ -49,6 +49,12 @@ def method_of(item: Any) -> str:
     return ""
 
 
+def fields_of(item: Any) -> list[str]:
+    """The fields of a configuration among a test's parameters."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return sorted({str(key) for value in parameters.values() if isinstance(value, dict) for key in value})
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Leaves out tests that have a result, are not in the sample, or whose configuration the façade does not have."""
@@ -112,7 +118,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
     if report.outcome == "failed":
         if call.excinfo is not None:
             line |= _describe(call.excinfo.value, call.excinfo.tb)
-        line |= {"when": report.when, "uses": sorted(shim.STATE.uses)}
+        line |= {"when": report.when, "uses": sorted(shim.STATE.uses), "fields": fields_of(item)}
     elif report.outcome == "skipped":
         line["why"] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[-200:]
     write(line)
