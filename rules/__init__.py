@@ -7,6 +7,7 @@ alone, gives the same package.
 import sys
 
 import surgery.rules.peft  # noqa: F401, I001  # how PEFT writes what is here: it needs the rules above
+from surgery.rules._rewriting.match import RewriteMatch
 from surgery.rules.adalora import AdaLoraRule
 from surgery.rules.adaption import AdaptionRule
 from surgery.rules.allocate import RankAllocator, orthogonal_loss
@@ -36,6 +37,7 @@ from surgery.rules.randlora import RandLoraRule
 from surgery.rules.reft import ReftRule
 from surgery.rules.replace import ReplaceRule
 from surgery.rules.rewrite import RewriteRule
+from surgery.rules.rewrite_pairs import RewritePattern, rewrite_pattern
 from surgery.rules.road import RoadRule
 from surgery.rules.shira import ShiraRule
 from surgery.rules.statistics import StatisticsRule
@@ -75,6 +77,8 @@ __all__ = [
     "ReorderRule",
     "RepeatRule",
     "ReplaceRule",
+    "RewriteMatch",
+    "RewritePattern",
     "RewriteRule",
     "RoadRule",
     "ShiraRule",
@@ -88,6 +92,7 @@ __all__ = [
     "fold_prompts",
     "fit_prefix",
     "orthogonal_loss",
+    "rewrite_pattern",
     "task_of",
 ]
 

@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from surgery import Pattern, Rule, RuleError, Site, Structure, SurgeryError, TraceError, rule
+from surgery import Pattern, Rule, RuleError, Site, SiteError, Structure, SurgeryError, TraceError, rule
 from surgery.rules._rewriting.functions import accepted, call_with, is_name, name_of, resolve
 from surgery.rules._rewriting.match import MatchSite, RewriteMatch, disjoint
+
+__all__ = ["RewriteRule"]
 
 Function = Callable[..., Any]
 
@@ -39,8 +41,9 @@ class RewriteRule(Rule):
 
     The pattern is the function of a `Structure`: `one_of`, `maybe`, `Const`, `module_of` and `having` work in it. Its
     parameters are names. Where two matches overlap, the one with more operations is rewritten. The replacement gets
-    what a name stands for as the argument of the same name: a tensor, a plain number, or None for a name of an
-    operation that is absent. `apply_rules` needs `example_inputs`.
+    what a name stands for as the argument of the same name: a tensor, a plain number, a `MatchedModule` for
+    `conv=module_of(nn.Conv2d)`, or None for a name of an operation that is absent. A pattern that returns a tuple has
+    several results, and its replacement returns as many. `apply_rules` needs `example_inputs`.
 
     Args:
         pattern: A function, or its qualified name "package.module.function".
@@ -61,7 +64,7 @@ class RewriteRule(Rule):
     where: Function | str | None = None
     training: Literal["both", "eval"] = "both"
 
-    imports = True
+    imports = repeatable = True
     why_not_merged = "it puts other operations in the place of operations, which no weight holds"
 
     def validate(self) -> None:
@@ -85,6 +88,12 @@ class RewriteRule(Rule):
         structure = structure_of(pattern)
         names, needed, _ = accepted(replacement)
         known = {*structure.names, *_EXTRAS}
+        if structure.unused:
+            raise RuleError(
+                f"{self.label}: the pattern {_label(pattern)} does not use its parameter {structure.unused[0]}",
+                why="a match could not bind it",
+                fix="leave the parameter out",
+            )
         missing = [name for name in needed if name not in known]
         if missing:
             raise RuleError(
@@ -93,6 +102,12 @@ class RewriteRule(Rule):
                 fix="name the replacement's parameters as the pattern's; `site` and `match` get the site and the match",
             )
         return structure
+
+    @property
+    def label(self) -> str:
+        names = [value if isinstance(value, str) else _label(value) for value in (self.pattern, self.replacement)]
+        pattern, replacement = (str(name).rpartition(".")[2] for name in names)
+        return f"RewriteRule({pattern}→{replacement})"
 
     def _given(self, field: str) -> Function | str:
         value = getattr(self, field)
@@ -123,11 +138,27 @@ class RewriteRule(Rule):
         replacement = resolve(self._given("replacement"))
         for match in matches:
             values: Mapping[str, Any] = {**match, "site": MatchSite(site, match.number), "match": match}
-            new = call_with(replacement, values)
+            new = self._results(call_with(replacement, values), match)
             if self.training == "eval" and site.training:
                 continue
-            site.replace(match.found.root, new)
+            for root, result in zip(match.found.roots, new, strict=True):
+                site.replace(root, result)
         return site.output if self.training == "eval" and site.training else None
+
+    def _results(self, new: Any, match: RewriteMatch) -> tuple[Any, ...]:
+        """Returns the replacement's results, as many as the pattern has."""
+        count = len(match.found.roots)
+        if count > 1 and not isinstance(new, (tuple, list, type(None))):
+            new = tuple(new[index] for index in range(count))  # such as the result of a chunk
+        results = (new,) if count == 1 and not isinstance(new, (tuple, list)) else new
+        if not isinstance(results, (tuple, list)) or len(results) != count or any(item is None for item in results):
+            returned = f"{len(results)} results" if isinstance(results, (tuple, list)) else f"{new!r}"
+            raise SiteError(
+                f"{self.label}: the replacement returned {returned}, and the pattern has {count}",
+                where=match.path or "the model itself",
+                fix="return one value for each result of the pattern",
+            )
+        return tuple(results)
 
     def _fits(self, match: RewriteMatch) -> bool:
         return self.where is None or bool(resolve(self.where)(match))

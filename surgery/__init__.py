@@ -19,7 +19,8 @@
     looking             show, draw, report, summary, coverage, trace, trace_site, graph_of, as_digraph, class_of,
                         Drawing, Summary, Coverage
     ONNX                export_onnx, verify_onnx, ExportReport, ParityReport
-    where a rule goes   Targets, Pattern, Structure, ANY, Const, having, maybe, module_of, one_of, Found, Occurrence
+    where a rule goes   Targets, Pattern, Structure, ANY, Const, having, maybe, module_of, one_of, Found, Occurrence,
+                        MatchedModule
     writing a rule      rule, Rule, SlotRule, Site, LiveSite, SiteModule, Value, Member, Combination, Share, LowRank,
                         Rows, call_own, hidden_of, takes_functions, with_layers
     PEFT's files        peft_method, PeftMethod, PeftPart, PeftConfig, PeftPlace, PeftEntry

@@ -5,6 +5,7 @@ from .adapter_files.entry import PeftEntry
 from .arithmetic.exact_fold import LowRank, Rows
 from .authoring.combination import Combination, Share
 from .authoring.live_site import LiveSite
+from .authoring.matched_module import MatchedModule
 from .authoring.registry import rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
 from .authoring.routed_site import Member
 from .authoring.rule import Rule, SlotRule
@@ -80,6 +81,7 @@ __all__ = [
     "LoadReport",
     "LowRank",
     "MatchError",
+    "MatchedModule",
     "Member",
     "MergeError",
     "MergeReport",

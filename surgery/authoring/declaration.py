@@ -34,6 +34,7 @@ class Declaration:
     version: ClassVar[int] = 1
     identity: ClassVar[bool] = False  # the output is unchanged at initialisation
     exclusive: ClassVar[bool] = False  # no other rule of the adapter may be at its sites
+    repeatable: ClassVar[bool] = False  # an adapter may have several rules of this kind at a site
     imports: ClassVar[bool] = False  # its fields name code to import
     scalable: ClassVar[bool] = True  # its change can be multiplied by a weight
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.authoring.matched_module import MatchedModule
 from surgery.authoring.site_facts import LEFT_OUT, THROUGH
 from surgery.errors import SiteError
 from surgery.forward.function_registries import takes_functions
@@ -18,7 +19,7 @@ from surgery.forward.parameter_view import find_tensor
 from surgery.forward.tape import Tape
 from surgery.forward.values import Value, ref_of
 from surgery.structures.fx_digraph import as_digraph
-from surgery.structures.op_aliases import LayerTensor
+from surgery.structures.op_aliases import LayerTensor, ModulePath
 from surgery.structures.skipped_ops import Passage, find_dropped_ops
 from surgery.structures.structure import Found, Occurrence, Structure
 from surgery.tracing.example_call import evaluating
@@ -45,6 +46,9 @@ class ForwardValues:
     _replaced: dict[str, frozenset[str]]  # the same, for roots that were replaced
 
     def needed_example(self, why: str) -> tuple[tuple, dict[str, Any]]:
+        raise NotImplementedError
+
+    def tensor(self, name: str) -> Tensor:
         raise NotImplementedError
 
     def _value(self, kind: str, key: str) -> Tensor:
@@ -125,15 +129,25 @@ class ForwardValues:
 
     def _to_values(self, match: Occurrence) -> Occurrence:
         """Convert the nodes of a match to values, and note what the match contains."""
-        inner = {str(node.name) for node in match.nodes if node is not match.root and node not in match.shared}
-        self._inner[match.root.name] = self._inner.get(match.root.name, frozenset()) | inner
+        inner = {str(node.name) for node in match.nodes if node not in match.roots and node not in match.shared}
+        for root in match.roots:
+            self._inner[root.name] = self._inner.get(root.name, frozenset()) | inner
         passage = Passage(match.root, match.passed)
         self._passages.append(passage)
 
         def note_read() -> None:
             passage.was_read = True
 
-        return match.mapped(functools.partial(self._to_value, root=match.root), note_read)
+        return match.mapped(functools.partial(self._to_value, root=self._end_of(match)), note_read)
+
+    def _end_of(self, match: Occurrence) -> fx.Node:
+        """Returns the node before which operands are read: the first result that comes after all operands."""
+        if len(match.roots) == 1:
+            return match.root
+        order = {name: index for index, name in enumerate(self._nodes)}
+        operands = [order[value.name] for value in match.bindings.values() if isinstance(value, fx.Node)]
+        roots = sorted(match.roots, key=lambda root: order[root.name])
+        return next((root for root in roots if order[root.name] > max(operands, default=-1)), roots[-1])
 
     def _go_through(self) -> None:
         """Make the graph one that looks into functions from registries."""
@@ -220,4 +234,6 @@ class ForwardValues:
         """Convert a node of a match to a value. Operands are read where the match ends."""
         if isinstance(value, LayerTensor):  # a parameter of a layer that is one operation
             return self._value("state", str(value))
+        if isinstance(value, ModulePath):
+            return MatchedModule(self, str(value))
         return replace_nodes(value, lambda node: self._at(node, "" if node is root else root.name))

@@ -262,6 +262,7 @@ class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
     Further class attributes:
 
     - `exclusive = True`: other rules of the same adapter can't be at its sites.
+    - `repeatable = True`: several rules of this class and adapter can be at one site.
     - `imports = True`: its fields name code to import, so `load_adapter` reads it only from trusted files.
     - `linear = True`: it adds to the output a linear function of the input, so `merge` derives ΔW from it.
     - `scalable = False`: its change can't be multiplied, so its weight is always 1.

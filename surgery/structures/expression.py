@@ -44,6 +44,11 @@ class Expression:
             return Expression("call_method", name, args, kwargs)
         return Expression("call_function", func, args, kwargs)
 
+    def __call__(self, *args: Any) -> Expression:
+        if self.kind != "module" or self.args:
+            raise _wrong("calls a value", "give the parameter a default: norm=module_of(nn.LayerNorm)")
+        return Expression("module", self.of, args, self.kwargs)
+
     def __getitem__(self, key: Any) -> Expression:
         return Expression("call_function", operator.getitem, (self, key))
 
@@ -152,14 +157,20 @@ def Const(name: str | None = None, where: Callable[[Any], bool] | None = None) -
 def module_of(kind: type[nn.Module] | str, *args: Any, subclasses: bool = False) -> Any:
     """In a `Structure`: match a call of a module of exactly this class.
 
+    As the default of a parameter, it stands for the module itself: the pattern calls the parameter, and a match binds
+    the module under the parameter's name.
+
     >>> from torch import nn
-    >>> from surgery import Structure, module_of
+    >>> from surgery import Structure, module_of, trace
     >>> mlp = Structure(lambda x: module_of(nn.Linear, module_of("NewGELUActivation", module_of(nn.Linear, x))))
     >>> norm = Structure(lambda x: module_of(nn.Module, x, subclasses=True))
+    >>> folded = Structure(lambda x, conv=module_of(nn.Conv2d), norm=module_of(nn.BatchNorm2d): norm(conv(x)))
+    >>> folded.names
+    ['x', 'conv', 'norm']
 
     Args:
         kind: The class or its name.
-        *args: The arguments of the call.
+        *args: The arguments of the call. In the default of a parameter: none.
         subclasses: Whether subclasses match, too. They may compute something else: timm's `BatchNormAct2d` is a
             `BatchNorm2d` followed by an activation. Default False. If the graph has only a subclass, `Found.reason`
             says so.

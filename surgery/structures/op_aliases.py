@@ -20,6 +20,7 @@ __all__ = [
     "Dim",
     "LayerTensor",
     "Implied",
+    "ModulePath",
     "NodeName",
     "PASSING",
     "CanonicalOp",
@@ -50,6 +51,10 @@ class Dim(int):
 
 class LayerTensor(str):
     """The path of a layer's parameter: an operand that is not a node."""
+
+
+class ModulePath(str):
+    """The path of a module that a pattern's parameter stands for."""
 
 
 class NodeName(str):

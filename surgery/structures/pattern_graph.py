@@ -25,7 +25,7 @@ def parse_pattern(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[
     if callable(pattern):
         parameters = inspect.signature(pattern).parameters
         values = {name: _named(name, parameter.default) for name, parameter in parameters.items()}
-        parts = _from_expression(pattern(**values))
+        parts = _from_expression(_as_result(pattern(**values)))
         names = [*parameters, *(part.name for part in parts if part.name is not None and part.name not in parameters)]
     elif hasattr(pattern, "predecessors"):
         parts = _from_digraph(pattern)
@@ -62,6 +62,20 @@ def _from_expression(root: Any) -> list[PatternPart]:
     return _reachable(parts, indices[_key(root)])
 
 
+def _as_result(value: Any) -> Any:
+    """Returns what a pattern's function returned: one result, or a tuple of results."""
+    if not isinstance(value, (tuple, list)):
+        return value
+    wrong = [item for item in value if not isinstance(item, Expression) or item.kind in ("any", "const")]
+    if wrong or not value:
+        raise SurgeryError(
+            f"a result of the structure is {wrong[0]!r}" if wrong else "the structure has no result",
+            why="each result of a structure is the value of an operation",
+            fix="return the operations' values: return q, k",
+        )
+    return value[0] if len(value) == 1 else tuple(value)
+
+
 def _key(value: Any) -> Any:
     if isinstance(value, Expression):
         named = value.kind == "const" and value.of is not None
@@ -78,9 +92,11 @@ class _Needs:
 
 
 def _named(name: str, default: Any) -> Expression:
-    """Returns the value for a parameter of a pattern's function. A default that is a Const gets the name."""
+    """Returns the value for a parameter of a pattern. A default that is a Const or a module gets the name."""
     if isinstance(default, Expression) and default.kind == "const":
         return Expression("const", name, default.args)
+    if isinstance(default, Expression) and default.kind == "module" and not default.args:
+        return Expression("module", default.of, (), {**default.kwargs, "name": name})
     return variable(name)
 
 
@@ -98,7 +114,8 @@ def _needs(value: Any) -> _Needs:
         return _Needs(value.args, lambda _, below: PatternPart("either", operands=below))
     if value.kind == "module":
         asks = {"type": value.of, **value.kwargs}
-        return _Needs(value.args, lambda _, below: PatternPart("operation", None, below, asks=asks))
+        name = asks.pop("name", None)
+        return _Needs(value.args, lambda _, below: PatternPart("operation", None, below, asks=asks, name=name))
     if value.kind == "having":
         return _Needs(value.args, lambda parts, below: _asking(parts, below[0], value.of))
     op = canonicalise(value.kind, value.of, value.args, value.kwargs)

@@ -132,20 +132,20 @@ class Search:
 
     # Where to look ------------------------------------------------------------------------------------------
 
-    def roots(self) -> list[Any]:
-        """Returns the candidates for the pattern's result: nodes above the rarest operation that it needs."""
-        needed = self.needed()
+    def roots(self, root: int) -> list[Any]:
+        """Returns the candidates for a result of the pattern: nodes above the rarest operation that it needs."""
+        needed = self.needed(root)
         if needed:
             rarest = min(needed, key=lambda index: len(self.candidates(index)))
             starts = [(rarest, node) for node in self.candidates(rarest)]
         else:  # the alternatives do not share an operation
             starts = [
                 (index, node)
-                for index, part in enumerate(self.parts)
+                for index, part in enumerate(self.parts[: root + 1])
                 if part.kind == "operation"
                 for node in self.candidates(index)
             ]
-        root, candidates, visited = len(self.parts) - 1, set(), set(starts)
+        candidates, visited = set(), set(starts)
         while starts:
             index, node = starts.pop()
             if index == root:
@@ -170,10 +170,10 @@ class Search:
             if self.data[user]["operation"] in PASSING:
                 yield index, user
 
-    def needed(self) -> set[int]:
-        """Returns the operations that every alternative of the pattern contains."""
+    def needed(self, root: int) -> set[int]:
+        """Returns the operations that every alternative of a result contains."""
         sets: list[set[int]] = []
-        for index, part in enumerate(self.parts):
+        for index, part in enumerate(self.parts[: root + 1]):
             inner = [sets[child] for child in part.children()]
             if part.kind == "either":
                 sets.append(set.intersection(*inner))

@@ -18,7 +18,7 @@ from torch import fx
 from surgery.errors import SurgeryError
 from surgery.structures.fx_digraph import as_digraph
 from surgery.structures.nearest_miss import nearest_miss
-from surgery.structures.op_aliases import PASSING, Dim, Implied, is_node
+from surgery.structures.op_aliases import PASSING, Dim, Implied, ModulePath, is_node
 from surgery.structures.pattern_graph import parse_pattern
 from surgery.structures.pattern_part import describe_part, same_constant
 from surgery.structures.search import Search
@@ -34,10 +34,11 @@ class Occurrence:
     """One match of a structure in a graph.
 
     Attributes:
-        root: The node of the result.
+        root: The node of the result. With several results: of the first.
+        roots: The nodes of all results, in the pattern's order.
         nodes: The nodes of the operations and of those between them, in the graph's order.
-        bindings: The pattern's names → nodes or plain values.
-        shared: The nodes, except the root, that are also used outside the match. They stay when it is replaced.
+        bindings: The pattern's names → nodes, plain values, or paths of modules.
+        shared: The nodes, except the results, that are also used outside the match. They stay when it is replaced.
         passed: The nodes between two operations that the pattern does not name, such as dropout and casts.
     """
 
@@ -46,6 +47,7 @@ class Occurrence:
     bindings: Mapping[str, Any]
     shared: tuple[Any, ...] = ()
     between: Callable[[], tuple[Any, ...]] = field(default=tuple, compare=False, repr=False)
+    roots: tuple[Any, ...] = ()
 
     @property
     def passed(self) -> tuple[Any, ...]:
@@ -59,7 +61,8 @@ class Occurrence:
             on_read()
             return convert(self.passed)
 
-        return Occurrence(convert(self.root), convert(self.nodes), bindings, convert(self.shared), between)
+        roots = convert(self.roots)
+        return Occurrence(roots[0], convert(self.nodes), bindings, convert(self.shared), between, roots)
 
 
 class Found(list[Occurrence]):
@@ -95,14 +98,14 @@ class Structure:
 
             The function's parameters are names that a match binds. A name that occurs twice is one node. `ANY` matches
             anything, `one_of` alternatives, `maybe` an optional operation, `Const` a plain value, `module_of` a call
-            of a module. `having` constrains a dtype, a shape or a module.
+            of a module. `having` constrains a dtype, a shape or a module. A tuple has several results.
 
             In a DiGraph, a node has the attribute `operation`, or `binding` (a name, or None for anything), and any of
             the attributes of `having`. `constants` maps positions to plain values. An edge has its position as `slot`.
             The node without outgoing edges is the result.
 
     Raises:
-        SurgeryError: The pattern has branches, cycles, no operation, or more than one result.
+        SurgeryError: The pattern has branches, cycles or no operation; or a DiGraph has more than one result.
 
     Note:
         `+` and `*` match in either order. An operation matches in all its spellings: `q @ k.mT` is also an einsum.
@@ -112,13 +115,20 @@ class Structure:
 
     def __init__(self, pattern: Callable[..., Any] | networkx.DiGraph):
         self.parts, self.names = parse_pattern(pattern)
-        self.root = len(self.parts) - 1
+        root = len(self.parts) - 1
+        self.results = self.parts[root].operands if self.parts[root].kind == "tuple" else (root,)
 
     def __str__(self) -> str:
-        return describe_part(self.parts, self.root, 20)
+        return describe_part(self.parts, len(self.parts) - 1, 20)
+
+    @property
+    def unused(self) -> list[str]:
+        """The names that occur nowhere in the pattern."""
+        used = {part.name for part in self.parts}
+        return [name for name in self.names if name not in used]
 
     def find(self, graph: fx.Graph | fx.GraphModule | networkx.DiGraph) -> Found:
-        """Find all matches in a graph, one for each root.
+        """Find all matches in a graph, one for each node that can be the result.
 
         Args:
             graph: A graph of torch.fx, or a result of `as_digraph` or `graph_of`.
@@ -131,24 +141,55 @@ class Structure:
         """
         digraph = as_digraph(graph) if isinstance(graph, (fx.Graph, torch.nn.Module)) else graph
         search, clashes = Search(self.parts, digraph), list[str]()
-        occurrences, node_sets = [], set()
-        for node in search.roots():
-            match = _bind(search, node, self.names, clashes) if search.fits(self.root, node) else None
-            if match is not None and match.nodes not in node_sets:
+        occurrences, node_sets, taken = [], set(), set[Any]()
+        first, *others = self.results
+        for node in search.roots(first):
+            if node in taken or not search.fits(first, node):
+                continue
+            bound = _bind(search, [(first, node)], clashes)
+            if bound is not None and others:
+                bound = _bind_others(search, self.results, bound, taken, clashes)
+            if bound is None:
+                continue
+            match = _occurrence(search, bound, self.results, self.names)
+            if match.nodes not in node_sets:
                 node_sets.add(match.nodes)
                 occurrences.append(match)
+                taken.update(match.roots if others else ())
         return Found(occurrences, "" if occurrences else (clashes or [nearest_miss(search)])[0])
 
 
-def _bind(search: Search, root: Any, names: list[str], clashes: list[str]) -> Occurrence | None:
+def _bind_others(
+    search: Search, results: tuple[int, ...], bound: dict[int, Any], taken: set[Any], clashes: list[str]
+) -> dict[int, Any] | None:
+    """Find nodes for the other results of a pattern whose first result is bound; the first that fit are taken."""
+    pairs = [(results[0], bound[results[0]])]
+    for result in results[1:]:
+        used = {node for _, node in pairs} | taken
+        candidates = [bound[result]] if result in bound else search.roots(result)
+        for node in candidates:
+            if node not in used and search.fits(result, node):
+                joint = _bind(search, [*pairs, (result, node)], [])
+                if joint is not None:
+                    pairs, bound = [*pairs, (result, node)], joint
+                    break
+        else:
+            if not clashes:
+                part = describe_part(search.parts, result)
+                clashes.append(f"{bound[results[0]]} fits the first result, and no node fits {part} together with it")
+            return None
+    return bound
+
+
+def _bind(search: Search, results: list[tuple[int, Any]], clashes: list[str]) -> dict[int, Any] | None:
     """Choose among the fitting nodes so that each part and each name is bound to one node."""
     bound: dict[int, Any] = {}
     trail: list[int] = []  # the parts in the order of their binding, to undo
-    todo: Any = ((len(search.parts) - 1, root), None)
+    todo: Any = _onto(results, None)
     choices: list[tuple[Any, int]] = []
     for _ in range(_STEPS):
         if todo is None:
-            return _occurrence(search, bound, root, names)
+            return bound
         (part, operand), todo = todo
         ok = search.answers[part, operand][0]
         kind, name = search.parts[part].kind, search.parts[part].name
@@ -159,6 +200,8 @@ def _bind(search: Search, root: Any, names: list[str], clashes: list[str]) -> Oc
             if not ok:
                 places = f"{bound[part]} at one place and {operand} at another"
                 clashes.append(f"{describe_part(search.parts, part)} would be {places}")
+        elif ok and kind == "operation" and name is not None and not _is_module(search, part, operand, bound):
+            ok = False
         elif ok:
             bound[part] = operand
             trail.append(part)
@@ -174,7 +217,7 @@ def _bind(search: Search, root: Any, names: list[str], clashes: list[str]) -> Oc
                 del bound[trail.pop()]
     raise SurgeryError(
         "the structure can be read in too many ways",
-        where=str(root),
+        where=str(results[0][1]),
         why="repeated names occur in many sums and products, and each of these matches in either order",
         fix="split the structure, or use each name once",
     )
@@ -186,14 +229,27 @@ def _same(search: Search, value: Any, other: Any) -> bool:
     return is_node(value) == is_node(other) and same_constant(value, other)
 
 
-def _occurrence(search: Search, bound: dict[int, Any], root: Any, names: list[str]) -> Occurrence:
+def _is_module(search: Search, part: int, operand: Any, bound: dict[int, Any]) -> bool:
+    """Whether a call is of the same module as the other calls of the pattern's parameter."""
+    name, path = search.parts[part].name, _path(search, part, operand)
+    return all(_path(search, other, bound[other]) == path for other in bound if search.parts[other].name == name)
+
+
+def _path(search: Search, part: int, operand: Any) -> ModulePath:
+    return ModulePath(search.data[search.reached(search.parts[part], operand)]["path"])
+
+
+def _occurrence(search: Search, bound: dict[int, Any], results: tuple[int, ...], names: list[str]) -> Occurrence:
     nodes, named, bindings = set[Any](), set[Any](), {}
+    roots = tuple([bound[result] for result in results])
     for index, part in enumerate(search.parts):
         if index not in bound:
             continue
         if part.kind in ("any", "const") and part.name is not None:
             bindings[part.name] = int(bound[index]) if isinstance(bound[index], Dim) else bound[index]
         if part.kind == "operation":
+            if part.name is not None:
+                bindings[part.name] = _path(search, index, bound[index])
             node, end = bound[index], search.reached(part, bound[index])
             while node != end:
                 nodes.add(node)
@@ -202,10 +258,11 @@ def _occurrence(search: Search, bound: dict[int, Any], root: Any, names: list[st
             nodes |= {end, *within}
             named |= {end, *(inner for inner in within if search.data[inner]["operation"] not in PASSING)}
     ordered = sorted((node for node in nodes if not isinstance(node, Implied)), key=search.order.__getitem__)
-    shared = tuple(node for node in ordered if node != root and not nodes.issuperset(search.graph.successors(node)))
+    successors = search.graph.successors
+    shared = tuple(node for node in ordered if node not in roots and not nodes.issuperset(successors(node)))
     bindings = {name: bindings[name] for name in names if name in bindings}
     passed = tuple(node for node in ordered if node not in named)
-    return Occurrence(root, tuple(ordered), bindings, shared, lambda: passed)
+    return Occurrence(roots[0], tuple(ordered), bindings, shared, lambda: passed, roots)
 
 
 _STEPS = 300_000  # about a second

@@ -37,7 +37,8 @@ class CallWriter:
     ) -> Any:
         """Write one node, and run the call for its value. `external`: the result comes from an object of the user."""
         # `node` comes before `real`, because it copies objects that the forward passes on.
-        nodes = self.ledger.node(args), self.ledger.node(kwargs)
+        with self.ledger.paused():  # the tracer's own reads of a tensor are not decisions of the forward
+            nodes = self.ledger.node(args), self.ledger.node(kwargs)
         real_args, real_kwargs = self.ledger.real(args), self.ledger.real(kwargs)
         with self.ledger.paused():
             versions = _versions((real_args, real_kwargs))

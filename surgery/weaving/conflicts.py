@@ -48,7 +48,12 @@ def find_conflicts(
 def _can_share(steps: Sequence[PlannedRule]) -> bool:
     """Whether these rules of one adapter, by their kinds, can be at one site."""
     exclusive = len(steps) > 1 and any(step.rule.exclusive for step in steps)
-    return not exclusive and len({step.rule.name for step in steps}) == len(steps)
+    return not exclusive and max(_counts(steps).values(), default=0) < 2
+
+
+def _counts(steps: Sequence[PlannedRule]) -> Counter[str]:
+    """How many rules of each kind there are, without kinds of which a site may have several."""
+    return Counter(step.rule.name for step in steps if not step.rule.repeatable)
 
 
 def _fix(steps: Sequence[PlannedRule], excludable: Sequence[PlannedRule], sites: Counter[int]) -> str:
@@ -99,7 +104,7 @@ def _conflicts_at_site(
             for ref in _replaced_state(layer_of(applied, module, path, steps[0].own).tape):
                 claims[ref] = f"{applied.rule.label} [{applied.adapter}]"
     fix = _fix(steps, [step for step in steps if excludable(step.rule, step.path)], sites) if len(steps) > 1 else None
-    counts = Counter(step.rule.name for step in steps)
+    counts = _counts(steps)
     names: dict[str, str] = {}
     for step in steps:
         label = step.rule.label

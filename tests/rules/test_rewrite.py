@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import RuleError, apply_rules, maybe, remove, rules_from_json, rules_to_json
-from surgery.rules import RewriteRule
+from surgery import PlanError, RuleError, apply_rules, maybe, module_of, remove, rules_from_json, rules_to_json
+from surgery.rules import RewriteRule, rewrite_pattern
 from tests.support.tiny import bert, gpt2
 
 
@@ -72,7 +73,7 @@ def test_the_rule_is_data() -> None:
     rule = RewriteRule(pattern=scores, replacement=fused, training="eval")
     assert rule.pattern == "tests.rules.test_rewrite.scores" and rules_from_json(rules_to_json([rule])) == [rule]
     with pytest.raises(RuleError, match="can't be written"):
-        rules_to_json([RewriteRule(pattern=lambda x: x.relu(), replacement=fused)])
+        rules_to_json([RewriteRule(pattern=lambda x: x.relu(), replacement=lambda x: x)])
 
 
 def test_bad_functions() -> None:
@@ -80,3 +81,85 @@ def test_bad_functions() -> None:
         RewriteRule(pattern=lambda x: x.relu(), replacement=lambda x, y: x)
     with pytest.raises(RuleError, match="is not a pattern"):
         RewriteRule(pattern=lambda x: 1, replacement=lambda x: x)
+
+
+class Block(nn.Module):
+    """Three projections of one input, and a convolution before a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+        self.conv, self.norm = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        weights = (q @ k.mT).softmax(-1)
+        return self.norm(self.conv((weights @ v).mT)), weights
+
+
+def projections(x: Any, q: Any = module_of(nn.Linear), k: Any = module_of(nn.Linear), v: Any = module_of(nn.Linear)):
+    return q(x), k(x), v(x)
+
+
+def joint(x: Tensor, q: Any, k: Any, v: Any) -> Any:
+    return F.linear(x, torch.cat([q.weight, k.weight, v.weight]), torch.cat([q.bias, k.bias, v.bias])).chunk(3, -1)
+
+
+@rewrite_pattern(training="eval")
+def norm_after_convolution(x: Any, conv: Any = module_of(nn.Conv1d), norm: Any = module_of(nn.BatchNorm1d)) -> Any:
+    return norm(conv(x))
+
+
+@norm_after_convolution.replacement
+def folded(x: Tensor, conv: Any, norm: Any) -> Tensor:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = (conv.bias - norm.running_mean) * scale + norm.bias
+    return F.conv1d(x, conv.weight * scale[:, None, None], bias)
+
+
+def test_several_results_and_modules() -> None:
+    model, x = Block(), torch.randn(2, 5, 4)
+    for _ in range(3):
+        model(x)
+    model.eval()
+    before, trained = model(x), copy.deepcopy(model).train()(x)
+    rules = [RewriteRule(pattern=projections, replacement=joint), norm_after_convolution.rule()]
+    apply_rules(model, rules, example_inputs=x)
+    with torch.no_grad():
+        assert all(torch.allclose(new, old, atol=1e-6) for new, old in zip(model.eval()(x), before, strict=True))
+    ran: list[str] = []
+    for name, child in model.named_children():
+        child.register_forward_hook(lambda *_, name=name: ran.append(name))
+    model(x)
+    assert not ran
+    assert all(torch.allclose(new, old, atol=1e-6) for new, old in zip(model.train()(x), trained, strict=True))
+    assert ran == ["conv", "norm"]  # in training, batch norm uses the statistics of the batch
+    assert rules_from_json(rules_to_json(rules)) == rules
+
+
+def test_as_many_results_as_the_pattern_has() -> None:
+    rule = RewriteRule(pattern=projections, replacement=lambda x, q, k, v: (q(x), k(x)))
+    with pytest.raises(PlanError, match="the replacement returned 2 results, and the pattern has 3"):
+        apply_rules(Block(), rule, example_inputs=torch.randn(2, 5, 4))
+
+
+def test_parameters_and_modules_of_the_replacement_belong_to_the_adapter() -> None:
+    def gated(x: Tensor, site: Any) -> Tensor:
+        gate = site.submodule("gate", lambda: nn.Linear(4, 4))
+        return x * torch.sigmoid(gate(x)) * site.param("scale", (4,), 1.0)
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(F.relu(x) - 1)
+
+    model, x = Two(), torch.randn(2, 4)
+    apply_rules(model, RewriteRule(pattern=lambda x: F.relu(x), replacement=gated), example_inputs=x)
+    tensors: Any = dict(model.named_parameters())
+    names = {name.rpartition(".")[2] for name in tensors}
+    assert names == {"gate_weight", "gate_bias", "scale", "gate_1_weight", "gate_1_bias", "scale_1"}
+    own = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+    expected = x
+    for end, shift in (("", 1), ("_1", 0)):
+        gate = F.linear(expected, own[f"gate{end}_weight"], own[f"gate{end}_bias"])
+        expected = expected * torch.sigmoid(gate) * own[f"scale{end}"] - shift
+    assert torch.allclose(model(x), expected)
