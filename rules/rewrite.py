@@ -178,7 +178,7 @@ def _reason(error: SurgeryError) -> str:
     return f"{error.what}: {error.why}" if error.why else error.what
 
 
-def _label(function: Function) -> str:
+def _label(function: Function | None) -> str:
     return getattr(function, "__qualname__", repr(function))
 
 

@@ -27,11 +27,16 @@ class RewritePattern:
         self.function, self.fields = function, fields
         self.replaced_by: Callable[..., Any] | None = None
 
+    @property
+    def label(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__qualname__", repr(self.function))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"RewritePattern({self.__qualname__})"
+        return f"RewritePattern({self.label})"
 
     def replacement(self, function: F) -> F:
         """Decorates the replacement, and returns it as it is."""
@@ -50,8 +55,8 @@ class RewritePattern:
         """
         if self.replaced_by is None:
             raise RuleError(
-                f"the pattern {self.__qualname__} does not have a replacement",
-                fix=f"decorate a function: @{self.__qualname__}.replacement",
+                f"the pattern {self.label} does not have a replacement",
+                fix=f"decorate a function: @{self.label}.replacement",
             )
         return RewriteRule(targets, **{"pattern": self, "replacement": self.replaced_by, **self.fields, **fields})
 
