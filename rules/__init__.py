@@ -23,6 +23,7 @@ from surgery.rules.fold import fold_prompts
 from surgery.rules.fourier import FourierRule
 from surgery.rules.hra import HraRule
 from surgery.rules.ia3 import IA3Rule
+from surgery.rules.insert import InsertRule
 from surgery.rules.layers import DropRule, ReorderRule, RepeatRule
 from surgery.rules.loha import LohaRule
 from surgery.rules.lokr import LokrRule
@@ -62,6 +63,7 @@ __all__ = [
     "FourierRule",
     "HraRule",
     "IA3Rule",
+    "InsertRule",
     "LohaRule",
     "LokrRule",
     "LoraRule",

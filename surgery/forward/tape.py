@@ -133,6 +133,18 @@ class Tape:
         return any(step.kind in ("replace", "around") or _acts(step) for step in self.steps)
 
     @functools.cached_property
+    def discards_forward(self) -> bool:
+        """Whether the module's own forward has no part in the output, so that nothing inside the module runs."""
+        replaced = [step for step in self.steps if step.kind == "replace"]
+        if not any(step.args[0].kind == "output" for step in replaced):
+            return False
+        if any(step.kind in ("own", "module", "around") for step in self.steps):
+            return False
+        read = [step.args[1:] if step.kind == "replace" else step.args for step in self.steps]
+        read += [step.kwargs for step in self.steps]
+        return not any(ref.kind in ("output", "base", "inside", "made", "this") for ref in refs_in(tuple(read)))
+
+    @functools.cached_property
     def by_mode(self) -> bool:
         """Whether the steps differ between training and evaluation."""
         return any(step.training is not None for step in self.steps)

@@ -33,6 +33,7 @@ from surgery.planning.read_search import Bypass
 from surgery.planning.site_matches import match_sites, nothing_to_do
 from surgery.planning.structure_plan import plan_structure
 from surgery.planning.uncalled_modules import never_called
+from surgery.planning.unreached_sites import unreached_sites
 from surgery.state.records import site_state
 from surgery.state.running_statistics import changing_buffers, moving_modules
 from surgery.tracing.example_call import examples_in
@@ -94,7 +95,7 @@ def _plan_sites(plan: Plan, rules: Sequence[Rule]) -> None:
     plan.problems += find_conflicts(plan.steps, excludable=_excludable(tree, rules))
     if plan.freezes or plan.frozen_by:
         plan.statistics += _moving_statistics(plan)
-    plan.warnings = collapse_similar(plan.warnings)
+    plan.warnings = [*collapse_similar(plan.warnings), *unreached_sites(plan)]
     if plan.examples and not plan.problems:
         check_examples(plan)
 

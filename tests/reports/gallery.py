@@ -110,6 +110,7 @@ SHOWN: dict[str, tuple[Rule, Callable[[], nn.Module]]] = {
     "SteerRule": (rules.SteerRule("m", direction=[0.0] * 8), linear),
     "CaptureRule": (rules.CaptureRule("m"), linear),
     "ReplaceRule": (rules.ReplaceRule("m", by=nn.SiLU), nn.ReLU),
+    "InsertRule": (rules.InsertRule("m", by="torch.nn.Tanh"), linear),
     "AdaLoraRule": (rules.AdaLoraRule("m", rank=2), linear),
     "FourierRule": (rules.FourierRule("m", n_frequency=4), linear),
     "ShiraRule": (rules.ShiraRule("m", rank=1), linear),

@@ -77,6 +77,7 @@ def llama() -> nn.Module:
 TRIED: dict[str, Rule] = {
     "MultitaskPromptRule": rules.MultitaskPromptRule("m", length=2, tasks=3, task=0),
     "ReplaceRule": rules.ReplaceRule("m", by=nn.LayerNorm, kwargs={"normalized_shape": 8}),
+    "InsertRule": rules.InsertRule("m", by="torch.nn.LayerNorm", kwargs={"normalized_shape": 8}),
     "ShiraRule": rules.ShiraRule("m", rank=1, random_seed=0),
 }
 

@@ -30,7 +30,7 @@ from surgery import (
 )
 from surgery.authoring.module_skeleton import Skeleton
 from surgery.authoring.skeleton_parts import named_tensors
-from surgery.rules import LoraRule, ReplaceRule
+from surgery.rules import BottleneckRule, LoraRule, ReplaceRule
 from surgery.testing import Snapshot
 from tests.support import foreign
 from tests.support.foreign import Host
@@ -415,3 +415,74 @@ def test_outputs_of_several_tensors_are_passed_on(other: nn.Module, opaque: bool
     apply_rules(model, ReplaceRule("0", by=other, opaque=opaque))
     for ours, theirs in zip(tree_leaves(model(x)), tree_leaves(other(x)), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# Whole parts of a model -----------------------------------------------------------------------------------------
+
+
+class Short(nn.Module):
+    """In the place of a decoder layer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(size, size)
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        return hidden_states + self.map(hidden_states)
+
+
+def make_short(size: int, scale: float = 1.0) -> nn.Module:
+    module = Short(size)
+    with torch.no_grad():
+        module.map.weight.mul_(scale)
+    return module
+
+
+def llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes)).eval()
+
+
+IDS = torch.arange(6)[None]
+
+
+@pytest.mark.parametrize("trainable", [None, False])
+def test_a_decoder_layer_made_by_a_named_function(trainable: bool | None, tmp_path: Path) -> None:
+    rule = ReplaceRule("model.layers.1", by=make_short, kwargs={"size": 16, "scale": 0.5}, trainable=trainable)
+    assert rule.to_dict()["by"] == "tests.rules.test_replace.make_short"
+    assert rules_from_json(rules_to_json([rule])) == [rule]
+    model, by_hand = llama(), llama()
+    before = Snapshot(model)
+    apply_rules(model, rule)
+    by_hand.model.layers[1] = short = Short(16)
+    own = model.model.layers[1].adapters.default
+    short.map.load_state_dict({"weight": own.map_weight, "bias": own.map_bias})
+    assert own.map_weight.requires_grad is (trainable is not False)
+    assert torch.equal(model(IDS).logits, by_hand(IDS).logits)
+    save_adapter(model, tmp_path)
+    load_adapter(again := llama(), tmp_path, trust=True)
+    assert torch.equal(again(IDS).logits, by_hand(IDS).logits)
+    remove(model)
+    assert not before.differences(model)
+
+
+def test_rules_inside_a_replaced_part_are_told() -> None:
+    replaced = ReplaceRule("model.layers.1", by=Short, kwargs={"size": 16})
+    told = "LoraRule does nothing at model.layers.1.self_attn.q_proj: ReplaceRule at model.layers.1 computes"
+    for rules in ([replaced, LoraRule("q_proj", rank=2)], [LoraRule("q_proj", rank=2), replaced]):
+        plan = plan_rules(llama(), rules)
+        assert [told in warning for warning in plan.warnings] == [True]
+    model = apply_rules(llama(), replaced)
+    plan = plan_rules(model, LoraRule("q_proj", rank=2), adapter="later")
+    assert "ReplaceRule [default] at model.layers.1" in plan.warnings[0]
+    assert not plan_rules(model, LoraRule("layers.0.self_attn.q_proj", rank=2), adapter="later").warnings
+    model = apply_rules(llama(), LoraRule("q_proj", rank=2), adapter="first")
+    plan = plan_rules(model, replaced)
+    assert "LoraRule [first] does nothing at model.layers.1.self_attn.q_proj" in plan.warnings[0]
+
+
+def test_an_output_that_is_edited_keeps_what_is_inside() -> None:
+    model = apply_rules(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), LoraRule("0.0", rank=2))
+    assert not plan_rules(model, BottleneckRule("0", size=2, features=4), adapter="b").warnings
