@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,8 +91,7 @@ def _class_and_config(folder: Path, class_name: str | None) -> tuple[Any, Any]:
     with _errors_of_transformers(file, "can't read the configuration", fix):
         config = transformers.AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False)
     if wanted is not None and _is_model_class(transformers, wanted):
-        cls = getattr(transformers, wanted)
-        return cls, _config_for(cls, config, file)
+        return _checked(getattr(transformers, wanted), config, file)
     if class_name is None and type(config) in transformers.MODEL_MAPPING:
         return transformers.MODEL_MAPPING[type(config)], config
     raise SurgeryError(f"transformers has no model class for {file}", why=f"it names {wanted}", fix="--class NAME")
@@ -112,16 +112,35 @@ def _files_text(folder: Path) -> str:
     return f"it holds {abbreviate(names, 'files')}"
 
 
-def _config_for(cls: Any, config: Any, file: Path) -> Any:
-    """The configuration that the class takes: this one, or its part for the class."""
+def _checked(cls: Any, config: Any, file: Path) -> tuple[Any, Any]:
+    """The class, and the configuration that it takes: this one, or its part for the class."""
+    from torch import nn
+
     kind = cls.config_class
-    if kind is None or isinstance(config, kind):
-        return config
-    part = getattr(config, kind.base_config_key, None) if kind.base_config_key else None
-    if isinstance(part, kind):
-        return part
-    why = f"the class takes {kind.__name__}, and the file is {type(config).__name__}"
-    raise SurgeryError(f"{cls.__name__} does not fit {file}", why=why, fix="--class NAME")
+    part = getattr(config, kind.base_config_key, None) if kind is not None and kind.base_config_key else None
+    fitting = next((each for each in (config, part) if kind is None or isinstance(each, kind)), None)
+    if cls.forward is not nn.Module.forward and fitting is not None:
+        return cls, fitting
+    if fitting is not None:
+        why = "it is a base class, which has no modules and no forward of its own"
+    else:
+        why = f"the class takes {kind.__name__}, and the file is {type(config).__name__}"
+    fix = _classes_for(config, cls.__name__)
+    raise SurgeryError(f"{cls.__name__} does not fit {file}", why=why, fix=fix)
+
+
+def _classes_for(config: Any, name: str) -> str:
+    """The option for a class that takes the configuration: the class that it names, and those most like the name."""
+    import transformers
+    from torch import nn
+
+    start = type(config).__name__.removesuffix("Config")
+    classes = [each for each in dir(transformers) if each.startswith(start) and _is_model_class(transformers, each)]
+    fitting = [each for each in classes if getattr(transformers, each).config_class is type(config)]
+    usable = [each for each in fitting if getattr(transformers, each).forward is not nn.Module.forward]
+    named = [each for each in config.architectures or () if each in usable]
+    near = list(dict.fromkeys([*named, *difflib.get_close_matches(name, usable), *usable]))[:3]
+    return f"--class {', or '.join(near)}" if near else "--class NAME"
 
 
 _FIX = "name a folder that save_pretrained wrote"

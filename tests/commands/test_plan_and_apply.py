@@ -64,6 +64,14 @@ def test_models_that_are_not_models(files: Files, tmp_path: Path) -> None:
     assert "transformers can't read" in run("plan", tmp_path, files.rules).err
     wrong = run("plan", files.model, files.rules, "--class", "BertForSequenceClasification")
     assert wrong.code == 1 and "did you mean 'BertForSequenceClassification'" in wrong.err
+    for name, why in (
+        ("PreTrainedModel", "it is a base class"),
+        ("BertPreTrainedModel", "it is a base class"),
+        ("LlamaForCausalLM", "the class takes LlamaConfig, and the file is BertConfig"),
+    ):
+        done = run("plan", files.model, files.rules, "--class", name)
+        assert done.code == 1 and f"{name} does not fit" in done.err and f"why:   {why}" in done.err
+        assert "fix:   --class Bert" in done.err and "BertPreTrainedModel" not in done.err.partition("fix:")[2]
     other = run("plan", files.model, files.rules, "--class", "BertForMaskedLM", "--json")
     assert other.data["model"] == "BertForMaskedLM"
 
