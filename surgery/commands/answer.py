@@ -150,7 +150,9 @@ def _print_on_terminal(part: str | Table) -> None:
 def _print_error(error: Exception, as_json: bool, traceback: bool) -> None:
     ours = isinstance(error, SurgeryError)
     text = str(error) if ours else f"{type(error).__name__}: {error}"
-    if not ours and not isinstance(error, OSError) and not traceback:
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").partition(".")[0])):
+        text += f"\n  fix:   pip install 'model-surgery[{extra}]'"
+    elif not ours and not isinstance(error, OSError) and not traceback:
         text += "\n  fix:   --traceback shows where it comes from"
     if as_json:
         _print_json({"error": _error_data(error, text)})
@@ -162,6 +164,13 @@ def _print_error(error: Exception, as_json: bool, traceback: bool) -> None:
         console.print(f"error: {_visible(text)}", style="red", soft_wrap=True)
     else:
         _print_note(f"error: {text}")
+
+
+# The extra of each package that a command may lack.
+_EXTRAS = {
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "onnx"),
+    **dict.fromkeys(("bitsandbytes", "torchao"), "quant"),
+}
 
 
 def _print_json(data: Any) -> None:

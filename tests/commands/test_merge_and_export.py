@@ -126,3 +126,16 @@ def test_errors_name_options(files: Files, tmp_path: Path) -> None:
     done = run("merge", files.model, tmp_path / "damaged", "--out", tmp_path / "out")
     assert "fix:   take an earlier checkpoint; in Python: load_adapter(…, finite=False)" in done.err
     assert {file.name for file in tmp_path.iterdir()} == {"damaged"}
+
+
+def test_an_absent_package_is_named_with_its_extra(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import surgery.onnx
+
+    def absent(*arguments: object, **options: object) -> None:
+        raise ModuleNotFoundError("No module named 'onnx_ir'", name="onnx_ir")
+
+    monkeypatch.setattr(surgery.onnx, "export_onnx", absent)
+    done = run("export", files.model, "--out", tmp_path / "x.onnx")
+    assert done.code == 1 and "fix:   pip install 'model-surgery[onnx]'" in done.err and not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import doctest
 import re
+import tomllib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,6 +201,19 @@ def test_tests_and_files_and_targets_exist(name: str) -> None:
 
 
 GENERATED = {"coverage", "onnx-families", "onnx-models", "peft-checkpoints", "peft-suite"}  # tables of make targets
+
+
+def test_extras_are_installed_in_one_way() -> None:
+    """By the distribution's name, which is true in a checkout and elsewhere; the page about installing has both ways."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pages = [
+        path for folder in ("docs", "surgery") for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py")
+    ]
+    for path in [ROOT / "README.md", *pages]:
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"pip install '([\w.-]+)\[([\w,]+)\]'", text)
+        assert {extra for _, extras in named for extra in extras.split(",")} <= {*known}, path
+        assert path.name == "install.md" or {name for name, _ in named} <= {"model-surgery"}, path
 
 
 def test_pages_are_short() -> None:
