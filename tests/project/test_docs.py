@@ -204,7 +204,7 @@ GENERATED = {"coverage", "onnx-families", "onnx-models", "peft-checkpoints", "pe
 
 
 def test_extras_are_installed_in_one_way() -> None:
-    """By the distribution's name, which is true in a checkout and elsewhere; the page about installing has both ways."""
+    """By the distribution's name, which is true in a checkout and elsewhere. The page about installing shows both."""
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     pages = [
         path for folder in ("docs", "surgery") for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py")
