@@ -121,7 +121,7 @@ def _checked(cls: Any, config: Any, file: Path) -> tuple[Any, Any]:
     fitting = next((each for each in (config, part) if kind is None or isinstance(each, kind)), None)
     if cls.forward is not nn.Module.forward and fitting is not None:
         return cls, fitting
-    if fitting is not None:
+    if kind is None or fitting is not None:
         why = "it is a base class, which has no modules and no forward of its own"
     else:
         why = f"the class takes {kind.__name__}, and the file is {type(config).__name__}"
