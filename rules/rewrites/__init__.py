@@ -18,6 +18,7 @@ fields of `RewriteRule`.
 """
 
 from surgery.rules.rewrites.activations import fuse_gelu, fuse_silu
+from surgery.rules.rewrites.attention import fuse_attention
 from surgery.rules.rewrites.rms_norm import fuse_rms_norm
 
-__all__ = ["fuse_gelu", "fuse_rms_norm", "fuse_silu"]
+__all__ = ["fuse_attention", "fuse_gelu", "fuse_rms_norm", "fuse_silu"]
