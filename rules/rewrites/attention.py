@@ -158,7 +158,7 @@ def _hides_later(match: RewriteMatch, name: str) -> bool:
     matrix, diagonal = node.args[0], (*node.args[1:], *node.kwargs.values(), 0)[0]
     kind = name_of_call(matrix) if isinstance(matrix, fx.Node) else None
     if name != "hidden":
-        arguments = (*matrix.args, *matrix.kwargs.values()) if isinstance(matrix, fx.Node) else ()
+        arguments: tuple[Any, ...] = (*matrix.args, *matrix.kwargs.values()) if isinstance(matrix, fx.Node) else ()
         full = arguments[1] if kind == "full" else None
         return isinstance(full, float) and full == float("-inf") and (call, diagonal) == ("triu", 1)
     return kind == "ones" and (call, diagonal, compared) in (("triu", 1, None), ("triu", 1, 1), ("tril", 0, 0))
