@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from surgery import Site, SiteModule, TraceError, rule
-from surgery.rules._shared.arguments import Arguments, arguments_for
+from surgery import LiveSite, Site, SiteError, SiteModule, TraceError, class_of, rule
+from surgery.rules._shared.arguments import Arguments, arguments_for, why_called_otherwise
 from surgery.rules._shared.module_maker import ModuleMaker, cast_like
 
 
@@ -67,6 +67,18 @@ class ReplaceRule(ModuleMaker):
 
     def alike(self, path: str) -> Any:
         return None if self.inherit else ()
+
+    def committed(self, site: LiveSite) -> nn.Module:
+        other = site.submodule("", self.source)
+        why = why_called_otherwise(class_of(site.module), type(other), self.inputs)
+        if why is not None:
+            raise SiteError(
+                f"a {type(other).__name__} can't stand in the place of this {class_of(site.module).__name__}",
+                where=site.path,
+                why=why,
+                fix="give its forward the parameters of the other one, in the same order",
+            )
+        return other
 
     def rewrite(self, site: Site) -> Tensor | None:
         base = {**dict(site.module.named_parameters()), **dict(site.module.named_buffers())}

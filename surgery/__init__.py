@@ -13,7 +13,7 @@
     rules as data       rules_of, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
     several adapters    adapters, active, activate, deactivate, using, route, combine, rename_adapter, copy_adapter,
                         hotswap, pad_rank, Adapter, SwapReport
-    merging             merge, unmerge, merge_to, folded_adapter, MergeReport
+    merging             merge, unmerge, merge_to, commit, folded_adapter, MergeReport
     files               save_adapter, load_adapter, load_adapters, push_adapter, adapter_state_dict, base_state_dict,
                         load_adapter_state_dict, LoadReport
     looking             show, draw, report, summary, coverage, trace, trace_site, graph_of, as_digraph, class_of,

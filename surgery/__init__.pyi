@@ -33,6 +33,7 @@ from .inspection.show import Summary, show, summary
 from .lifecycle.activation import Adapter, activate, active, adapters, deactivate, using
 from .lifecycle.apply import apply_rules, explain, plan_rules
 from .lifecycle.combine import combine
+from .lifecycle.commit import commit
 from .lifecycle.forget import forget
 from .lifecycle.remove import remove
 from .lifecycle.rename_copy import copy_adapter, rename_adapter
@@ -124,6 +125,7 @@ __all__ = [
     "call_own",
     "class_of",
     "combine",
+    "commit",
     "copy_adapter",
     "coverage",
     "deactivate",

@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery import Site, SiteError
 
-__all__ = ["Arguments", "arguments_for"]
+__all__ = ["Arguments", "arguments_for", "why_called_otherwise"]
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -60,6 +60,33 @@ def arguments_for(site: Site, kind: type[nn.Module], inputs: Mapping[str, str | 
     exact = not free and star is None and stars is None
     exact = exact and all(parameter.default is parameter.empty for parameter in ours.values())
     return Arguments(tuple(positional), named, more, extra, exact)
+
+
+def why_called_otherwise(
+    ours: type[nn.Module], theirs: type[nn.Module], inputs: Mapping[str, str | None] | None
+) -> str | None:
+    """Returns why callers of one class can't call the other one in the same way, or None.
+
+    Only the name of the first parameter may differ: callers pass it by position.
+    """
+    forward, own = f"{theirs.__name__}.forward", f"{ours.__name__}.forward"
+    if any(source != name for name, source in (inputs or {}).items()):
+        return f"the rule's inputs={dict(inputs or {})!r} give its arguments other names, and a plain call does not"
+    present, other = _parameters(ours), _parameters(theirs)
+    kinds = {parameter.kind for parameter in other.values()}
+    names = [name for name, parameter in present.items() if parameter.kind not in _STARRED]
+    positions = [name for name, parameter in other.items() if parameter.kind not in _STARRED]
+    starred = [parameter.kind for parameter in present.values() if parameter.kind in _STARRED]
+    if not names:  # a wrapper passes everything on
+        return None
+    for index, name in enumerate(names):
+        same = index < len(positions) and positions[index] == name
+        renamed = index == 0 and bool(positions) and positions[0] not in names and name not in positions
+        if not same and not renamed and not (name not in positions and inspect.Parameter.VAR_KEYWORD in kinds):
+            return f"{own} takes {', '.join(present)}; {forward} takes {', '.join(other) or 'nothing'}"
+    if any(kind not in kinds for kind in starred):
+        return f"{own} takes any arguments, and {forward} takes {', '.join(other)}"
+    return None
 
 
 def _mapped(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.authoring.site_facts import SiteFacts
+from surgery.authoring.site_module import Make, filled_module
 from surgery.errors import SiteError
 from surgery.forward.parameter_view import find_tensor
 
@@ -66,6 +67,13 @@ class LiveSite(SiteFacts):
     def base(self, name: str) -> Tensor:
         """Returns a parameter as it was before any merge."""
         return self._source(name, True)
+
+    def submodule(self, name: str, make: Make) -> nn.Module:
+        """Returns the module that `rewrite` declared by `Site.submodule(name, make)`, as an ordinary module.
+
+        It has the adapter's own tensors.
+        """
+        return filled_module(name, make, self.params)
 
     def folded(self, name: str) -> bool:
         """Whether an earlier rule was folded into a parameter."""

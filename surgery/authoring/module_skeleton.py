@@ -31,7 +31,7 @@ from surgery.authoring.skeleton_parts import (
 from surgery.errors import RuleError, SiteError
 from surgery.transaction.gradient_flags import lazy_in
 
-__all__ = ["Skeleton"]
+__all__ = ["Skeleton", "tensor_words"]
 
 
 class Skeleton:
@@ -45,7 +45,7 @@ class Skeleton:
 
     def __init__(self, module: nn.Module):
         tensors = named_tensors(module)
-        self.module, self.words = module, _words(tensors)
+        self.module, self.words = module, tensor_words(tensors)
         self.__name__ = self.__qualname__ = type(module).__name__
         self.__module__ = __name__
         self.parts = split_module(module, {name: word for word, name in self.words.items()})
@@ -171,7 +171,7 @@ class Skeleton:
                     raise _attribute_error(type(view), name)
 
 
-def _words(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def tensor_words(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns the adapter's name of each tensor: its name in the module with `_` for a dot."""
     words: dict[str, str] = {}
     for name in tensors:

@@ -99,6 +99,21 @@ class Mergeable(Declaration):
         """
         return cast("Rule", self), site.params
 
+    def committed(self, site: LiveSite) -> nn.Module:
+        """Returns an ordinary module for the site's place, which computes the same without the rule, for `commit`.
+
+        Only for rules that can't be merged, because a module of the site's class can't hold what they do. The module
+        is called as the site is called.
+
+        Args:
+            site: The site with the rule's tensors. `site.submodule(name, make)` builds the module of a rule's
+                `site.submodule`, with these tensors.
+
+        Raises:
+            SiteError: No ordinary module computes the same.
+        """
+        raise NotImplementedError
+
     def restores(self, name: str) -> bool:
         """Whether the rule sets a tensor of the base to its value at training time, so that bases may differ in it."""
         return False
@@ -111,6 +126,11 @@ class Mergeable(Declaration):
     @property
     def mergeable(self) -> bool:
         return self.linear or type(self).merged is not Mergeable.merged
+
+    @property
+    def replaces_module(self) -> bool:
+        """Whether `commit` puts another module in the place of the site's module."""
+        return type(self).committed is not Mergeable.committed
 
 
 class Combinable(Declaration):
@@ -253,8 +273,9 @@ class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
 
     Further hooks, each for one function:
 
-    - `merged` for `merge`, `combined` for `combine`, `folded` for `folded_adapter`, `routed` for `route`, and
-      `swapped`, `neutral` and `padded` for `hotswap`. `slot` and `slotted` for exported files (`SlotRule`).
+    - `merged` for `merge`, `committed` for `commit`, `combined` for `combine`, `folded` for `folded_adapter`,
+      `routed` for `route`, and `swapped`, `neutral` and `padded` for `hotswap`. `slot` and `slotted` for exported files
+      (`SlotRule`).
     - `hides`: why it can't be live after another adapter's rule at a site. `covered_by`: whether another rule of the
       same adapter does its work at a module.
     - `expand`: the inner sites of a container. `companions`: further rules. `alike`: modules that share an answer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
@@ -9,14 +10,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from surgery.authoring.module_skeleton import Skeleton
-from surgery.authoring.skeleton_parts import named_tensors
+from surgery.authoring.module_skeleton import Skeleton, tensor_words
+from surgery.authoring.skeleton_parts import fill_tensors, named_tensors
 from surgery.errors import RuleError, SurgeryError, TraceError
 from surgery.forward.own_forward import is_trusted
 from surgery.forward.tape import Tape
 from surgery.transaction.user_frames import line_of
 
-__all__ = ["SiteModule"]
+__all__ = ["Make", "SiteModule", "filled_module"]
 
 Make = Callable[[], nn.Module] | nn.Module
 
@@ -155,6 +156,17 @@ def site_module(
         else:
             values[word] = site.buffer(full, tensor.shape, start, dtype=dtype)
     return SiteModule(site, skeleton, values)
+
+
+def filled_module(name: str, make: Make, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Returns the module of `Site.submodule(name, make)` with an adapter's tensors, which stay the same objects."""
+    with torch.random.fork_rng(devices=[]):
+        module = copy.deepcopy(make) if isinstance(make, nn.Module) else _create(make)
+    start = named_tensors(module)
+    words = {inner: word for word, inner in tensor_words(start).items()}
+    filled = {id(t): tensors[f"{name}_{words[i].lstrip('_')}" if name else words[i]] for i, t in start.items()}
+    fill_tensors(module, filled)
+    return module
 
 
 class _Starts:

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["OF_MODULES", "WIRING", "ModulePart", "assigned_names", "build_content", "named_tensors", "split_module"]
+__all__ = [
+    "OF_MODULES",
+    "WIRING",
+    "ModulePart",
+    "assigned_names",
+    "build_content",
+    "fill_tensors",
+    "named_tensors",
+    "split_module",
+]
 
 
 class AttributeContent(NamedTuple):
@@ -48,6 +57,22 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
                     ids.add(id(tensor))
                     tensors[f"{path}.{place}" if path else place] = tensor
     return tensors
+
+
+def fill_tensors(module: nn.Module, filled: Mapping[int, Tensor]) -> None:
+    """Put other tensors in the places of those that `named_tensors` lists. `filled`: by the id of the present ones."""
+    for _, inner in module.named_modules():
+        for table in (inner._parameters, inner._buffers):
+            table.update({name: filled[id(tensor)] for name, tensor in table.items() if id(tensor) in filled})
+        for name, value in inner.__dict__.items():
+            if name in OF_MODULES:
+                continue
+            if isinstance(value, dict):
+                inner.__dict__[name] = {key: filled.get(id(item), item) for key, item in value.items()}
+            elif _is_list(value):
+                inner.__dict__[name] = type(value)(filled.get(id(item), item) for item in value)
+            else:
+                inner.__dict__[name] = filled.get(id(value), value)
 
 
 def split_module(module: nn.Module, words: Mapping[str, str]) -> tuple[ModulePart, ...]:

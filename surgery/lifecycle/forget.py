@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -17,13 +17,13 @@ from surgery.state.adapter_tensors import detach
 from surgery.state.in_use import check_free
 from surgery.state.merged_tensors import unguard_merged
 from surgery.state.record_undo import keep_model, keep_site
-from surgery.state.records import _SITE, SiteState, base_parameters, sites
+from surgery.state.records import _SITE, ModelState, Sites, SiteState, base_parameters, sites
 from surgery.state.running_statistics import forget_statistics, keep_statistics
 from surgery.state.tied_weights import Untied
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["forget"]
+__all__ = ["forget", "forget_adapters", "untied_flags"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,44 +67,60 @@ def forget(model: M) -> M:
     changing = {name for name, standing in state.standing.items() if standing.in_base and name not in merged}
     for path, _, site in merged_sites if changing else ():
         _check(path, site, changing)
+    with Journal() as journal:
+        forget_adapters(root, state, names, merged_sites, untied_flags(root, state), journal)
+    return model
+
+
+def forget_adapters(
+    root: nn.Module, state: ModelState, names: Sequence[str], forgotten: Sites, flags: dict[str, bool], journal: Journal
+) -> None:
+    """Take adapters off the record and their sites, which keep what they compute.
+
+    Args:
+        root: the model.
+        state: its record.
+        names: the adapters.
+        forgotten: their sites. All adapters that are merged there are among the names.
+        flags: `requires_grad` of parameters that came to the base, by name.
+        journal: notes the changes.
+    """
+    keys = transformers_hooks.keys_of(root, state, names)
+    keep_model(journal, root, state)
+    for _, module, site in forgotten:
+        keep_site(journal, module)
+        adapters = {applied.adapter for _, applied in site.take_out(names)}
+        site.merged = None
+        site.classes.clear()  # a later adapter may have the same name
+        for name in adapters:
+            detach(module, name)
+        if not site.applied:
+            del module.__dict__[_SITE]
+    for name in names:
+        state.forget(name)
+    state.flags |= flags
+    state.untied = Untied()
+    unguard_merged(root, journal)
+    forget_statistics(root, state.moving, journal)  # those with the forgotten adapters are now the base's
+    state.moving = keep_statistics(root, journal) if state.freezing else []
+    thaw_base(root, state, journal)
+    if state.adapters:
+        transformers_hooks.unlist(root, state, keys, journal)
+    else:
+        restore(root, state, journal)
+
+
+def untied_flags(root: nn.Module, state: ModelState) -> dict[str, bool]:
+    """The `requires_grad` flags of untied parameters: the flag noted for the parameter that each was tied to."""
     untied = [
         (module.get_parameter(name), before)
-        for _, module, site in merged_sites
+        for _, module, site in sites(root)
         if site.merged is not None
         for name, before in site.merged.tied.items()
     ]
     untied += [(submodule(root, path).get_parameter(name), before) for path, name, before in state.untied.parameters]
-    flags, keys = _flags(root, state.flags, untied), transformers_hooks.keys_of(root, state, names)
-    with Journal() as journal:
-        keep_model(journal, root, state)
-        for _, module, site in merged_sites:
-            keep_site(journal, module)
-            forgotten = {applied.adapter for _, applied in site.take_out(names)}
-            site.merged = None
-            site.classes.clear()  # a later adapter may have the same name
-            for name in forgotten:
-                detach(module, name)
-            if not site.applied:
-                del module.__dict__[_SITE]
-        for name in names:
-            state.forget(name)
-        state.flags |= flags
-        state.untied = Untied()
-        unguard_merged(root, journal)
-        forget_statistics(root, state.moving, journal)  # those with the merged adapters are now the base's
-        state.moving = keep_statistics(root, journal) if state.freezing else []
-        thaw_base(root, state, journal)
-        if state.adapters:
-            transformers_hooks.unlist(root, state, keys, journal)
-        else:
-            restore(root, state, journal)
-    return model
-
-
-def _flags(model: nn.Module, noted: dict[str, bool], untied: Sequence[tuple[Any, nn.Parameter]]) -> dict[str, bool]:
-    """The `requires_grad` flags of untied parameters: the flag noted for the parameter that each was tied to."""
-    names_by_id: dict[int, list[str]] = {}
-    for name, parameter in base_parameters(model):
+    noted, names_by_id = state.flags, dict[int, list[str]]()
+    for name, parameter in base_parameters(root):
         names_by_id.setdefault(id(parameter), []).append(name)
     names = {id(before): names_by_id.get(id(before), []) for _, before in untied}
     for own, before in untied:
