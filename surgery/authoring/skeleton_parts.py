@@ -62,7 +62,8 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 def fill_tensors(module: nn.Module, filled: Mapping[int, Tensor]) -> None:
     """Put other tensors in the places of those that `named_tensors` lists. `filled`: by the id of the present ones."""
     for _, inner in module.named_modules():
-        for table in (inner._parameters, inner._buffers):
+        tables: list[dict[str, Any]] = [inner._parameters, inner._buffers]
+        for table in tables:
             table.update({name: filled[id(tensor)] for name, tensor in table.items() if id(tensor) in filled})
         for name, value in inner.__dict__.items():
             if name in OF_MODULES:
