@@ -21,6 +21,7 @@ from surgery.rules.fit import fit_direction
 from surgery.rules.fitted_prefix import fit_prefix
 from surgery.rules.fold import fold_prompts
 from surgery.rules.fourier import FourierRule
+from surgery.rules.head import HeadRule
 from surgery.rules.hra import HraRule
 from surgery.rules.ia3 import IA3Rule
 from surgery.rules.insert import InsertRule
@@ -61,6 +62,7 @@ __all__ = [
     "DropRule",
     "ExpertLoraRule",
     "FourierRule",
+    "HeadRule",
     "HraRule",
     "IA3Rule",
     "InsertRule",

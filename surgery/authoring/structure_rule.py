@@ -35,6 +35,7 @@ class StructureRule(Rule):
     ReLU()
     """
 
+    finds_targets: ClassVar[bool] = False  # without targets, `restructure` gets no modules and finds them itself
     routable: ClassVar[bool] = False
     scalable: ClassVar[bool] = False
     why_not_merged = "it changes the model's structure, and not weights: commit(model) makes it final"

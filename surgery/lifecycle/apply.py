@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from surgery.authoring.rule import Rule
@@ -111,7 +112,8 @@ def plan_rules(
     Returns:
         A `Plan`: the steps, the warnings and every problem that would make `apply_rules` fail.
     """
-    plan = make_plan(model, rules, adapter, example_inputs, freeze)
+    with torch.random.fork_rng(devices=[]):  # the new tensors of structural rules start random
+        plan = make_plan(model, rules, adapter, example_inputs, freeze)
     plan.warnings += rank_warnings(plan.steps)
     return plan
 

@@ -14,7 +14,7 @@ from surgery.state.running_statistics import keep_statistics, restore_statistics
 from surgery.transaction.gradient_flags import set_flag
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["freeze_base", "thaw_base"]
+__all__ = ["freeze_base", "thaw_base", "train_structure"]
 
 
 def freeze_base(plan: Plan, state: ModelState, journal: Journal) -> None:
@@ -29,8 +29,18 @@ def freeze_base(plan: Plan, state: ModelState, journal: Journal) -> None:
         state.flags = {name: parameter.requires_grad for name, parameter in parameters}
         state.moving = keep_statistics(plan.model, journal)
     if first or plan.freeze:
+        trained = {id(tensor.whole) for record in state.structure for tensor in record.tensors if tensor.trainable}
         for _, parameter in parameters:
-            set_flag(parameter, False, journal)
+            if id(parameter) not in trained:
+                set_flag(parameter, False, journal)
+
+
+def train_structure(plan: Plan, journal: Journal) -> None:
+    """Make the tensors train that the plan's structural rules made for it."""
+    for record in plan.structure:
+        for tensor in record.tensors:
+            if tensor.trainable and isinstance(tensor.whole, nn.Parameter):
+                set_flag(tensor.whole, True, journal)
 
 
 def thaw_base(model: nn.Module, state: ModelState, journal: Journal) -> None:

@@ -17,7 +17,7 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
 from surgery.forward.tape import Layer
-from surgery.lifecycle.freezing import freeze_base
+from surgery.lifecycle.freezing import freeze_base, train_structure
 from surgery.lifecycle.gradient_reducers import watch_gradients
 from surgery.lifecycle.tensor_start import start
 from surgery.merging.site_folding import check_foldable, fold_into
@@ -60,8 +60,12 @@ def install_plan(
     stacklevel: int = 2,
     initial: InitialValue | None = None,
     progress: Progress = False,
+    fill_structure: Callable[[], None] | None = None,
 ) -> None:
-    """Install a plan on its model, which must not have changed since planning."""
+    """Install a plan on its model, which must not have changed since planning.
+
+    `fill_structure`: gives the tensors of structural rules other values, before rules read them.
+    """
     plan.raise_problems()
     check_free(plan.model)
     for warning in plan.warnings:
@@ -71,6 +75,8 @@ def install_plan(
     with Journal() as journal:
         for record in plan.structure:
             make_edits(plan.model, model_state(plan.model), record, journal)
+        if fill_structure is not None:
+            fill_structure()
         with torch.no_grad(), each_step(plan.steps, progress, f"apply {plan.adapter}") as plan_steps:
             for step in plan_steps:
                 _insert_tensors(step, plan, standing, owners, initial, tied, journal)
@@ -166,6 +172,7 @@ def _record_adapter(model: nn.Module, plan: Plan, standing: Standing, journal: J
     if state is None:
         state = model.__dict__[_MODEL] = ModelState()
     freeze_base(plan, state, journal)
+    train_structure(plan, journal)
     state.adapters[plan.adapter] = plan.rules
     state.standing[plan.adapter] = standing
     state.structure += plan.structure

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.errors import SiteError
 from surgery.model_edits.module_copy import copy_part
+from surgery.model_edits.structure_tensor import StructureTensor
 from surgery.model_edits.table_edit import TableEdit
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule
@@ -27,6 +28,7 @@ class EditLog:
         copies: pairs of modules: a part of the model, and its copy.
         steps: for a plan's table: (path, class name, what changes there).
         warnings: texts that `apply_rules` warns with.
+        tensors: what files of the adapter hold; `store` adds to it.
         unplain: why no plain class can hold the edited model, as texts; empty if one can.
     """
 
@@ -37,6 +39,7 @@ class EditLog:
         self.steps: list[tuple[str, str, str]] = []
         self.warnings: list[str] = []
         self.unplain: list[str] = []
+        self.tensors: list[StructureTensor] = []
         self._journal = journal
         self._shared = tuple(shared)
 
@@ -56,6 +59,26 @@ class EditLog:
         """Put another parameter in the place of one of a module's own."""
         before = {name: module._parameters[name]} if name in module._parameters else {}
         self._make(TableEdit(module, "_parameters", before, {name: parameter}))
+
+    def set_buffer(self, module: nn.Module, name: str, buffer: Tensor | None) -> None:
+        """Put another buffer in the place of one of a module's own."""
+        before = {name: module._buffers[name]} if name in module._buffers else {}
+        self._make(TableEdit(module, "_buffers", before, {name: buffer}))
+
+    def store(self, path: str, name: str, *, start: int | None = None, trainable: bool = False) -> None:
+        """Make a tensor of the model, or its rows from `start` on, the adapter's: files of the adapter have its values.
+
+        Args:
+            path: the path of the module that has the tensor.
+            name: its name in the module.
+            start: the first row; None: the whole tensor.
+            trainable: whether it trains with the adapter. A parameter trains as a whole.
+        """
+        owner = submodule(self.model, path)
+        tensor: Any = owner._parameters.get(name, owner._buffers.get(name))
+        shape = tuple(tensor.shape) if start is None else (tensor.shape[0] - start, *tensor.shape[1:])
+        key = ".".join(filter(None, (path, name)))
+        self.tensors.append(StructureTensor(key, owner, name, shape, tensor.dtype, start, trainable))
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Set a plain attribute of a module or another object."""

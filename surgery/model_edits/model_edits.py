@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from surgery.errors import SiteError
 from surgery.model_edits.edit_log import EditLog
+from surgery.model_edits.head_exchange import exchange_head
 from surgery.model_edits.layer_order import is_layer_list, reorder_layers
 from surgery.patterns.wrappers import submodule
 
@@ -75,3 +76,16 @@ class ModelEdits(EditLog):
         if not order:
             raise SiteError("no layer would be left", where=path, fix="keep one layer or more")
         reorder_layers(self, path, order, share_weights=share_weights)
+
+    def exchange_head(self, paths: Sequence[str], labels: int | Sequence[str], *, trainable: bool = True) -> None:
+        """Exchange the head of the model for one with other labels, as if the model had been built so.
+
+        Args:
+            paths: the paths of the last linear layers; empty: those whose size follows from the configuration.
+            labels: the number of labels, or their names.
+            trainable: whether the new layers train with the adapter. Default True.
+
+        Raises:
+            SiteError: there is no head, or a path does not lead to a Linear.
+        """
+        exchange_head(self, paths, labels, trainable=trainable)

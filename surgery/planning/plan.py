@@ -67,20 +67,27 @@ class Plan(Displayed, Report):
 
     @property
     def added(self) -> int:
-        return sum(step.added for step in self.steps)
+        stored = (tensor for record in self.structure for tensor in record.tensors)
+        return sum(step.added for step in self.steps) + sum(math.prod(tensor.shape) for tensor in stored)
 
     @property
     def trainable(self) -> int:
         shared = {tie: spec for step in self.steps for spec in step.specs if (tie := spec.tie(step.rule)) is not None}
         own = (spec for step in self.steps for spec in step.specs if spec.tied is None)
-        return sum(math.prod(spec.shape) for spec in (*own, *shared.values()) if spec.trainable)
+        trained = [spec.shape for spec in (*own, *shared.values()) if spec.trainable]
+        return sum(map(math.prod, (*trained, *self._trained_structure)))
+
+    @property
+    def _trained_structure(self) -> list[tuple[int, ...]]:
+        """The shapes of the trained tensors that structural rules make."""
+        return [tensor.shape for record in self.structure for tensor in record.tensors if tensor.trainable]
 
     @property
     def freezes(self) -> bool:
         """Whether the adapter freezes the base: `freeze` if given, otherwise whether a rule adds something to train."""
         if self.freeze is not None:
             return self.freeze
-        return any(spec.trainable for step in self.steps for spec in step.specs)
+        return bool(self._trained_structure) or any(spec.trainable for step in self.steps for spec in step.specs)
 
     @property
     def frozen_by(self) -> list[str]:
@@ -179,9 +186,9 @@ class Plan(Displayed, Report):
 
     def _display_parts(self) -> list[str | Table]:
         structure = [
-            (record.rule.label, path or "(the model itself)", kind, change, "0")
+            (record.rule.label, path or "(the model itself)", kind, change, f"{trained:,}")
             for record in self.structure
-            for path, kind, change in record.steps
+            for (path, kind, change), trained in zip(record.steps, _trained_in(record), strict=True)
         ]
         edits = len(self.steps) + len(structure)
         head = f"adapter {self.adapter!r}: {edits} edits, {self.trainable:,} trainable parameters"
@@ -231,6 +238,16 @@ def _rows(steps: Sequence[PlannedRule]) -> list[tuple[str, str, str, str, str]]:
             trained = f"{sum(step.trainable for step in some):,}"
             rows.append((order[id(some[0])], (label, where, kind, tensors, trained)))
     return [row for _, row in sorted(rows)]
+
+
+def _trained_in(record: Restructuring) -> list[int]:
+    """How many trained parameters each step of a structural rule makes: those below its path, or on its first line."""
+    counts = [0] * len(record.steps)
+    for tensor in record.tensors:
+        if tensor.trainable and counts:
+            near = [index for index, (path, *_) in enumerate(record.steps) if tensor.key.startswith(f"{path}.")]
+            counts[near[0] if near else 0] += math.prod(tensor.shape)
+    return counts
 
 
 def _trains(model: nn.Module) -> bool:

@@ -22,7 +22,8 @@ __all__ = ["plan_structure"]
 def plan_structure(plan: Plan, rules: Sequence[StructureRule]) -> None:
     """Make the edits of structural rules in turn, each on the structure that those before it leave."""
     for rule in rules:
-        matched = match_sites(plan, Tree.of(plan.model), rule, False)
+        searched = bool(rule.targets) or not rule.finds_targets
+        matched = match_sites(plan, Tree.of(plan.model), rule, False) if searched else []
         if plan.problems or matched is None:
             return
         for match in matched:
@@ -51,7 +52,7 @@ def _edited(plan: Plan, rule: StructureRule, matched: Sequence[Match], journal: 
         with HookCall(rule, "restructure", ", ".join(match.path for match in matched[:3])):
             rule.restructure(edits, [(match.path, match.module) for match in matched])
         record.edits, record.copies, record.steps = edits.edits, edits.copies, edits.steps
-        record.unplain = edits.unplain
+        record.unplain, record.tensors = edits.unplain, edits.tensors
 
     moved_along(plan.model, state, record, journal, change)
     plan.warnings += edits.warnings

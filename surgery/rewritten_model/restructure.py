@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from surgery.transaction.gradient_flags import set_flag
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.site_class import install_live
 
-__all__ = ["check_undoable", "make_edits", "moved_along", "set_aside_sites", "undo_edits"]
+__all__ = ["check_undoable", "make_edits", "moved_along", "set_aside_sites", "structure_undone", "undo_edits"]
 
 
 def make_edits(root: nn.Module, state: ModelState | None, record: Restructuring, journal: Journal) -> None:
@@ -41,9 +42,23 @@ def undo_edits(root: nn.Module, state: ModelState, record: Restructuring, journa
         for edit in reversed(record.edits):
             journal.undo(edit.make)
             edit.undo()
+        for _, _, old, new in record.resized:
+            _carry_over(old, new, journal)
 
     _follow_place(root, record, journal)
     moved_along(root, state, record, journal, change)
+
+
+def _carry_over(old: torch.Tensor, new: torch.Tensor, journal: Journal) -> None:
+    """Copy the entries that both have into the tensor that comes back: the base may have been trained meanwhile."""
+    if old.is_meta or new.is_meta:
+        return
+    common = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+    present, trained = old.detach()[common], new.detach()[common].to(old.device, old.dtype)
+    if not torch.equal(present, trained):
+        journal.undo(_set_data, old, old.data)
+        old.data = old.detach().clone()
+        old.detach()[common] = trained
 
 
 def check_undoable(state: ModelState, undone: Sequence[Restructuring], leaving: set[str]) -> None:
@@ -96,6 +111,19 @@ def _standings_of(modules: list[nn.Module]) -> list[object]:
     return [applied.standing for part in below if (site := site_state(part)) is not None for applied in site.applied]
 
 
+@contextmanager
+def structure_undone(state: ModelState) -> Iterator[None]:
+    """Inside the block, the tables of the model are those of the base; records of sites do not follow."""
+    edits = [edit for record in state.structure for edit in record.edits]
+    try:
+        for edit in reversed(edits):
+            edit.undo()
+        yield
+    finally:
+        for edit in edits:
+            edit.make()
+
+
 def set_aside_sites(root: nn.Module, state: ModelState) -> list[nn.Module]:
     """The sites on modules that structural rules took out of the model."""
     if not state.structure:
@@ -116,6 +144,9 @@ def moved_along(
     old_parameters = dict((id(parameter), parameter) for _, parameter in base_parameters(root))
     switched = [(module_at(root, path), rest) for path, *rest in state.switched]
     change()
+    for _, _, old, new in record.exchanged:
+        if id(old) in flags:
+            flags.setdefault(id(new), flags[id(old)])
     for source, copied in record.copies:
         pairs = zip(source.parameters(), copied.parameters(), strict=False)
         flags |= {id(b): flags[id(a)] for a, b in pairs if id(a) in flags and id(b) not in flags}
@@ -172,9 +203,10 @@ def _move_flags(
                 set_flag(parameter, flags[id(parameter)], journal)
         return
     state.flags = {name: flags.get(id(parameter), parameter.requires_grad) for name, parameter in present}
+    trained = {id(tensor.whole) for made in state.structure for tensor in made.tensors if tensor.trainable}
     for _, parameter in present:
         if id(parameter) not in old:
-            set_flag(parameter, False, journal)
+            set_flag(parameter, id(parameter) in trained, journal)
 
 
 def _follow_place(root: nn.Module, record: Restructuring, journal: Journal) -> None:

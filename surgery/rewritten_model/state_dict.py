@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError, near_misses
-from surgery.patterns.module_walk import RESERVED
+from surgery.patterns.module_walk import RESERVED, base_modules
 from surgery.patterns.wrappers import select_tensors
 from surgery.rewritten_model.verb_root import check_all_present, rewritten, rewritten_if_any
 from surgery.sharded_tensors import copy_into, is_flattened
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import base_alone, is_adapter_key, tensors_of
 from surgery.state.merged_tensors import check_adapter_unmerged
-from surgery.state.records import Sites, sites
+from surgery.state.records import ModelState, Sites, sites
+from surgery.state.restructuring import structure_keys
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 
@@ -69,11 +70,28 @@ def adapter_state_dict(
     root, state = rewritten(model)
     adapter_names(state, adapter)
     tensors, all_sites = {}, list(sites(root))
-    state_dict = select_adapter_tensors(all_sites, adapter, state_dict)
+    selected = select_adapter_tensors(all_sites, adapter, state_dict)
     for path, module, _ in all_sites:
-        for name, tensor in tensors_of(module, adapter, path, state_dict).items():
+        for name, tensor in tensors_of(module, adapter, path, selected).items():
             tensors[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
-    return tensors
+    return {**tensors, **_structure_tensors(root, state, adapter, state_dict)}
+
+
+def _structure_tensors(
+    root: nn.Module, state: ModelState, adapter: str, state_dict: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The values of what the adapter's structural rules made, by the names that files have."""
+    records = [record for record in state.structure if record.adapter == adapter]
+    if state_dict is None:
+        return {key: tensor.values() for key, tensor in structure_keys(records)}
+    paths = {id(module): path for path, module in base_modules(root)} if records else {}
+    names = {
+        key: ".".join(filter(None, (paths[id(tensor.owner)], tensor.name)))
+        for key, tensor in structure_keys(records)
+        if id(tensor.owner) in paths
+    }
+    whole = select_tensors(state_dict, names.values())
+    return {key: tensor.values(whole.get(names.get(key, ""))) for key, tensor in structure_keys(records)}
 
 
 def select_adapter_tensors(

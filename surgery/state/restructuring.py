@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
+from surgery.model_edits.structure_tensor import StructureTensor
 from surgery.model_edits.table_edit import TableEdit
 from surgery.patterns.module_walk import base_modules
 
-__all__ = ["Restructuring", "set_aside_modules"]
+__all__ = ["Restructuring", "set_aside_modules", "structure_keys"]
 
 
 @dataclass(eq=False)
@@ -21,6 +22,7 @@ class Restructuring:
     """One structural rule on a model.
 
     `edits`: its changes in order. `copies`: (part, copy) pairs. `unplain`: why no plain class can hold the model.
+    `tensors`: what it made; adapter files have their values.
     `flags`: `requires_grad` of parameters that it set aside while the base was frozen, from before the freeze.
     `place`: device and dtype of the model then, because modules that are set aside do not move with it.
     """
@@ -33,6 +35,23 @@ class Restructuring:
     unplain: list[str] = field(default_factory=list)
     flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     place: tuple[torch.device, torch.dtype] | None = None
+    tensors: list[StructureTensor] = field(default_factory=list)
+
+    @property
+    def exchanged(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+        """The parameters and buffers that others took the place of: (owner, name, before, after)."""
+        return [
+            (edit.owner, name, edit.before[name], edit.after[name])
+            for edit in self.edits
+            if edit.table in ("_parameters", "_buffers")
+            for name in edit.before.keys() & edit.after.keys()
+            if edit.before[name] is not None and edit.after[name] is not None
+        ]
+
+    @property
+    def resized(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+        """Those of `exchanged` that have another shape since. Their common entries have the same values."""
+        return [item for item in self.exchanged if item[2].shape != item[3].shape]
 
     @property
     def keys(self) -> set[tuple[int, str, str]]:
@@ -48,10 +67,24 @@ class Restructuring:
                     tensors[id(tensor)] = tensor
         return list(tensors.values())
 
+    @property
+    def removed(self) -> list[Tensor]:
+        """The tensors of modules that the edits take out of the model."""
+        staying = {id(tensor) for module in self.modules_of("after") for tensor in _tensors(module)}
+        before = [tensor for module in self.modules_of("before") for tensor in _tensors(module)]
+        return [tensor for tensor in before if id(tensor) not in staying]
+
     def modules_of(self, side: str) -> list[nn.Module]:
         """The modules in the edited tables of children, `before` or `after`."""
         values = [value for edit in self.edits if edit.table == "_modules" for value in getattr(edit, side).values()]
         return list({id(value): value for value in values if value is not None}.values())
+
+
+def structure_keys(records: Sequence[Restructuring]) -> Iterator[tuple[str, StructureTensor]]:
+    """The tensors that an adapter's structural rules made, by their names in files: `structure.0.lm_head.weight`."""
+    for index, record in enumerate(records):
+        for tensor in record.tensors:
+            yield f"structure.{index}.{tensor.key}", tensor
 
 
 def set_aside_modules(root: nn.Module, structure: Sequence[Restructuring]) -> Iterator[nn.Module]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.insertion import InitialValue, install_plan
+from surgery.model_edits.structure_tensor import StructureTensor
 from surgery.patterns.module_walk import RESERVED, tensor_key
 from surgery.patterns.wrappers import unwrap
 from surgery.planning.plan import Plan
@@ -29,7 +31,7 @@ from surgery.state.fingerprint import differences
 from surgery.state.records import require_state
 from surgery.storage.load_errors import completed, mismatch_errors
 from surgery.storage.load_report import LoadReport
-from surgery.storage.matched_tensors import distrusted_rule_error, locate_tensors
+from surgery.storage.matched_tensors import distrusted_rule_error, locate_structure, locate_tensors
 from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, resized, sizes_wanted
@@ -121,11 +123,14 @@ def load_adapter(
         *([] if trust else map(distrusted_rule_error, (rule for rule in stored.rules if rule.imports))),
     ]
     known = [rule for rule in stored.rules if trust or not rule.imports]
-    plan = make_plan(model, known, adapter, example_inputs, freeze) if known else None
+    with torch.random.fork_rng(devices=[]):  # random initial values are overwritten
+        plan = make_plan(model, known, adapter, example_inputs, freeze) if known else None
     values: list[tuple[PlannedRule, str, Entry]] = []
+    structure: list[tuple[StructureTensor, Entry]] = []
     if plan is not None:
         problems += plan.problems
         values = locate_tensors(plan, stored, report, finite, ignore_mismatched_sizes)
+        structure = locate_structure(plan, stored, report, finite)
         if problems:
             report.unexpected = []  # they belong to rules that could not be read or matched
         problems += completed(_too_large(plan, values, stored.file), source)
@@ -152,7 +157,8 @@ def load_adapter(
     initial = _values_of_file(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # random initial values are overwritten
         try:
-            install_plan(plan, stacklevel=4, initial=initial, progress=progress)
+            fill = partial(_fill_structure, structure, stored.file)
+            install_plan(plan, stacklevel=4, initial=initial, progress=progress, fill_structure=fill)
         except (SurgeryError, Warning):
             raise
         except Exception as error:  # a field may be valid and still fail to initialise
@@ -161,6 +167,7 @@ def load_adapter(
     require_state(model).peft_fields[adapter] = dict(stored.peft_fields)
     _fill(plan, values, stored.file)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
+    report.loaded += [entry.key for _, entry in structure]
     return report
 
 
@@ -171,10 +178,11 @@ def _passed_over(report: LoadReport) -> Iterator[str]:
 
 
 def _restored(plan: Plan | None) -> list[Tensor]:
-    """Returns tensors of the base that the adapter restores to their values at its training."""
+    """Returns tensors of the base that the adapter restores to their values at its training, or takes out."""
     steps = plan.steps if plan is not None else ()
+    removed = [tensor for record in plan.structure for tensor in record.removed] if plan is not None else []
     owners = ((step.rule, step.module._parameters) for step in steps)
-    return [
+    return removed + [
         tensor
         for rule, parameters in owners
         for name, tensor in parameters.items()
@@ -231,6 +239,13 @@ def _fill(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: Tensor
         tensors = {id(step): tensors_of(step.module, plan.adapter) for step in plan.steps}
         for step, name, entry in values:
             tensors[id(step)][name].copy_(_value(file, entry))
+
+
+def _fill_structure(structure: Sequence[tuple[StructureTensor, Entry]], file: TensorFile) -> None:
+    with torch.no_grad():
+        for tensor, entry in structure:
+            if not tensor.whole.is_meta:
+                tensor.values().copy_(_value(file, entry))
 
 
 def _realise(step: PlannedRule, adapter: str, unfilled: set[str], duplicates: dict[int, nn.Parameter]) -> None:

@@ -12,11 +12,31 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.complex_numbers import is_number
 from surgery.errors import RuleError, SurgeryError
+from surgery.model_edits.structure_tensor import StructureTensor
 from surgery.planning.plan import Plan
+from surgery.state.restructuring import structure_keys
 from surgery.storage.load_report import LoadReport
 from surgery.storage.stored_adapter import Stored
 
-__all__ = ["distrusted_rule_error", "locate_tensors"]
+__all__ = ["distrusted_rule_error", "locate_structure", "locate_tensors"]
+
+
+def locate_structure(
+    plan: Plan, stored: Stored, report: LoadReport, finite: bool
+) -> list[tuple[StructureTensor, Entry]]:
+    """Returns the tensors that the plan's structural rules make and that fit the file. Lists others in the report."""
+    located: list[tuple[StructureTensor, Entry]] = []
+    for key, tensor in structure_keys(plan.structure):
+        entry = Entry(key)
+        if key not in stored.file.shapes:
+            report.missing.append(key)
+            continue
+        misfit = _other_size(stored.file, entry, tensor.shape) or _misfit(stored.file, entry, tensor.dtype, finite)
+        if misfit:
+            report.misfits.append(f"{key} {misfit}")
+        else:
+            located.append((tensor, entry))
+    return located
 
 
 def locate_tensors(
@@ -26,7 +46,8 @@ def locate_tensors(
 
     `ignore_sizes`: tensors of other sizes are listed as mismatched, and not as misfits.
     """
-    file, used_keys, located = stored.file, set[str](), list[tuple[PlannedRule, str, Entry]]()
+    used_keys = {key for key, _ in structure_keys(plan.structure)}
+    file, located = stored.file, list[tuple[PlannedRule, str, Entry]]()
     shared: dict[Any, Entry] = {}
     for step in plan.steps:
         for spec in step.specs:

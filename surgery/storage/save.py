@@ -20,6 +20,7 @@ from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_walk import base_modules
 from surgery.peft_format.writing import to_peft
 from surgery.progress import Progress
+from surgery.rewritten_model.restructure import structure_undone
 from surgery.rewritten_model.state_dict import adapter_state_dict
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.absent_values import without_values
@@ -104,7 +105,9 @@ def save_adapter(
     if Path(folder).exists() and not Path(folder).is_dir():
         raise SurgeryError(f"{folder} is not a folder", fix="an adapter is saved into a folder of its own")
     _warn_of_statistics(model, state, adapter)
-    extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
+    with structure_undone(state):
+        base = fingerprint(model)
+    extra = {"base": base, "licence": licence, "metadata": _data(metadata)}
     alone = state_dict is not None
     if format != "surgery":
         try:
