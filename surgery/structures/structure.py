@@ -225,8 +225,25 @@ def _bind(search: Search, results: list[tuple[int, Any]], clashes: list[str]) ->
 
 def _same(search: Search, value: Any, other: Any) -> bool:
     if is_node(value) and is_node(other):
-        return search.source(value) == search.source(other)
+        return search.source(value) == search.source(other) and _value(search, value) == _value(search, other)
     return is_node(value) == is_node(other) and same_constant(value, other)
+
+
+def _value(search: Search, node: Any) -> Any:
+    """Returns the first node with the value of a node: casts and copies keep it, dropout does not, nor does detach."""
+    while not _changes_value(node, search.data[node]["operation"]):
+        before = search.passed(node)
+        if before is None:
+            break
+        node = before
+    return node
+
+
+def _changes_value(node: Any, operation: str) -> bool:
+    if operation != "dropout" or not isinstance(node, fx.Node) or node.op == "call_module":
+        return operation in ("dropout", "detach")
+    arguments: dict[str, Any] = dict(zip(("p", "training"), node.args[1:3], strict=False)) | node.kwargs
+    return arguments.get("p") != 0 and arguments.get("training", arguments.get("train")) is not False
 
 
 def _is_module(search: Search, part: int, operand: Any, bound: dict[int, Any]) -> bool:

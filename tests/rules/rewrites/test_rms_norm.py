@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import apply_rules, remove
+from surgery import PlanError, apply_rules, remove
 from surgery.rules.rewrites import fuse_rms_norm
 from tests.support.families import FAMILIES
 
@@ -84,6 +84,22 @@ def test_other_forms(model: nn.Module, count: int) -> None:
     apply_rules(model, fuse_rms_norm(), example_inputs=tuple(inputs))
     expected = F.rms_norm(inputs[0], (16,), None, 1e-5) * (inputs[1] if count == 2 else 1)
     assert torch.equal(model(*inputs), expected) and torch.allclose(expected, before, atol=1e-6)
+
+
+class Dropped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(F.dropout(x, 0.5).pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.detach().pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize("model", [Dropped(), Detached()])
+def test_a_dropout_or_a_detach_inside_is_not_lost(model: nn.Module) -> None:
+    with pytest.raises(PlanError):
+        apply_rules(model, fuse_rms_norm(), example_inputs=torch.randn(2, 16))
 
 
 def test_a_whole_model() -> None:
