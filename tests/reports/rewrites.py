@@ -1,0 +1,173 @@
+"""The report part of `make rewrites`: each ready-made rewrite on a model of each of transformers' families.
+
+`python -m tests.reports.rewrites` writes docs/reference/rewrites-models.md. With names of families, it prints their
+rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery import Structure, SurgeryError, TraceError, apply_rules, class_of, remove
+from surgery.inspection.coverage import _uses as uses_of
+from surgery.rules import RewriteRule
+from surgery.rules._rewriting.functions import resolve
+from surgery.rules.rewrites import fuse_attention, fuse_gelu, fuse_rms_norm, fuse_silu
+from surgery.tracing.trace import traced
+from tests.support import ROOT
+from tests.support.families import FAMILIES, Family
+from tests.support.family_runs import tensors
+
+PAGE = ROOT / "docs" / "reference" / "rewrites-models.md"
+
+REWRITES: dict[str, Callable[..., RewriteRule]] = {
+    "fuse_attention": fuse_attention,
+    "fuse_rms_norm": fuse_rms_norm,
+    "fuse_gelu": fuse_gelu,
+    "fuse_gelu (tanh)": lambda targets: fuse_gelu(targets, approximate="tanh"),
+    "fuse_silu": fuse_silu,
+}
+
+INTRO = """# Rewrites on all families
+
+Where each of the [rewrites](rules/rewrites.md) fits in transformers' models. Each family is a tiny model with random
+weights, in evaluation, with attention written out (`attn_implementation="eager"`). A row says how many modules of which
+classes were rewritten, and by how much the outputs and the gradients of the parameters moved, as a share of the largest
+value. Rewrites that change weights or modules are not in the list: their page says how each is tested.
+
+`python -m tests.reports.rewrites`, a part of `make rewrites`, writes this page.
+"""
+
+
+@dataclass
+class Row:
+    """One rewrite on one family."""
+
+    rewrite: str
+    family: str
+    classes: str = ""
+    sites: int = 0
+    outputs: float = 0.0
+    gradients: float = 0.0
+    refused: str = ""
+
+
+def rows_of(family: Family) -> Iterator[Row]:
+    """Yields a row for each rewrite that fits somewhere in a family's model."""
+    torch.manual_seed(0)
+    model, inputs = family.make().eval(), family.inputs()
+    with contextlib.suppress(AttributeError, ValueError):
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+    graphs = list(_graphs(model, inputs))
+    before: tuple[list[Tensor], list[Tensor]] | None = None
+    for name, make in REWRITES.items():
+        structure = Structure(resolve(make(()).pattern or ""))
+        kinds = list(dict.fromkeys(kind for kind, graph in graphs if structure.find(graph)))
+        if not kinds:
+            continue
+        before = before or _results(model, inputs)
+        row = Row(name, family.name)
+        try:
+            apply_rules(model, make(kinds), example_inputs=inputs)
+        except SurgeryError as error:
+            reason = str(error).splitlines()
+            row.refused = " ".join(" ".join(reason[:3]).split())[:200]
+            if "finds nothing to do" not in row.refused:
+                row.classes = ", ".join(kind.__name__ for kind in kinds)
+                yield row
+            continue
+        changed = Counter(class_of(m).__name__ for m in model.modules() if hasattr(type(m), "_surgery_base"))
+        row.classes, row.sites = ", ".join(changed), changed.total()
+        try:
+            row.outputs, row.gradients = (_largest(*pair) for pair in zip(before, _results(model, inputs), strict=True))
+        finally:
+            remove(model)
+        yield row
+
+
+def _graphs(model: nn.Module, inputs: Any) -> Iterator[tuple[type[nn.Module], Any]]:
+    """Yields the graph of each class that is not a layer of torch, for each way in which a call uses the class."""
+    with torch.no_grad():
+        for kind, uses in uses_of(model, inputs).items():
+            if kind.__module__.startswith("torch.nn."):
+                continue
+            for module, args, kwargs in uses:
+                with contextlib.suppress(TraceError):
+                    yield kind, traced(module, args, kwargs, leaves=False)
+
+
+def _results(model: nn.Module, inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the outputs of a call, and the gradients of the sum of their squares."""
+    torch.manual_seed(1)
+    outputs = [tensor for tensor in tensors(model(**inputs)) if tensor.is_floating_point()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = sum((tensor.float().square().mean() for tensor in outputs if tensor.requires_grad), torch.zeros(()))
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
+    return [tensor.detach() for tensor in outputs], [g for g in gradients if g is not None]
+
+
+def _largest(before: list[Tensor], after: list[Tensor]) -> float:
+    """Returns the largest difference, as a share of the largest value of all these tensors."""
+    top = max((float(x.abs().nan_to_num(0, 0, 0).max()) for x in before if x.numel()), default=0.0) or 1.0
+    pairs = [(x, y) for x, y in zip(before, after, strict=True) if x.numel()]
+    return max((float((x - y).nan_to_num(0, 0, 0).abs().max()) for x, y in pairs), default=0.0) / top
+
+
+def page(rows: list[Row]) -> str:
+    lines = [INTRO, f"transformers {metadata.version('transformers')}, torch {torch.__version__.split('+')[0]}, "
+             f"{len(FAMILIES)} families.", ""]  # fmt: skip
+    lines += [
+        "| rewrite | families | modules | largest difference of outputs | of gradients |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name in REWRITES:
+        done = [row for row in rows if row.rewrite == name and not row.refused]
+        if done:
+            outputs, gradients = (max(getattr(row, field) for row in done) for field in ("outputs", "gradients"))
+            modules = sum(row.sites for row in done)
+            lines.append(f"| `{name}` | {len(done)} | {modules} | {outputs:.1e} | {gradients:.1e} |")
+    for name in REWRITES:
+        lines += ["", f"## {name}", "", "| family | classes | modules | outputs | gradients |", "|---|---|--:|--:|--:|"]
+        for row in rows:
+            if row.rewrite == name and not row.refused:
+                lines.append(
+                    f"| {row.family} | {row.classes} | {row.sites} | {row.outputs:.1e} | {row.gradients:.1e} |"
+                )
+    refused = [row for row in rows if row.refused]
+    if refused:
+        lines += ["", "## Refused", "", "| rewrite | family | classes | reason |", "|---|---|---|---|"]
+        lines += [
+            f"| {row.rewrite} | {row.family} | {row.classes} | {row.refused.replace('|', '')} |" for row in refused
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    for name in sys.argv[1:] or FAMILIES:
+        try:
+            rows += (new := list(rows_of(FAMILIES[name])))
+        except Exception as error:  # a family whose call fails is told, and the others follow
+            new = [Row("", name, refused=f"{type(error).__name__}: {error}")]
+        print(name, *new, sep="\n  ", flush=True)
+    if len(sys.argv) == 1:
+        PAGE.write_text(page(rows), encoding="utf-8")
+        print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
