@@ -65,7 +65,7 @@ peft-suite: $(VENV)/.dev ## Run PEFT's own tests with PEFT and with surgery.peft
 	$(BIN)/python -m tests.reports.peft_suite --source "$(PEFT_SOURCE)" --jobs $(JOBS) --page $(ARGS)
 
 libraries: $(VENV)/.dev ## Train by trl and sentence-transformers with surgery.peft, beside PEFT; installs the two
-	$(PIP) install "trl>=1.16" "sentence-transformers>=6.2"
+	$(PIP) install -c constraints.txt "trl>=1.16" "sentence-transformers>=6.2"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peft/test_facade_libraries.py $(ARGS)
 
 onnx: $(VENV)/.dev ## Run all tests of exports, with every model of tests/support/onnx_models.py, and write docs/reference/onnx-models.md

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, SurgeryError, peft_method
+from surgery import LiveSite, PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
 from surgery.rules._linear import maps
 from surgery.rules.randlora import RandLoraRule
 from surgery.rules.vera import VeraRule
@@ -23,16 +23,30 @@ def _shape_of(config: PeftConfig) -> dict[str, Any]:
     return {"projection_shape": (max(out for out, *_ in sizes), max(inner for _, inner, *_ in sizes))}
 
 
+def _are_drawn(rule: Rule, live: LiveSite) -> bool:
+    """Whether a site's matrices are those that its rule draws."""
+    drawn = {name: torch.empty_like(live.params[name]) for name in ("A", "B")}
+    with torch.no_grad():
+        rule.initialise(LiveSite(live.module, live.path, live.adapter, drawn, lambda name, _: live.tensor(name)))
+    return all(torch.equal(live.params[name], drawn[name]) for name in drawn)
+
+
 class _Projected(PeftMethod):
     biased = True
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
-        if not config.take("save_projection", True):
-            raise config.refuse(
-                "save_projection", "the random matrices are not in the file", "save it with save_projection=True"
-            )
+        config.silent("save_projection")  # without them in the file, the rule draws the matrices, as PEFT does
         return _shape_of(config)
+
+    def derived_in(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if config.get("save_projection", True) else ("A", "B")
+
+    def retained(self, original: Mapping[str, Any], live: Iterable[tuple[Rule, LiveSite]]) -> dict[str, Any]:
+        """The matrices are left out only if they are those that the key draws."""
+        wanted = original.get("save_projection", True) is False
+        leave_out = wanted and all(_are_drawn(rule, site) for rule, site in live)
+        return {"save_projection": False} if leave_out else {}
 
     def write_fields(self, rule: Any) -> dict[str, Any]:
         return {"save_projection": True}

@@ -172,7 +172,8 @@ def get_peft_model_state_dict(
         state_dict = model.state_dict()  # which gathers the parts of all processes
     with pefts_errors(KeyError):
         adapter_names(rewritten(base)[1], adapter_name)
-        config, tensors = to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)
+        original = _about_files(model, adapter_name)
+        config, tensors = to_peft(base, adapter_name, False, state_dict, original, save)
         warn_of_embeddings(config, base, save)
         return dict(zip(_own_keys(model, tensors), tensors.values(), strict=True))
 
@@ -189,7 +190,7 @@ def set_peft_model_state_dict(
     `options`: `ignore_mismatched_sizes=True` passes over the adapter's tensors of another shape, with a warning; they
     are among the missing keys.
     """
-    base = inside(model)
+    base, original = inside(model), _about_files(model, adapter_name)
     with pefts_errors(KeyError):
         adapter_names(rewritten(base)[1], adapter_name)
     if not _has_facade(model):
@@ -201,7 +202,7 @@ def set_peft_model_state_dict(
         if on_meta := [key for key, tensor in peft_model_state_dict.items() if tensor.is_meta]:
             what, fix = f"{len(on_meta)} tensors of the state dict are on the device meta", "load their values first"
             raise SurgeryError(what, where=on_meta[0], why="they have no values", fix=fix)
-        tensors, missing, unexpected = from_peft(base, adapter_name, peft_model_state_dict)
+        tensors, missing, unexpected = from_peft(base, adapter_name, peft_model_state_dict, original)
         came = [key for key, tensor in tensors.items() if not tensor.is_meta]
         materialise(base, adapter_name, came)
         own = adapter_state_dict(base, adapter_name)
@@ -225,6 +226,12 @@ def _without_other_sizes(base: nn.Module, adapter: str, tensors: Mapping[str, Te
 def _own_keys(model: nn.Module, keys: Iterable[str]) -> list[str]:
     """Keys of PEFT's file as PEFT has them for this model: a model without a façade has no prefix."""
     return list(keys) if _has_facade(model) else [key.removeprefix(PREFIX) for key in keys]
+
+
+def _about_files(model: Any, adapter: str) -> dict[str, Any]:
+    """The fields of an adapter's configuration that say what its state dict leaves out."""
+    config = getattr(model, "_configs", {}).get(adapter)
+    return {"save_projection": config.save_projection} if hasattr(config, "save_projection") else {}
 
 
 def _has_facade(model: nn.Module) -> bool:

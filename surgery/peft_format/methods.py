@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.adapter_files.entry import Entry
+from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import PlanError, RuleError, SurgeryError, SurgeryWarning, near_misses
 from surgery.patterns.pattern import qualified_name
@@ -78,6 +79,10 @@ class PeftPart:
     def entries(self, place: PeftPlace) -> dict[str, Entry]:
         """The key of each tensor: relative to the module's path, or, after "/", to the whole file."""
         return {name: Entry(self.tensors[name]) for name in place.names if name in self.tensors}
+
+    def derived_in(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The tensors that PEFT does not write with this configuration."""
+        return self.derived
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         """The rules that a configuration contains beside the method's own, by a field of this part."""
@@ -156,6 +161,10 @@ class PeftMethod(PeftPart):
 
     def write_fields(self, rule: Rule) -> dict[str, Any]:
         """The inverse of `read_fields`."""
+        return {}
+
+    def retained(self, original: Mapping[str, Any], live: Iterable[tuple[Rule, LiveSite]]) -> dict[str, Any]:
+        """Fields about the file alone, of the configuration that the adapter came with, if its tensors allow them."""
         return {}
 
     def join(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:

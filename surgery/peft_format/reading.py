@@ -105,8 +105,9 @@ def _of_step(
     place = PeftPlace(*target, names, main, config.modules, config.data, step.facts, keys, value)
     entries = part.entries(place)
     located: dict[str, Entry | None] = dict.fromkeys(names)
+    derived = part.derived_in(config.data)
     for name in names:
-        if name not in part.derived:
+        if name not in derived:
             key = absolute(step.path, entries[name].key, prefix)
             located[name] = entries[name]._replace(key=keys.get(key, key))
     return located

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from surgery.adapter_files.entry import Entry
 from surgery.authoring.equal_rules import ByRule
+from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, SurgeryError
 from surgery.patterns.module_class import class_of
@@ -22,6 +23,7 @@ from surgery.rewritten_model.state_dict import adapter_state_dict
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import whole
+from surgery.state.base_tensors import base_tensor
 from surgery.state.records import sites
 
 __all__ = ["PeftDescription", "describe", "from_peft", "to_peft"]
@@ -45,10 +47,10 @@ def to_peft(
     some of its fields; fields that no rule has are kept. Without it, those of the loaded file are kept.
     `save_embedding_layers`: PEFT's.
     """
-    description = describe(model, adapter, exact, state)
-    config, tensors = description.method.complete(description.config, _tensors(description), description.modules)
     if original is None or "peft_type" not in original:  # a whole configuration has all the fields that there are
         original = {**rewritten(model)[1].peft_fields.get(adapter, {}), **(original or {})}
+    description = describe(model, adapter, exact, state).retaining(original)
+    config, tensors = description.method.complete(description.config, _tensors(description), description.modules)
     kept = {name: value for name, value in original.items() if name in SILENT | STARTS and value is not None}
     chosen = dict.fromkeys(
         name for name in _CHOOSING if name in original
@@ -74,13 +76,15 @@ def to_peft(
 
 
 def from_peft(
-    model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
+    model: nn.Module, adapter: str, tensors: Mapping[str, Tensor], original: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Converts tensors under PEFT's keys into those of an existing adapter, for `load_adapter_state_dict`.
 
     Returns the tensors (the adapter's own where none came), the missing keys, and the keys that are not the adapter's.
+    `original`: the configuration that the adapter came with; what its file leaves out is not missing.
     """
-    description, values = describe(model, adapter, exact=True), adapter_state_dict(model, adapter)
+    description = describe(model, adapter, exact=True).retaining(original or {})
+    values = adapter_state_dict(model, adapter)
     missing, known, problems = dict[str, None](), set[str](), list[SurgeryError]()
     for name, key, entry in description.entries(list(values), tensors):
         known.add(key)
@@ -112,6 +116,23 @@ class PeftDescription(NamedTuple):
     method: PeftMethod
     modules: Modules
 
+    def retaining(self, original: Mapping[str, Any]) -> PeftDescription:
+        """The description with those fields of the original configuration that are about the file alone."""
+        return self._replace(config={**self.config, **self.method.retained(original, self._live_sites())})
+
+    def _live_sites(self) -> Iterator[tuple[Rule, LiveSite]]:
+        """Yields the method's own rules, each with its site and tensors."""
+        by_site: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            box, _, name = key.rpartition(".")
+            by_site.setdefault(box, {})[name] = tensor
+        for path, module, rule, _ in self.placed:
+            if part_of(rule) is self.method:
+                own = by_site.get(f"{path}.{RESERVED}" if path else RESERVED, {})
+                params = {name: whole(tensor.detach()) for name, tensor in own.items()}
+                read = lambda name, _, module=module, path=path: base_tensor(module, name, path)  # noqa: E731
+                yield rule, LiveSite(module, path, "", params, read)
+
     def entries(
         self, names: Iterable[str], file: Mapping[str, Tensor] | None = None
     ) -> Iterator[tuple[str, str, Entry]]:
@@ -128,17 +149,17 @@ class PeftDescription(NamedTuple):
             part, box = part_of(rule), f"{path}.{RESERVED}" if path else RESERVED
             if part is None:
                 continue  # what comes with a rule, and has no tensors: any would be told below
-            site_names = by_site.get(box, [])
+            site_names, derived = by_site.get(box, []), part.derived_in(self.config)
             of_site: dict[str, Entry] = {}
             source = _Values(self, f"{box}.", path, of_site, file)
             target = path, module, rule
             place = PeftPlace(*target, tuple(site_names), main, self.modules, self.config, facts, values=source)
             of_site.update(part.entries(place))
             for name, entry in of_site.items():
-                if name not in part.derived and name in site_names:
+                if name not in derived and name in site_names:
                     yield f"{box}.{name}", absolute(path, entry.key, self.method.prefix), entry
                     placed_names.add(f"{box}.{name}")
-            placed_names.update(f"{box}.{name}" for name in part.derived)
+            placed_names.update(f"{box}.{name}" for name in derived)
         unplaced = sorted(set(names) - placed_names)
         if unplaced:
             raise unsupported(f"the tensor {unplaced[0]}", "its files have no place for it")

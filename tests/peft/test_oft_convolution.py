@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import surgery.peft as facade
 from surgery import MergeError, PlanError, SurgeryError, apply_rules, load_adapter, merge, save_adapter
 from surgery.rules import OftRule
+from tests.support.oft import FIELDS, assert_same, in_peft, train
 from tests.support.peers import peft
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
@@ -32,14 +33,7 @@ class Image(nn.Module):
         return self.head(torch.tanh(self.conv(image)).mean((-2, -1)))
 
 
-FIELDS: dict[str, dict[str, Any]] = {
-    "blocks of a size": {"oft_block_size": 4},
-    "a number of blocks": {"oft_block_size": 0, "r": 2},
-    "the nearest divisor": {"oft_block_size": 5},
-    "shared": {"oft_block_size": 4, "block_share": True},
-    "the inverse": {"oft_block_size": 4, "use_cayley_neumann": False},
-    "bounded": {"oft_block_size": 4, "coft": True, "eps": 0.1},
-}
+TARGETS = ["conv", "head"]
 MODELS: dict[str, Any] = {
     "one patch": lambda: Image(nn.Conv2d(4, 6, (5, 5), padding=2)),
     "many patches": lambda: Image(nn.Conv2d(4, 6, 3)),
@@ -57,42 +51,20 @@ def image(model: nn.Module) -> Tensor:
     return torch.randn(3, 4, 5, 5, generator=generator).to(next(model.parameters()).dtype)
 
 
-def in_peft(model: nn.Module, fields: dict[str, Any]) -> Any:
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.OFTConfig(target_modules=["conv", "head"], **fields))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.2)
-        theirs(image(model))  # with coft, PEFT writes what it bounds into the parameter; ours stays
-    return theirs
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    slack = 2e-2 if expected.dtype == torch.bfloat16 else 5e-6  # some roundings; sums in another order
-    torch.testing.assert_close(actual, expected, rtol=slack, atol=slack)
-
-
-def train(model: Any) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(image(model)).float().square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("case", FIELDS)
 def test_oft_on_a_convolution_is_pefts(case: str, kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = MODELS[kind]()
     x, plain = image(model), copy.deepcopy(model)
-    theirs = in_peft(model, FIELDS[case])
+    theirs = in_peft(model, image(model), TARGETS, FIELDS[case])
     theirs.save_pretrained(tmp_path / "theirs")
     ours: Any = facade.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "theirs", is_trainable=True)
     assert (theirs(x) - model(x)).abs().max() > 1e-3
     assert_same(ours(x), theirs(x))
     if case != "bounded":
-        train(theirs)
-        train(ours)
+        train(theirs, image(model))
+        train(ours, image(model))
         assert_same(ours(x), theirs(x))
     save_adapter(ours.get_base_model(), tmp_path / "ours", format="peft")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "ours"))
@@ -124,7 +96,7 @@ def test_a_new_adapter_is_pefts() -> None:
 def test_two_adapters_are_pefts(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Image(nn.Conv2d(4, 6, 3))
-    theirs = in_peft(model, {"oft_block_size": 4})
+    theirs = in_peft(model, image(model), TARGETS, {"oft_block_size": 4})
     theirs.add_adapter("other", peft.OFTConfig(target_modules=["conv"], oft_block_size=6, init_weights=False))
     theirs.save_pretrained(tmp_path)
     theirs.base_model.set_adapter(["default", "other"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import surgery.peft as facade
 from surgery import PlanError, adapter_state_dict, apply_rules, load_adapter, merge, save_adapter
 from surgery.rules import OftRule
+from tests.support.oft import FIELDS, assert_same, in_peft, train
 from tests.support.peers import peft
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
@@ -32,15 +33,7 @@ class Words(nn.Module):
         return self.linear(self.words(ids))
 
 
-FIELDS: dict[str, dict[str, Any]] = {
-    "blocks of a size": {"oft_block_size": 4},
-    "a number of blocks": {"oft_block_size": 0, "r": 3},
-    "the nearest divisor": {"oft_block_size": 5},
-    "shared": {"oft_block_size": 4, "block_share": True},
-    "the inverse": {"oft_block_size": 4, "use_cayley_neumann": False},
-    "few terms": {"oft_block_size": 4, "num_cayley_neumann_terms": 2},
-    "bounded": {"oft_block_size": 4, "coft": True, "eps": 0.1},
-}
+TARGETS = ["words", "linear"]
 MODELS: dict[str, Any] = {
     "Embedding": Words, "padding": lambda: Words(padding_idx=0), "scaled": lambda: Words(Scaled),
     "bfloat16": lambda: Words().bfloat16(),
@@ -48,39 +41,17 @@ MODELS: dict[str, Any] = {
 IDS = torch.tensor([[0, 3, 10], [3, 5, 0]])
 
 
-def in_peft(model: nn.Module, fields: dict[str, Any]) -> Any:
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.OFTConfig(target_modules=["words", "linear"], **fields))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.2)
-        theirs(IDS)  # with coft, PEFT writes what it bounds into the parameter; ours stays, and later steps differ
-    return theirs
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    slack = 2e-2 if expected.dtype == torch.bfloat16 else 5e-6  # some roundings; sums in another order
-    torch.testing.assert_close(actual, expected, rtol=slack, atol=slack)
-
-
-def train(model: Any) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(IDS).float().square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("case", FIELDS)
 def test_oft_on_an_embedding_is_pefts(case: str, kind: str, tmp_path: Path) -> None:
     model = MODELS[kind]()
-    theirs = in_peft(model, FIELDS[case])
+    theirs = in_peft(model, IDS, TARGETS, FIELDS[case])
     theirs.save_pretrained(tmp_path / "theirs")
     ours = facade.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "theirs", is_trainable=True)
     assert (theirs(IDS) - model(IDS)).abs().max() > 1e-2
     assert_same(ours(IDS), theirs(IDS))
-    train(theirs)
-    train(ours)
+    train(theirs, IDS)
+    train(ours, IDS)
     assert_same(ours(IDS), theirs(IDS))
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours")
@@ -98,7 +69,7 @@ def test_a_new_adapter_is_pefts(case: str) -> None:
     )
     assert torch.equal(ours(IDS), model(IDS))
     shapes = {key: tensor.shape for key, tensor in facade.get_peft_model_state_dict(ours).items()}
-    theirs = peft.get_peft_model_state_dict(in_peft(model, FIELDS[case]))
+    theirs = peft.get_peft_model_state_dict(in_peft(model, IDS, TARGETS, FIELDS[case]))
     assert shapes == {key: tensor.shape for key, tensor in theirs.items()}
 
 

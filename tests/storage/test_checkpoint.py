@@ -710,7 +710,6 @@ LORA = {"peft_type": "LORA", "target_modules": ["1"], "r": 2}
         ({**LORA, "trainable_token_indices": "x"}, "can't be read"),
         ({**LORA, "peft_type": "POLY"}, "'POLY' is not among"),
         ({**LORA, "peft_type": ["LORA"]}, "is not among"),
-        ({"peft_type": "VERA", "target_modules": ["1"], "save_projection": False}, "save_projection"),
         ({"peft_type": "OFT", "target_modules": ["1"], "oft_block_size": 4}, "PEFT before 0.16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

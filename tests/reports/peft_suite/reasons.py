@@ -49,6 +49,7 @@ _WORKS = (
         "test_multiple_configs_with_bias_raises|test_adding_multiple_adapters_with_bias_raises",
         "adapters with biases of their own",
     ),
+    ("test_vera_mixing_save_projection_raises", "VeRA adapters with and without saved projections"),
     ("test_vera_add_second_adapter", "VeRA adapters with projections of their own"),
     ("test_unload_adapter", "`unload` of virtual tokens"),
     ("target_parameters.*test_weighted_combination", "`add_weighted_adapter` of adapters on parameters"),
