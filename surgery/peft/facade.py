@@ -230,8 +230,8 @@ def _own_keys(model: nn.Module, keys: Iterable[str]) -> list[str]:
 
 def _about_files(model: Any, adapter: str) -> dict[str, Any]:
     """The fields of an adapter's configuration that say what its state dict leaves out."""
-    config = getattr(model, "_configs", {}).get(adapter)
-    return {"save_projection": config.save_projection} if hasattr(config, "save_projection") else {}
+    saved = getattr(getattr(model, "_configs", {}).get(adapter), "save_projection", None)
+    return {} if saved is None else {"save_projection": saved}
 
 
 def _has_facade(model: nn.Module) -> bool:
