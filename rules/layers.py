@@ -37,9 +37,13 @@ class DropRule(StructureRule):
         for path, _ in matched:
             container, _, name = path.rpartition(".")
             dropped.setdefault(container, set()).add(name)
+        orders: dict[tuple[int, ...], list[str]] = {}
         for container, names in dropped.items():
             keys = edits.layers(container)
-            edits.reorder(container, [index for index, key in enumerate(keys) if key not in names])
+            order = tuple(index for index, key in enumerate(keys) if key not in names)
+            orders.setdefault(order, []).append(container)
+        for order, containers in orders.items():
+            edits.reorder(containers, order)
 
 
 @rule("repeat")
@@ -49,8 +53,8 @@ class RepeatRule(StructureRule):
     >>> from torch import nn
     >>> from surgery import apply_rules
     >>> from surgery.rules import RepeatRule
-    >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
-    >>> len(apply_rules(model, [RepeatRule("0", order=[0, 1, 0, 1])])[0])
+    >>> model = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "head": nn.Linear(4, 2)})
+    >>> len(apply_rules(model, [RepeatRule("layers", order=[0, 1, 0, 1])])["layers"])
     4
 
     The target is a list of layers (ModuleList or Sequential), such as "model.layers". A layer that occurs again is a
@@ -85,10 +89,13 @@ class RepeatRule(StructureRule):
             raise self.bad("shared", "true or false")
 
     def restructure(self, edits: ModelEdits, matched: Sequence[tuple[str, nn.Module]]) -> None:
+        orders: dict[tuple[int, ...], list[str]] = {}
         for path, _ in matched:
             present = range(len(edits.layers(path)))
             order = self.order if self.order is not None else [*present] * (self.times or 1)
-            edits.reorder(path, order, share_weights=self.shared)
+            orders.setdefault(tuple(order), []).append(path)
+        for order, paths in orders.items():
+            edits.reorder(paths, order, share_weights=self.shared)
 
 
 @rule("reorder")
@@ -98,8 +105,8 @@ class ReorderRule(StructureRule):
     >>> from torch import nn
     >>> from surgery import apply_rules
     >>> from surgery.rules import ReorderRule
-    >>> model = nn.Sequential(nn.Sequential(nn.Tanh(), nn.ReLU()))
-    >>> apply_rules(model, [ReorderRule("0", order=[1, 0])])[0]
+    >>> model = nn.ModuleDict({"layers": nn.Sequential(nn.Tanh(), nn.ReLU())})
+    >>> apply_rules(model, [ReorderRule("layers", order=[1, 0])])["layers"]
     Sequential(
       (0): ReLU()
       (1): Tanh()
@@ -125,7 +132,7 @@ class ReorderRule(StructureRule):
             if missing:
                 why = f"it lacks {', '.join(map(str, missing))}"
                 raise SiteError("the order leaves layers out", where=path, why=why, fix="DropRule takes layers out")
-            edits.reorder(path, self.order)
+        edits.reorder([path for path, _ in matched], self.order)
 
 
 def _are_indices(order: object) -> bool:

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SiteError
-from surgery.model_edits.module_copy import copy_part
+from surgery.model_edits.module_copy import copy_part, is_config
 from surgery.model_edits.structure_tensor import StructureTensor
 from surgery.model_edits.table_edit import TableEdit
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["EditLog"]
+__all__ = ["EditLog", "config_pairs"]
 
 
 class EditLog:
@@ -85,10 +85,20 @@ class EditLog:
         before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
         self._make(TableEdit(owner, "__dict__", before, {name: value}))
 
-    def set_config(self, old: Any, new: Any) -> None:
-        """Put a changed copy in the place of a configuration, at every module that refers to it or to a part of it."""
-        pairs = dict(_config_pairs(old, new))
-        for _, module in base_modules(self.model):
+    def set_config(self, old: Any, new: Any, part: str = "") -> None:
+        """Put a changed copy in the place of a configuration, at every module that refers to it or to a part of it.
+
+        `part`: the path of the part of the model that it describes. Modules beside it keep the old one: another model
+        in the same host module may have the same configuration.
+        """
+        self.set_configs(dict(config_pairs(old, new)), part)
+
+    def set_configs(self, pairs: Mapping[int, Any], part: str = "") -> None:
+        """Put configurations in the place of others, by the ids of these."""
+        for path, module in base_modules(self.model):
+            around = not path or part.startswith(f"{path}.")
+            if not around and part and path != part and not path.startswith(f"{part}."):
+                continue
             for name, value in list(module.__dict__.items()):
                 if id(value) in pairs:
                     self.set_attribute(module, name, pairs[id(value)])
@@ -113,10 +123,10 @@ class EditLog:
         edit.make()
 
 
-def _config_pairs(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
+def config_pairs(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
     """The id of each configuration in `old`, with its counterpart in `new`."""
     yield id(old), new
     for name, value in vars(old).items():
         counterpart = vars(new).get(name)
-        if hasattr(value, "to_dict") and hasattr(value, "model_type") and counterpart is not None:
-            yield from _config_pairs(value, counterpart)
+        if is_config(value) and counterpart is not None:
+            yield from config_pairs(value, counterpart)

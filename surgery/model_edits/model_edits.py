@@ -51,31 +51,34 @@ class ModelEdits(EditLog):
             "the computation of any module out",
         )
 
-    def reorder(self, path: str, order: Sequence[int], *, share_weights: bool = False) -> None:
+    def reorder(self, path: str | Sequence[str], order: Sequence[int], *, share_weights: bool = False) -> None:
         """Put the layers of a list into another order, as if the model had been built so.
 
         Args:
-            path: the path of the list.
+            path: the path of the list, or the paths of several lists of one length. Lists whose length is one field of
+                the configuration (attentions and feed-forwards in XLM) must change in one call.
             order: for each new layer, the index of the present layer. A layer that occurs again is copied, and a layer
                 that does not occur is taken out.
             share_weights: whether copies have the weights of the original layer. Default False.
 
         Raises:
-            SiteError: it is not a list of layers, an index is beyond its layers, none would be left, or tensors depend
-                on a layer's position.
+            SiteError: it is not a list of layers, an index is beyond its layers, none would be left, other lists must
+                change with it, or tensors depend on a layer's position.
         """
-        count = len(self.layers(path))
-        beyond = sorted({index for index in order if not 0 <= index < count})
-        if beyond:
-            raise SiteError(
-                f"there is no layer {', '.join(map(str, beyond))}",
-                where=path,
-                why=f"it has {count} layers, with indices from 0 to {count - 1}",
-                fix="correct the order",
-            )
-        if not order:
-            raise SiteError("no layer would be left", where=path, fix="keep one layer or more")
-        reorder_layers(self, path, order, share_weights=share_weights)
+        paths = [path] if isinstance(path, str) else list(path)
+        for each in paths:
+            count = len(self.layers(each))
+            beyond = sorted({index for index in order if not 0 <= index < count})
+            if beyond:
+                raise SiteError(
+                    f"there is no layer {', '.join(map(str, beyond))}",
+                    where=each or "(the model itself)",
+                    why=f"it has {count} layers, with indices from 0 to {count - 1}",
+                    fix="correct the order",
+                )
+            if not order:
+                raise SiteError("no layer would be left", where=each, fix="keep one layer or more")
+        reorder_layers(self, paths, order, share_weights=share_weights)
 
     def exchange_head(self, paths: Sequence[str], labels: int | Sequence[str], *, trainable: bool = True) -> None:
         """Exchange the head of the model for one with other labels, as if the model had been built so.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["copy_part"]
+__all__ = ["copy_part", "is_config"]
 
 
 def copy_part(root: nn.Module, part: nn.Module, share_weights: bool, shared: Iterable[Any] = ()) -> nn.Module:
@@ -26,7 +26,7 @@ def copy_part(root: nn.Module, part: nn.Module, share_weights: bool, shared: Ite
     memo: dict[int, Any] = {id(item): item for item in (*shared, *_outside(root, part))}
     memo[id(root)] = root
     for module in root.modules():
-        memo |= {id(value): value for value in module.__dict__.values() if _is_config(value)}
+        memo |= {id(value): value for value in module.__dict__.values() if is_config(value)}
     if share_weights:
         tensors = (*part.parameters(), *part.buffers())
         memo |= {id(tensor): tensor for tensor in tensors}
@@ -48,5 +48,6 @@ def _outside(root: nn.Module, part: nn.Module) -> Iterator[Any]:
         waiting += [child for child in module._modules.values() if child is not None]
 
 
-def _is_config(value: Any) -> bool:
+def is_config(value: Any) -> bool:
+    """Whether a value is a configuration of transformers, or of a class that has the same methods."""
     return callable(getattr(value, "to_dict", None)) and hasattr(value, "model_type")

@@ -1,4 +1,4 @@
-"""Builds the plain model of a configuration on the meta device, and compares two such models position by position.
+"""Builds the plain model of a configuration on the meta device.
 
 A model whose layers were dropped or repeated is meant to be the model that its class builds from a configuration with
 that number of layers. So a model of the old configuration and a model of the new one say which attributes depend on a
@@ -12,23 +12,22 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from surgery.patterns.module_class import class_of
-from surgery.patterns.module_walk import base_modules
+from surgery.patterns.wrappers import submodule
 
-__all__ = ["Difference", "build_plain", "configured", "differences"]
+__all__ = ["build_plain", "call_problem", "config_problem", "configured"]
 
 
 def configured(root: nn.Module, path: str) -> str | None:
     """Return the path of the outermost module around a path that a configuration describes; None without one."""
     for above in _prefixes(path):
-        module = root.get_submodule(above)
-        if hasattr(getattr(module, "config", None), "to_dict") and hasattr(type(module), "config_class"):
+        module = submodule(root, above)
+        if hasattr(getattr(module, "config", None), "to_dict") and hasattr(class_of(module), "config_class"):
             return above
     return None
 
@@ -42,82 +41,65 @@ def build_plain(module: nn.Module, config: Any) -> nn.Module | None:
         return None
 
 
-@dataclass
-class Difference:
-    """What differs between two modules at corresponding positions.
+def call_problem(before: nn.Module, after: nn.Module) -> str | None:
+    """Return why a plain model can't be called, if another one can: the error's text.
 
-    Attributes:
-        path: the path of the module, below the compared one.
-        attributes: plain attributes of other values, as name → (first, second).
-        tensors: own tensors that only one has, or of another shape, as texts.
-        kinds: the two classes, if they are not the same.
+    Both are on the meta device, and are called with the smallest inputs of their kind. Returns None, too, if `before`
+    can't be called so, because then the call says nothing.
     """
-
-    path: str
-    attributes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    tensors: list[str] = field(default_factory=list)
-    kinds: tuple[str, str] | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.attributes or self.tensors or self.kinds)
+    inputs = _small_inputs(before)
+    if inputs is None or _call_error(before, inputs) is not None:
+        return None
+    return _call_error(after, inputs)
 
 
-def differences(first: nn.Module, second: nn.Module, skipped: str | None = None) -> list[Difference]:
-    """Return what differs between two modules. `skipped`: a path below them that is not compared."""
+def config_problem(config: Any, plain: nn.Module) -> str | None:
+    """Return why a configuration is not the same once it is saved and read again; None if it is.
 
-    def included(path: str) -> bool:
-        return skipped is None or not (path == skipped or path.startswith(f"{skipped}."))
-
-    left = {path: module for path, module in base_modules(first) if included(path)}
-    right = {path: module for path, module in base_modules(second) if included(path)}
-    found = [_compare(path, module, right[path]) for path, module in left.items() if path in right]
-    for path in left.keys() ^ right.keys():
-        only = left.get(path) or right[path]
-        found.append(Difference(path, tensors=[f"only one has this {type(only).__name__}"]))
-    return [difference for difference in found if difference]
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that are plain values: numbers, texts, and lists of these."""
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if name not in _OF_MODULES and name != "training" and _is_plain(value)
-    }
+    `plain`: the model that it builds.
+    """
+    try:
+        with _quiet():
+            again = type(config).from_dict(copy.deepcopy(config.to_dict()))
+    except Exception as error:  # whatever the class raises for values that do not fit
+        return f"it can't be read again once it is saved: {_first_line(error)}"
+    rebuilt = build_plain(plain, again)
+    if rebuilt is None:
+        return "once it is saved and read again, it does not build a model"
+    return None
 
 
-def _compare(path: str, first: nn.Module, second: nn.Module) -> Difference:
-    difference = Difference(path)
-    if class_of(first) is not class_of(second):
-        difference.kinds = class_of(first).__name__, class_of(second).__name__
-    left, right = plain_attributes(first), plain_attributes(second)
-    for name in left.keys() & right.keys():
-        if left[name] != right[name]:
-            difference.attributes[name] = left[name], right[name]
-    shapes, others = _shapes(first), _shapes(second)
-    for name in sorted(shapes.keys() | others.keys()):
-        if shapes.get(name) != others.get(name):
-            difference.tensors.append(f"{name} is {_said(shapes.get(name))}, and {_said(others.get(name))}")
-    return difference
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(tensor.shape)
-        for table in (module._parameters, module._buffers)
-        for name, tensor in table.items()
-        if tensor is not None
-    }
+def _call_error(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    training = model.training
+    try:
+        with _quiet(), torch.no_grad():
+            model.eval()(**inputs)
+    except Exception as error:  # whatever the model's code raises
+        return _first_line(error)
+    finally:
+        model.train(training)
+    return None
 
 
-def _said(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(shape)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+def _small_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Inputs of a call on the meta device: token ids, or pixels of the configuration's size."""
+    config: Any = model.config
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "input_ids":
+        ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
+        return {
+            "input_ids": ids,
+            **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}),
+        }
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if name == "pixel_values" and size is not None and type(channels) is int:
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return {"pixel_values": torch.zeros(1, channels, height, width, device="meta")}
+    return None
 
 
 def _prefixes(path: str) -> Iterator[str]:
@@ -136,6 +118,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-_OF_MODULES = frozenset(nn.Module().__dict__)

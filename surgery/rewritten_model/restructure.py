@@ -12,6 +12,7 @@ from surgery.errors import SurgeryError, abbreviate
 from surgery.model_edits.table_edit import TableEdit
 from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model import transformers_hooks
+from surgery.rewritten_model.output_hooks import renew_output_hooks
 from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import ModelState, Places, base_parameters, site_state, sites
 from surgery.state.restructuring import Restructuring, place_of, set_aside_modules
@@ -135,8 +136,10 @@ def moved_along(
     root: nn.Module, state: ModelState | None, record: Restructuring, journal: Journal, change: Callable[[], None]
 ) -> None:
     """Change the structure, and adapt the records of adapters: paths, places, flags, and lists of names."""
+    present = {id(module) for _, module in base_modules(root)}
     if state is None:
-        return change()
+        change()
+        return renew_output_hooks(root, present, journal)
     keep_model(journal, root, state)
     old_sites = {id(module) for _, module, _ in sites(root)}
     flags = {id(parameter): state.flags[name] for name, parameter in base_parameters(root) if name in state.flags}
@@ -144,6 +147,7 @@ def moved_along(
     old_parameters = dict((id(parameter), parameter) for _, parameter in base_parameters(root))
     switched = [(module_at(root, path), rest) for path, *rest in state.switched]
     change()
+    renew_output_hooks(root, present, journal)
     for _, _, old, new in record.exchanged:
         if id(old) in flags:
             flags.setdefault(id(new), flags[id(old)])

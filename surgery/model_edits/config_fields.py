@@ -1,0 +1,117 @@
+"""Places in a configuration whose values follow the layers: their number, lists with one value a layer, indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Place", "counts", "fields_of", "index_lists", "layer_values", "reordered", "suggests_layers"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in a configuration.
+
+    Attributes:
+        path: the names of the sub-configurations that lead to it.
+        name: the field.
+        index: the index in the field's value, if it is a list and the place is one of its items.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    index: int | None = None
+
+    def read(self, config: Any) -> Any:
+        """The value in a configuration."""
+        value = vars(self._part(config))[self.name]
+        return value if self.index is None else value[self.index]
+
+    def write(self, config: Any, value: Any) -> None:
+        """Set the value in a configuration."""
+        fields = vars(self._part(config))
+        if self.index is not None:
+            items = fields[self.name]
+            value = type(items)([value if i == self.index else item for i, item in enumerate(items)])
+        fields[self.name] = value
+
+    def _part(self, config: Any) -> Any:
+        for part in self.path:
+            config = getattr(config, part)
+        return config
+
+    def __str__(self) -> str:
+        return ".".join((*self.path, self.name)) + ("" if self.index is None else f"[{self.index}]")
+
+
+def fields_of(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[Place, Any]]:
+    """Every public field of a configuration and of those inside it, with its value."""
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from fields_of(value, (*path, name))
+        elif not name.startswith("_"):
+            yield Place(path, name), value
+
+
+def counts(config: Any, count: int) -> list[Place]:
+    """The places whose value is the number of layers; those with a usual name come first."""
+    places: list[Place] = []
+    for place, value in fields_of(config):
+        if type(value) is int and value == count:
+            places.append(place)
+        elif isinstance(value, (list, tuple)):
+            items = (i for i, item in enumerate(value) if type(item) is int and item == count)
+            places += [Place(place.path, place.name, i) for i in items]
+    return sorted(places, key=lambda place: not suggests_layers(place))
+
+
+def layer_values(config: Any, count: int) -> list[Place]:
+    """The fields that may have one value a layer: lists of that length, and texts with one letter a layer."""
+    places = []
+    for place, value in fields_of(config):
+        text = isinstance(value, str) and "pattern" in place.name
+        listed = isinstance(value, (list, tuple)) and not _is_runs(value)
+        if (text or listed) and len(value) == count or _is_runs(value) and len(_expanded(value)) == count:
+            places.append(place)
+    return [place for place in places if place.name != "architectures"]
+
+
+def index_lists(config: Any, count: int) -> list[Place]:
+    """The fields that may list indices of layers."""
+    return [
+        place
+        for place, value in fields_of(config)
+        if isinstance(value, (list, tuple))
+        and all(type(item) is int and 0 <= item < count for item in value)
+        and len(set(value)) == len(value)
+    ]
+
+
+def reordered(values: Sequence[Any], order: Sequence[int]) -> Any:
+    """A list, tuple or text with the values of the old layers in the new order.
+
+    Runs are lists of [values, how often], as in GPT-Neo's attention_types.
+    """
+    if _is_runs(values):
+        return [[[_expanded(values)[index] for index in order], 1]]
+    taken = [values[index] for index in order]
+    return "".join(taken) if isinstance(values, str) else type(values)(taken)  # type: ignore[call-arg]
+
+
+def suggests_layers(place: Place) -> bool:
+    """Whether a field's name says that it is about layers."""
+    return any(word in place.name for word in ("layer", "depth", "block", "pattern", "types"))
+
+
+def _is_runs(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value)
+        and all(isinstance(values, (list, tuple)) and type(times) is int for values, times in value)
+    )
+
+
+def _expanded(runs: Sequence[Any]) -> list[Any]:
+    return [value for values, times in runs for _ in range(times) for value in values]
