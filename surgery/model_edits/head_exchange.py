@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from surgery.errors import SiteError
 from surgery.model_edits.edit_log import EditLog
-from surgery.model_edits.plain_model import Difference, build_plain, configured, differences, plain_attributes
+from surgery.model_edits.model_differences import Difference, differences, plain_attributes
+from surgery.model_edits.plain_model import build_plain, configured
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule
@@ -83,7 +84,7 @@ class _Built:
         if after is None or other is None:
             return None
         found = differences(before, other)
-        paths = [difference.path for difference in found if difference.tensors or difference.kinds]
+        paths = [difference.path for difference in found if difference.has_tensors]
         heads = {path: after.get_submodule(path) for path in paths if not _is_inside(path, paths)}
         return _Built(heads, differences(before, after))
 
