@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,12 +25,14 @@ from surgery import (
     class_of,
     peft_method,
 )
+from surgery.adapter_files.tensor_files import open_tensors
 from surgery.rules._virtual_tokens import text_inputs
 from surgery.rules.multitask import MultitaskPromptRule
 from surgery.rules.multitask import task_of as calls_of
 from surgery.rules.peft.tasks import HEADS, sizes_of, task_of, with_head
 from surgery.rules.prompt import PromptRule
 
+_AVERAGE, _EXACT, _SHARED = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"
 _PASSED = (
     "token_dim num_layers num_attention_heads prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path "
     "tokenizer_kwargs encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout "
@@ -128,6 +131,33 @@ class PromptTuning(_Prompts):  # after p-tuning: what is written is without a ne
 class Multitask(_Prompts):
     peft_type, rule = "MULTITASK_PROMPT_TUNING", MultitaskPromptRule
 
+    def encoder_fields(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        return super().encoder_fields({**data, "prompt_tuning_init": "RANDOM"} if _source(data) else data)
+
+    def start_tensors(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The prompt of another adapter, and what its tasks, or one of them, made of it."""
+        start = _source(config)
+        if start is None:
+            return {}
+        place = config.get("prompt_tuning_init_state_dict_path")
+        if place is None:
+            what = f"prompt_tuning_init_state_dict_path needs to be specified with {start} init method"
+            raise SurgeryError(what, fix="the path of the tensors of a multitask prompt")
+        file = open_tensors(Path(place))
+        names = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")[: 1 if start == _SHARED else 3]
+        if missing := [name for name in names if name not in file.shapes]:
+            why = f"it has no {', '.join(missing)}"
+            raise SurgeryError(
+                f"{start} can't start from {Path(place).name}", why=why, fix="give a multitask prompt's file"
+            )
+        tensors = {name: file.read(name).clone() for name in names}
+        for name in names[1:]:
+            tasks, task = tensors[name], config.get("prompt_tuning_init_task") or 0
+            if start == _EXACT and not -len(tasks) <= task < len(tasks):
+                raise SurgeryError(f"prompt_tuning_init_task={task} is not a task", why=f"the file has {len(tasks)}")
+            tensors[name] = tasks[task].unsqueeze(0) if start == _EXACT else tasks.mean(0, keepdim=True)
+        return tensors
+
     def made_of(self, config: PeftConfig, fields: dict[str, Any]) -> Rule:
         if submodules(config.data) != 1:
             why = "PEFT prompts the decoder, too, while training, and not when it generates"
@@ -152,6 +182,12 @@ class Multitask(_Prompts):
         if config["task_type"] in _WITHOUT_TASKS:
             raise _unsupported(rule, "PEFT names no task where features are extracted or questions answered")
         return {**config, "num_tasks": rule.tasks, "num_ranks": rule.ranks}
+
+
+def _source(config: Mapping[str, Any]) -> str | None:
+    """The start from another multitask prompt that a configuration names."""
+    start = config.get("prompt_tuning_init")
+    return start if start in (_AVERAGE, _EXACT, _SHARED) else None
 
 
 def _classifies(model: Any) -> bool:

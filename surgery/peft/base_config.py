@@ -51,7 +51,7 @@ class PromptTuningInit(StrEnum):
 
 
 class MultitaskPromptTuningInit(StrEnum):
-    """How a prompt for several tasks starts. Starts from files of trained prompts are not supported."""
+    """How a prompt for several tasks starts: from a text, at random, or from the file of a trained one."""
 
     TEXT = "TEXT"
     RANDOM = "RANDOM"

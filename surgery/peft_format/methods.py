@@ -141,6 +141,10 @@ class PeftMethod(PeftPart):
         """The rules of a new adapter, whose tensors do not exist yet; by default those of a saved one."""
         return self.read(config)
 
+    def start_tensors(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a file, under PEFT's keys, with which a new adapter starts; by default none."""
+        return {}
+
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         """Reads fields that are not plain copies, and checks fields of which only one value is supported."""
         return {}

@@ -6,6 +6,7 @@ parameters. In a test, calling it raises `Missing`, and every other use is noted
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import sys
@@ -91,6 +92,8 @@ def _placeholder(label: str, name: str, real: Any) -> Any:
         return type(name, (base,), {"label": label})
     if inspect.isclass(real):
         attributes = {"label": label, "real": real, "is_prompt_learning": issubclass(real, peft.PromptLearningConfig)}
+        if dataclasses.is_dataclass(real):  # tests choose configurations by their fields
+            attributes["__signature__"] = inspect.signature(real)
         return Placeholder(name, (), {**attributes, "__module__": SHIM})
 
     def missing(*args: Any, **kwargs: Any) -> Any:
