@@ -118,7 +118,7 @@ def scale_by_task(prompt: Tensor, columns: Tensor, rows: Tensor, keywords: Any, 
     ids = task if ids is None else ids
     if ids is None:
         raise SiteError(
-            "a call names no task",
+            "task_ids cannot be None: a call names no task",
             why=f"the prompt is of {len(columns)} tasks",
             fix="with task_of(…):, task_ids= in the call, or the rule's `task`",
         )
