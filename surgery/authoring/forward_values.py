@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.authoring.matched_module import MatchedModule
-from surgery.authoring.site_facts import LEFT_OUT, THROUGH
+from surgery.authoring.site_facts import INLINED, LEFT_OUT, THROUGH, depth_of
 from surgery.errors import SiteError
 from surgery.forward.function_registries import takes_functions
 from surgery.forward.function_watch import pause_watch
@@ -68,7 +68,7 @@ class ForwardValues:
         if self.own.graph is None:
             example = self.needed_example("one run of the forward shows its operations")
             with pause_watch(self.tape), torch.no_grad(), evaluating(self.module):  # as the example call was recorded
-                self.own = trace_for_call(self.module, self.own, *example, leaves=THROUGH not in self.facts)
+                self.own = trace_for_call(self.module, self.own, *example, depth=depth_of([self.facts]))
         self.inside = True
         assert self.own.graph is not None
         self._nodes = {node.name: node for node in self.own.graph.nodes}
@@ -123,6 +123,9 @@ class ForwardValues:
         if leaves and goes_through(graph):
             outside = [match for match in matches if not any("registry" in node.meta for node in match.nodes)]
             matches = Found(outside, matches.reason)
+        if INLINED not in self.facts:
+            own = [match for match in matches if not any("inlined" in node.meta for node in match.nodes)]
+            matches = Found(own, matches.reason)
         if not matches:
             self.missed[structure] = matches.reason
         return Found([self._to_values(match) for match in matches], matches.reason)

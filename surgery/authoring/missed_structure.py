@@ -13,6 +13,7 @@ from surgery.forward.own_forward import own_forward
 from surgery.forward.parameter_view import make_view
 from surgery.structures.fx_digraph import as_digraph
 from surgery.structures.structure import Structure
+from surgery.tracing.depth import Depth
 from surgery.tracing.example_call import evaluating
 from surgery.tracing.traced_forward import trace_for_call
 
@@ -72,7 +73,7 @@ def _is_within(structure: Structure, module: nn.Module, args: tuple, kwargs: dic
     """Whether a function that the forward takes from a registry contains the structure."""
     try:
         with torch.no_grad(), evaluating(module):
-            graph = trace_for_call(module, own_forward(module, _base_of(module)), args, kwargs, leaves=False).graph
+            graph = trace_for_call(module, own_forward(module, _base_of(module)), args, kwargs, Depth(leaves=False)).graph
     except SurgeryError:
         return False
     assert graph is not None

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from surgery.errors import SiteError
+from surgery.tracing.depth import Depth
 
-__all__ = ["LEFT_OUT", "MARK", "THROUGH", "SiteFacts"]
+__all__ = ["INLINED", "LEFT_OUT", "MARK", "THROUGH", "SiteFacts", "depth_of"]
 
 # Names of facts that the engine itself stores with a site (`Site.fact`).
 MARK = "mark"  # a word that identifies the adapter; copies of the adapter get another word
 THROUGH = "through"  # whether a rule looks into functions from registries
+INLINED = "inlined"  # the paths of the children whose operations a rule sees
 LEFT_OUT = "left out"  # kinds of operations that a rule drops from its matches and has been warned about
+
+
+def depth_of(facts: Iterable[Mapping[str, Any]]) -> Depth:
+    """Returns the depth of the graph that all rules of a site use, from their facts."""
+    leaves, inlined = True, frozenset[str]()
+    for known in facts:
+        leaves = leaves and THROUGH not in known
+        inlined |= frozenset(known.get(INLINED, ()))
+    return Depth(leaves, inlined)
 
 
 class SiteFacts:

@@ -25,7 +25,7 @@ from surgery.tracing.example_call import Observation
 from surgery.tracing.traced_forward import known_forwards, trace_anew
 from surgery.transaction.neutral_context import ambient
 from surgery.transaction.object_contents import copied
-from surgery.weaving.variant_building import make_ready, uses_leaves
+from surgery.weaving.variant_building import make_ready, depth_for
 
 __all__ = ["Readiness", "trace_graphs", "prepare_sites"]
 
@@ -46,10 +46,10 @@ def trace_graphs(steps: Sequence[PlannedRule], observations: Sequence[Observatio
         module, base = step.module, step.own.base
         for words in _modes(module):
             own, kind, reason = own_forward(module, base), kind_of_call(module, arguments), ""
-            leaves = uses_leaves([other for other in steps if other.module is module])
-            if not any(traced.fits(module) for traced in known_forwards(module, own, kind, leaves)):
+            depth = depth_for([other for other in steps if other.module is module])
+            if not any(traced.fits(module) for traced in known_forwards(module, own, kind, depth)):
                 try:
-                    trace_anew(module, own, arguments, kind, leaves)
+                    trace_anew(module, own, arguments, kind, depth)
                 except SurgeryError as error:
                     reason = error.why or error.what
             readiness[Readiness(base.__name__, words, reason)] = None
@@ -68,12 +68,12 @@ def prepare_sites(
         module, state = step.module, site_state(step.module)
         assert state is not None
         for words in _modes(module):
-            own, kind, leaves = (
+            own, kind, depth = (
                 own_forward(module, state.base),
                 kind_of_call(module, arguments),
-                uses_leaves(state.live()),
+                depth_for(state.live()),
             )
-            if not any(traced.fits(module) for traced in known_forwards(module, own, kind, leaves)):
+            if not any(traced.fits(module) for traced in known_forwards(module, own, kind, depth)):
                 continue  # the plan has a warning
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")

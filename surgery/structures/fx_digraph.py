@@ -14,6 +14,7 @@ from surgery.errors import SurgeryError, TraceError
 from surgery.patterns.module_class import class_of
 from surgery.structures.op_aliases import LayerTensor, NodeName, arguments_in, canonicalise, flatten, is_node
 from surgery.tracing.call_writer import Calls
+from surgery.tracing.depth import Depth
 from surgery.tracing.example_call import arguments, outermost_calls
 from surgery.tracing.guards import check_call, check_parts, check_settings, require
 from surgery.tracing.trace import traced
@@ -125,7 +126,7 @@ class _Flat:
         """Add a module with nodes for its inputs and its output."""
         calls: Calls = []
         try:
-            graph = traced(model, args, kwargs, calls, leaves=False).graph
+            graph = traced(model, args, kwargs, calls, Depth(leaves=False)).graph
         except TraceError as error:
             name = NodeName(self.unique(path or class_of(model).__name__))
             self.graph.add_node(
@@ -195,7 +196,7 @@ class _Flat:
             return self.node(node, inner, child, values, child)
         calls: Calls = []
         try:
-            graph = traced(child, args, kwargs, calls, leaves=False).graph
+            graph = traced(child, args, kwargs, calls, Depth(leaves=False)).graph
         except TraceError as error:
             name = self.node(node, inner, child, values, child)
             self.graph.nodes[name]["reason"] = _reason(error)

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
+from surgery.forward.function_registries import with_leaves
 from surgery.tracing.attribute_reads import Reader
+from surgery.tracing.depth import LAYERS, Depth
 from surgery.tracing.guards import context, in_region
 from surgery.tracing.provenance import Ledger
+from surgery.tracing.inlining import HOOKS, inlining_objection
 from surgery.tracing.proxies import RecordedList, RecordedObject, call_object
 from surgery.transaction.object_contents import copied
 
@@ -25,10 +28,10 @@ Calls = list[tuple[fx.Node, nn.Module, tuple, dict[str, Any]]]
 
 
 class CallWriter:
-    """Writes each call as one node. `calls`: a list that gets the calls of children."""
+    """Writes each call as one node, except those that `depth` looks into. `calls`: gets the calls of children."""
 
-    def __init__(self, ledger: Ledger, reader: Reader, calls: Calls | None = None):
-        self.ledger, self.reader, self.calls = ledger, reader, calls
+    def __init__(self, ledger: Ledger, reader: Reader, calls: Calls | None = None, depth: Depth = LAYERS):
+        self.ledger, self.reader, self.calls, self.depth = ledger, reader, calls, depth
         self.region = context(True)
         self.random: tuple = ()  # the random state outside torch after the last call of a child
 
@@ -96,6 +99,23 @@ class CallWriter:
             last.meta["registry"] = function.__name__
         return value
 
+    def forward_of(self, base: type[nn.Module]) -> Any:
+        """Returns the forward of a class, with functions from registries as the depth of the trace says."""
+        return with_leaves(base.forward, self.call_function if self.depth.leaves else self.go_through)
+
+    def inline(self, child: nn.Module, path: str, args: tuple, kwargs: dict) -> Any:
+        """Run the forward of a child on its view, so that its operations become nodes, marked with the child's path."""
+        real = self.ledger.real(child)
+        if objection := inlining_objection(real):
+            raise TraceError(f"the operations of {path} can't be a part of another forward", why=objection)
+        for name in HOOKS:  # a hook that is registered later would not run
+            self.reader.settings.setdefault((*path.split("."), name), {})
+        last = next(reversed(self.ledger.graph.nodes))
+        value = self.forward_of(type(real))(child, *args, **kwargs)
+        while (last := last.next).op != "root":
+            last.meta.setdefault("inlined", path)
+        return value
+
     def call_object(self, owner: RecordedObject | RecordedList, args: tuple, kwargs: dict) -> Any:
         return self.write("call_function", call_object, (owner, *args), kwargs, call_object, external=True)
 
@@ -118,6 +138,8 @@ class CallWriter:
                 f"the forward calls {path}, a TorchScript module",
                 why="its state between calls is invisible and can't be restored",
             )
+        if path in self.depth.inlined:
+            return self.inline(child, path, args, kwargs)
         self.check_draws()
         argument_copies = None
         if self.calls is not None:

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.errors import TraceError
-from surgery.forward.function_registries import with_leaves
 from surgery.tracing.attribute_reads import Reader
 from surgery.tracing.call_writer import Calls, CallWriter
+from surgery.tracing.depth import LAYERS, Depth
 from surgery.tracing.guards import check_call, check_settings, context, structure_of
 from surgery.tracing.provenance import Ledger
 from surgery.tracing.proxies import is_setting
@@ -29,16 +29,20 @@ class Recorder(TorchFunctionMode):
     """One run of a forward, which writes its graph."""
 
     def __init__(
-        self, module: nn.Module, base: type[nn.Module], bound: bool, calls: Calls | None = None, leaves: bool = True
+        self,
+        module: nn.Module,
+        base: type[nn.Module],
+        bound: bool,
+        calls: Calls | None = None,
+        depth: Depth = LAYERS,
     ):
         super().__init__()
         self.module, self.base = module, base
         self.bound = bound  # whether the graph is only for the present gradient mode
-        self.leaves = leaves
         self.checked: set[fx.Node] = set()  # tensors whose rank and dtype the graph checks
         self.ledger = ledger = Ledger(module)
         self.reader = reader = Reader(ledger, self)
-        self.writer = writer = CallWriter(ledger, reader, calls)
+        self.writer = writer = CallWriter(ledger, reader, calls, depth)
         # The methods of `Listener`:
         self.paused, self.real, self.decide, self.path_of = ledger.paused, ledger.real, ledger.decide, ledger.path_of
         self.read_attribute, self.read_item = reader.read_attribute, reader.read_item
@@ -57,7 +61,7 @@ class Recorder(TorchFunctionMode):
                 fix="pass example_inputs as a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
         root = self.reader.view_of(self.module)
-        forward = with_leaves(self.base.forward, self.writer.call_function if self.leaves else self.writer.go_through)
+        forward = self.writer.forward_of(self.base)
         try:
             positional, named = self.add_placeholders(signature, call.arguments, kwargs)
             self.writer.note_draws()

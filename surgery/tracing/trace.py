@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from surgery.errors import TraceError
 from surgery.tracing.call_writer import Calls
+from surgery.tracing.depth import LAYERS, Depth
 from surgery.tracing.example_call import arguments
 from surgery.tracing.recorder import Recorder
 from surgery.tracing.verification import check_forward_runs, restore_state, trace_error, verify
@@ -63,11 +64,11 @@ def trace(module: nn.Module, example_inputs: Any, *, leaves: bool = True) -> fx.
         TraceError: The forward can't be traced; the error has the file, line and source text. Reasons are decisions on
             the content of tensors (`.item()`, `if x.sum() > 0`), state on the module, and tensors from outside.
     """
-    return traced(module, *arguments(example_inputs), leaves=leaves)
+    return traced(module, *arguments(example_inputs), depth=Depth(leaves))
 
 
 def traced(
-    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], calls: Calls | None = None, leaves: bool = True
+    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], calls: Calls | None = None, depth: Depth = LAYERS
 ) -> fx.GraphModule:
     """Implements `trace` for args and kwargs. `calls` collects every call of a child with copies of its arguments."""
     base: type[nn.Module] = getattr(module, "_surgery_base", type(module))
@@ -85,11 +86,11 @@ def traced(
     # With gradients, so that the forward's own torch.no_grad blocks are visible. If the forward reads the gradient mode
     # (nn.TransformerEncoderLayer has a fast path without gradients), the graph is only for the present mode.
     try:
-        return _trace_verified(module, base, args, kwargs, True, calls, leaves)
+        return _trace_verified(module, base, args, kwargs, True, calls, depth)
     except TraceError:
         if torch.is_grad_enabled():
             raise
-        return _trace_verified(module, base, args, kwargs, False, calls, leaves)
+        return _trace_verified(module, base, args, kwargs, False, calls, depth)
 
 
 def _trace_verified(
@@ -99,13 +100,13 @@ def _trace_verified(
     kwargs: Mapping[str, Any],
     gradients: bool,
     calls: Calls | None,
-    leaves: bool,
+    depth: Depth,
 ) -> fx.GraphModule:
     if calls is not None:
         calls.clear()
     try:
         with torch.set_grad_enabled(gradients), restore_state(module):
-            graph = Recorder(module, base, not gradients, calls, leaves).record(args, kwargs)
+            graph = Recorder(module, base, not gradients, calls, depth).record(args, kwargs)
         verify(module, base, graph, args, dict(kwargs))
     except TraceError as error:
         check_forward_runs(base, module, args, kwargs, error)

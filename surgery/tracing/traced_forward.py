@@ -17,6 +17,7 @@ from surgery.forward.own_forward import OwnForward
 from surgery.forward.parameter_view import make_view
 from surgery.tracing.call_kind import kind_of_call
 from surgery.tracing.decisions import decide, decide_parts
+from surgery.tracing.depth import LAYERS, Depth
 from surgery.tracing.fx_args import replace_nodes
 from surgery.tracing.guards import check_call, check_parts, check_settings, require, same_settings
 from surgery.tracing.trace import traced
@@ -43,20 +44,20 @@ class TracedForward:
 
 
 def trace_for_call(
-    module: nn.Module, own: OwnForward, args: tuple, kwargs: dict[str, Any], leaves: bool = True
+    module: nn.Module, own: OwnForward, args: tuple, kwargs: dict[str, Any], depth: Depth = LAYERS
 ) -> OwnForward:
     """Returns the forward of a module with a graph for calls like this one. Raises `TraceError` if it can't be traced.
 
-    Without `leaves`, the graph contains the operations of functions from registries.
+    `depth`: whose operations the graph contains besides those of the forward itself.
     """
     bound = own.signature.bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = tuple(bound.arguments.values())
     kind = kind_of_call(module, arguments)
-    for forward in known_forwards(module, own, kind, leaves):
+    for forward in known_forwards(module, own, kind, depth):
         if forward.fits(module) and same_settings(module, forward.numbers):
             return replace(own, tapes=None, graph=forward.graph)
-    return replace(own, tapes=None, graph=trace_anew(module, own, arguments, kind, leaves).graph)
+    return replace(own, tapes=None, graph=trace_anew(module, own, arguments, kind, depth).graph)
 
 
 def goes_through(graph: fx.Graph) -> bool:
@@ -64,20 +65,20 @@ def goes_through(graph: fx.Graph) -> bool:
     return any("registry" in node.meta for node in graph.nodes)
 
 
-def known_forwards(module: nn.Module, own: OwnForward, kind: tuple, leaves: bool = True) -> list[TracedForward]:
+def known_forwards(module: nn.Module, own: OwnForward, kind: tuple, depth: Depth = LAYERS) -> list[TracedForward]:
     """Returns the list of known graphs of modules like this one, for calls of a kind."""
-    return _known.setdefault(own.base, {}).setdefault((_likeness(module), kind, leaves), [])
+    return _known.setdefault(own.base, {}).setdefault((_likeness(module), kind, depth), [])
 
 
-def trace_anew(module: nn.Module, own: OwnForward, arguments: tuple, kind: tuple, leaves: bool = True) -> TracedForward:
+def trace_anew(module: nn.Module, own: OwnForward, arguments: tuple, kind: tuple, depth: Depth = LAYERS) -> TracedForward:
     """Trace a module's own forward for a call, also in the middle of another call."""
     patient = make_view(module, own.base, {})
     patient.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != "adapters"}
     args, kwargs = _as_call(own, arguments)
     with _by_itself():
-        graph = traced(patient, args, kwargs, None, leaves)
+        graph = traced(patient, args, kwargs, None, depth)
     forward = _settled(graph, module.training)
-    known_forwards(module, own, kind, leaves).append(forward)
+    known_forwards(module, own, kind, depth).append(forward)
     return forward
 
 

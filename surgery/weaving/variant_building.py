@@ -16,12 +16,13 @@ import torch
 from torch import fx, nn
 
 from surgery.authoring.planned_rule import PlannedRule
-from surgery.authoring.site_facts import THROUGH
+from surgery.authoring.site_facts import depth_of
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning, TraceError
 from surgery.forward.own_forward import OwnForward, own_forward
 from surgery.forward.tape import Layer
 from surgery.state.records import Applied, SiteState
 from surgery.tracing.call_kind import describe_difference, kind_of_call, predicate_of_kind
+from surgery.tracing.depth import Depth
 from surgery.tracing.traced_forward import TracedForward, known_forwards, trace_anew
 from surgery.weaving.forward_source import graph_statements
 from surgery.weaving.rewrite_recording import SkippedSite, layer_of, record_rewrite
@@ -32,13 +33,13 @@ __all__ = [
     "Variant",
     "build_variant",
     "check_count",
+    "depth_for",
     "function_of",
     "last_traced_forward",
     "layer_at",
     "make_ready",
     "traced_layers",
     "unused_graphs",
-    "uses_leaves",
 ]
 
 LIMIT = 32  # variants of one site for one kind of call, which differ in their decisions on sizes
@@ -76,15 +77,15 @@ def make_ready(module: nn.Module, state: SiteState, arguments: tuple, again: boo
     return bool(built)
 
 
-def uses_leaves(applied: Iterable[Applied | PlannedRule]) -> bool:
-    """Whether the graphs for these rules show each call of a function from a registry as one node."""
-    return not any(THROUGH in rule.facts for rule in applied)
+def depth_for(applied: Iterable[Applied | PlannedRule]) -> Depth:
+    """Returns the depth of the graphs for these rules of a site."""
+    return depth_of(rule.facts for rule in applied)
 
 
 def unused_graphs(module: nn.Module, state: SiteState, kind: tuple) -> list[TracedForward]:
     """Returns the known graphs for calls of a kind for which the site does not have a variant yet."""
     used = {id(variant.traced) for variant in state.variants if variant.kind == kind}
-    known = known_forwards(module, own_forward(module, state.base), kind, uses_leaves(state.live()))
+    known = known_forwards(module, own_forward(module, state.base), kind, depth_for(state.live()))
     return [traced for traced in known if id(traced) not in used and traced.fits(module)]
 
 
@@ -104,7 +105,7 @@ def build_variant(
     """Returns the variant of a graph for calls like this one. Without a graph, the call is traced."""
     own, kind = own_forward(module, state.base), kind_of_call(module, arguments)
     try:
-        traced = traced or trace_anew(module, own, arguments, kind, uses_leaves(state.live()))
+        traced = traced or trace_anew(module, own, arguments, kind, depth_for(state.live()))
         own = replace(own, tapes=None, graph=traced.graph)
         layers = [layer_at(applied, module, state, own) for applied in state.live()]
     except SurgeryError as error:
