@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from surgery import Pattern, Rule, RuleError, Site, SiteError, Structure, SurgeryError, TraceError, rule
+from surgery import Pattern, Rule, RuleError, Site, SiteError, Structure, SurgeryError, rule
 from surgery.rules._rewriting.functions import accepted, call_with, is_name, name_of, resolve
 from surgery.rules._rewriting.match import MatchSite, RewriteMatch, disjoint
 
@@ -120,30 +120,37 @@ class RewriteRule(Rule):
             resolve(self.where)
         return None
 
-    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or _is_layer(module):
-            return []
-        return [] if type(module).forward is nn.Module.forward else [(path, module)]
+    def structures(self) -> Sequence[Structure]:
+        return (self._structure(),)
 
     def rewrite(self, site: Site) -> Tensor | None:
         structure = self._structure()
-        try:
-            found = site.find(structure, leaves=False)
-        except TraceError:
-            return NotImplemented
+        found = site.find(structure, leaves=False)
         matches = [RewriteMatch(site, match, tuple(structure.names), number) for number, match in enumerate(found)]
         matches = disjoint([match for match in matches if self._fits(match)])
         if not matches:
             return NotImplemented
         replacement = resolve(self._given("replacement"))
+        fitting, edited = 0, False
         for match in matches:
-            values: Mapping[str, Any] = {**match, "site": MatchSite(site, match.number), "match": match}
-            new = self._results(call_with(replacement, values), match)
+            if (why := site.objection(match.found, called=False)) is None:
+                values: Mapping[str, Any] = {**match, "site": MatchSite(site, match.number), "match": match}
+                new = self._results(call_with(replacement, values), match)
+                why = site.objection(match.found)
+            if why is not None:
+                site.warn(f"leaves a match as it is: {why}")
+                continue
+            fitting += 1
             if self.training == "eval" and site.training:
                 continue
-            for root, result in zip(match.found.roots, new, strict=True):
-                site.replace(root, result)
-        return site.output if self.training == "eval" and site.training else None
+            if (why := site.lost_passage(match.found)) is not None:
+                site.warn(f"leaves a match as it is{' in training' if site.training else ''}: {why}")
+                continue
+            site.replace_match(match.found, new)
+            edited = True
+        if not fitting:
+            return NotImplemented
+        return None if edited else site.output
 
     def _results(self, new: Any, match: RewriteMatch) -> tuple[Any, ...]:
         """Returns the replacement's results, as many as the pattern has."""
@@ -180,10 +187,6 @@ def _reason(error: SurgeryError) -> str:
 
 def _label(function: Function | None) -> str:
     return getattr(function, "__qualname__", repr(function))
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.") and not module._modules
 
 
 EVERYWHERE = Pattern.type(nn.Module)

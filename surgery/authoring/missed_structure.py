@@ -73,7 +73,9 @@ def _is_within(structure: Structure, module: nn.Module, args: tuple, kwargs: dic
     """Whether a function that the forward takes from a registry contains the structure."""
     try:
         with torch.no_grad(), evaluating(module):
-            graph = trace_for_call(module, own_forward(module, _base_of(module)), args, kwargs, Depth(leaves=False)).graph
+            graph = trace_for_call(
+                module, own_forward(module, _base_of(module)), args, kwargs, Depth(leaves=False)
+            ).graph
     except SurgeryError:
         return False
     assert graph is not None

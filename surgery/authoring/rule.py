@@ -22,6 +22,7 @@ from surgery.authoring.live_site import LiveSite
 from surgery.authoring.routed_site import Member
 from surgery.authoring.site import Site
 from surgery.errors import RuleError
+from surgery.structures.structure import Structure
 
 __all__ = ["Combinable", "Mergeable", "Placement", "Routable", "Rule", "SlotRule", "Slottable", "Swappable"]
 
@@ -32,6 +33,17 @@ class Placement(Declaration):
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
         """Returns the sites of a matched module as (path, module). Default: the module itself."""
         return [(path, module)]
+
+    def structures(self) -> Sequence[Structure]:
+        """Returns the structures that the rule rewrites, for rules that are placed by what forwards do.
+
+        The plan searches the example call for them inside the matched modules. The rule's sites are then the lowest
+        modules whose forwards can hold the matches, and `site.find` sees the operations of the children in between.
+
+        Returns:
+            The structures. Default: none; the sites are the matched modules.
+        """
+        return ()
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
         """Returns problems of the rule over all its sites, such as a pattern that matches no site. Default: none."""

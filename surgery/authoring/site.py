@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 from surgery.authoring.declaration import Declaration
 from surgery.authoring.declared_tensors import DeclaredTensors, ParamSpec
 from surgery.authoring.example_facts import Example, ExampleFacts
-from surgery.authoring.forward_values import ForwardValues
+from surgery.authoring.match_replacement import MatchReplacement
 from surgery.complex_numbers import narrow
 from surgery.errors import SiteError, near_misses
 from surgery.forward.function_registries import takes_functions
@@ -28,8 +29,10 @@ from surgery.structures.structure import Structure
 
 __all__ = ["Site"]
 
+NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
-class Site(DeclaredTensors, ExampleFacts, ForwardValues):
+
+class Site(DeclaredTensors, ExampleFacts, MatchReplacement):
     """One module while a rule rewrites it: its inputs, outputs and parameters as values to compute with.
 
     >>> from torch import nn
@@ -62,12 +65,14 @@ class Site(DeclaredTensors, ExampleFacts, ForwardValues):
         owners: tuple[nn.Module, ...] = (),
         facts: dict[str, Any] | None = None,
         others: Callable[[], tuple[Declaration, ...]] = tuple,
+        claimed: Mapping[str, str] = NOTHING,
     ):
         super().__init__(module, path, adapter)
         self.label, self.own = label, own
         self._example, self._owners, self._others = example, owners, others
         self.facts: dict[str, Any] = {} if facts is None else facts
         self.inside = False  # whether the rule looks into the forward
+        self.claimed, self.claims, self.warnings = claimed, dict[str, str](), list[str]()
         self.missed: dict[Structure, str] = {}
         self._nodes: dict[str | int, fx.Node] = {}
         self._passages: list[Passage] = []

@@ -25,7 +25,7 @@ from surgery.tracing.example_call import Observation
 from surgery.tracing.traced_forward import known_forwards, trace_anew
 from surgery.transaction.neutral_context import ambient
 from surgery.transaction.object_contents import copied
-from surgery.weaving.variant_building import make_ready, depth_for
+from surgery.weaving.variant_building import depth_for, make_ready
 
 __all__ = ["Readiness", "trace_graphs", "prepare_sites"]
 

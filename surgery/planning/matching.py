@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -23,11 +23,12 @@ __all__ = ["Match", "matches", "verdict_of"]
 
 @dataclass(frozen=True)
 class Match:
-    """One module that a rule matches: its first matching path, and the module's other paths."""
+    """One module that a rule matches: its first matching path, the module's other paths, and facts for its site."""
 
     path: str
     module: nn.Module
     aliases: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ class Plan(Displayed, Report):
     seen: dict[tuple[type, int], Observation] = field(default_factory=dict)
     kinds: list[Readiness] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
+    whole_graphs: list[Any] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    claims: dict[int, dict[str, str]] = field(default_factory=dict)
     statistics: list[str] = field(default_factory=list)
     structure: list[Restructuring] = field(default_factory=list)
 

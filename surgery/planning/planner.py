@@ -22,6 +22,7 @@ from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, abbre
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
 from surgery.patterns.wrappers import submodule, unwrap
+from surgery.planning.absorbed_modules import absorbed_problems
 from surgery.planning.covered_sites import uncovered
 from surgery.planning.direct_reads import bypasses, fastpath_switch
 from surgery.planning.equivalent_sites import site_key
@@ -30,6 +31,7 @@ from surgery.planning.model_check import model_problems
 from surgery.planning.plan import Plan
 from surgery.planning.plan_examples import check_examples
 from surgery.planning.read_search import Bypass
+from surgery.planning.rewrite_placement import join_sites
 from surgery.planning.site_matches import match_sites, nothing_to_do
 from surgery.planning.structure_plan import plan_structure
 from surgery.planning.uncalled_modules import never_called
@@ -86,18 +88,32 @@ def _plan_sites(plan: Plan, rules: Sequence[Rule]) -> None:
         for rule, is_companion in with_companions(rules)
         if (targets := match_sites(plan, tree, rule, is_companion)) is not None
     ]
+    matched = _joined(tree, matched)
     own_sites = uncovered([(rule, targets) for rule, targets, _ in matched])
     for (rule, targets, is_companion), kept in zip(matched, own_sites, strict=True):
         if targets and not kept and not is_companion:
             plan.problems.append(_covered(rule, [match.path for match in targets]))
         else:
             _plan_rule(plan, rule, kept, reads, is_companion)
+    plan.problems += absorbed_problems(model, plan.steps)
     plan.problems += find_conflicts(plan.steps, excludable=_excludable(tree, rules))
     if plan.freezes or plan.frozen_by:
         plan.statistics += _moving_statistics(plan)
     plan.warnings = [*collapse_similar(plan.warnings), *unreached_sites(plan)]
     if plan.examples and not plan.problems:
         check_examples(plan)
+
+
+def _joined(tree: Tree, matched: list[_Matched]) -> list[_Matched]:
+    """Join the sites of rules that are placed by their structures."""
+    placed = [index for index, (rule, _, _) in enumerate(matched) if type(rule).structures is not Rule.structures]
+    for index, sites in zip(placed, join_sites(tree, [matched[index][1] for index in placed]), strict=True):
+        rule, _, is_companion = matched[index]
+        matched[index] = rule, sites, is_companion
+    return matched
+
+
+_Matched = tuple[Rule, list[Match], bool]  # a rule, its sites, and whether it is a companion
 
 
 def with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
@@ -145,8 +161,11 @@ def _plan_rule(plan: Plan, rule: Rule, targets: Sequence[Match], reads: _DirectR
     for match in targets:
         _plan_site(plan, rule, match, reads, is_companion, recordings)
     if targets and not is_companion and len(plan.passed) == len(targets):
-        plan.problems.append(nothing_to_do(rule, plan.passed))
+        plan.problems.append(nothing_to_do(rule, plan.passed, plan.reasons))
+    else:
+        plan.warnings += plan.reasons
     plan.passed.clear()
+    plan.reasons.clear()
 
 
 def _plan_site(
@@ -184,22 +203,24 @@ def _plan_site(
     if bypasses_here and not _check_bypasses(plan, rule, match, bypasses_here, is_companion):
         return
     _switch_fast_paths(plan, path, reads.fast_paths)
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = dict(match.facts)
     try:
         if recording is None:
             own = own_forward(module, base)
-            owners = plan.owners_of(path)
+            owners, claims = plan.owners_of(path), plan.claims.get(id(module), {})
             example = None if not plan.examples else lambda: plan.example_of(module)
-            recording = record_rewrite(rule, module, path, plan.adapter, own, example, owners, facts)
+            recording = record_rewrite(rule, module, path, plan.adapter, own, example, owners, facts, claims)
             if key is not None and not recording.inside and not facts:
                 recordings[key] = recording
     except SurgeryError as error:
         plan.problems.append(error)
         return
-    except SkippedSite:
+    except SkippedSite as skipped:
         plan.passed.append(path)
+        plan.reasons += skipped.reasons
         return
     plan.warnings += recording.warnings
+    plan.claims.setdefault(id(module), {}).update(recording.claims)
     plan.steps.append(
         PlannedRule(
             rule,

@@ -8,15 +8,25 @@ from torch import nn
 
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
-from surgery.errors import MatchError, SurgeryError
+from surgery.errors import MatchError, SurgeryError, collapse_similar
 from surgery.planning.matching import Match, Tree, matches, unmatched_targets
 from surgery.planning.plan import Plan
+from surgery.planning.rewrite_placement import place_rule
 
 __all__ = ["match_sites", "nothing_to_do"]
 
 
 def match_sites(plan: Plan, tree: Tree, rule: Rule, is_companion: bool) -> list[Match] | None:
     """The modules that a rule rewrites, each once: its matches, expanded. None if the rule's targets do not match."""
+    try:
+        with HookCall(rule, "structures", ""):
+            structures = rule.structures()
+    except SurgeryError as error:
+        plan.problems.append(error)
+        return None
+    if structures:
+        plan.warnings += unmatched_targets(tree, rule)
+        return place_rule(plan, tree, rule, structures)
     try:
         matched = matches(tree, rule)
         plan.warnings += [] if is_companion else unmatched_targets(tree, rule)
@@ -46,6 +56,10 @@ def _expand(rule: Rule, match: Match) -> list[tuple[str, nn.Module]]:
         return list(rule.expand(match.module, match.path))
 
 
-def nothing_to_do(rule: Rule, paths: Sequence[str]) -> MatchError:
+def nothing_to_do(rule: Rule, paths: Sequence[str], reasons: Sequence[str] = ()) -> MatchError:
     """Return the error for a rule whose matches hold nothing that it could rewrite."""
-    return MatchError(f"{rule.label} finds nothing to do in what it matches", where=", ".join(paths[:3]))
+    return MatchError(
+        f"{rule.label} finds nothing to do in what it matches",
+        where=", ".join(paths[:3]),
+        why="; ".join(collapse_similar(list(reasons))) or None,
+    )

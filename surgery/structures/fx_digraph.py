@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError, TraceError
+from surgery.forward.parameter_view import make_view
 from surgery.patterns.module_class import class_of
 from surgery.structures.op_aliases import LayerTensor, NodeName, arguments_in, canonicalise, flatten, is_node
 from surgery.tracing.call_writer import Calls
@@ -19,11 +20,12 @@ from surgery.tracing.example_call import arguments, outermost_calls
 from surgery.tracing.guards import check_call, check_parts, check_settings, require
 from surgery.tracing.trace import traced
 from surgery.tracing.verification import restore_state
+from surgery.transaction.object_contents import copied
 
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["as_digraph", "graph_of"]
+__all__ = ["as_digraph", "graph_of", "whole_graph"]
 
 
 def as_digraph(graph: fx.Graph | fx.GraphModule, module: nn.Module | None = None) -> networkx.DiGraph:
@@ -115,18 +117,29 @@ def graph_of(model: nn.Module, example_inputs: Any) -> networkx.DiGraph:
     return flat.graph
 
 
-class _Flat:
-    """Builds a flat graph from the graphs of modules."""
+def whole_graph(model: nn.Module, example_inputs: Any) -> networkx.DiGraph:
+    """As `graph_of`, through the own forwards of modules that have rules."""
+    import networkx
 
-    def __init__(self, graph: networkx.DiGraph):
-        self.graph = graph
+    args, kwargs = arguments(example_inputs)
+    flat = _Flat(networkx.DiGraph(), without_rules=True)
+    with torch.no_grad():
+        flat.add_module(model, copied(args), copied(kwargs))
+    return flat.graph
+
+
+class _Flat:
+    """Builds a flat graph from the graphs of modules. `without_rules`: also through forwards that rules rewrite."""
+
+    def __init__(self, graph: networkx.DiGraph, without_rules: bool = False):
+        self.graph, self.without_rules = graph, without_rules
         self.counts: dict[str, int] = {}
 
     def add_module(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> None:
         """Add a module with nodes for its inputs and its output."""
         calls: Calls = []
         try:
-            graph = traced(model, args, kwargs, calls, Depth(leaves=False)).graph
+            graph = traced(self.own(model), args, kwargs, calls, Depth(leaves=False)).graph
         except TraceError as error:
             name = NodeName(self.unique(path or class_of(model).__name__))
             self.graph.add_node(
@@ -196,7 +209,7 @@ class _Flat:
             return self.node(node, inner, child, values, child)
         calls: Calls = []
         try:
-            graph = traced(child, args, kwargs, calls, Depth(leaves=False)).graph
+            graph = traced(self.own(child), args, kwargs, calls, Depth(leaves=False)).graph
         except TraceError as error:
             name = self.node(node, inner, child, values, child)
             self.graph.nodes[name]["reason"] = _reason(error)
@@ -206,6 +219,15 @@ class _Flat:
         bound = signature.bind(None, *_replace_nodes(node.args, values), **_replace_nodes(dict(node.kwargs), values))
         bound.apply_defaults()
         return self.add_graph(child, inner, graph, calls, bound.arguments)
+
+    def own(self, module: nn.Module) -> nn.Module:
+        """Returns the module, or a view of it without its rules."""
+        base = getattr(module, "_surgery_base", None)
+        if not self.without_rules or base is None:
+            return module
+        view = make_view(module, base, {})
+        view.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != "adapters"}
+        return view
 
     def unique(self, name: str) -> str:
         self.counts[name] = count = self.counts.get(name, 0) + 1

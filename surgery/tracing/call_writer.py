@@ -16,8 +16,8 @@ from surgery.forward.function_registries import with_leaves
 from surgery.tracing.attribute_reads import Reader
 from surgery.tracing.depth import LAYERS, Depth
 from surgery.tracing.guards import context, in_region
-from surgery.tracing.provenance import Ledger
 from surgery.tracing.inlining import HOOKS, inlining_objection
+from surgery.tracing.provenance import Ledger
 from surgery.tracing.proxies import RecordedList, RecordedObject, call_object
 from surgery.transaction.object_contents import copied
 

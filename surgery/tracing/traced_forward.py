@@ -70,7 +70,9 @@ def known_forwards(module: nn.Module, own: OwnForward, kind: tuple, depth: Depth
     return _known.setdefault(own.base, {}).setdefault((_likeness(module), kind, depth), [])
 
 
-def trace_anew(module: nn.Module, own: OwnForward, arguments: tuple, kind: tuple, depth: Depth = LAYERS) -> TracedForward:
+def trace_anew(
+    module: nn.Module, own: OwnForward, arguments: tuple, kind: tuple, depth: Depth = LAYERS
+) -> TracedForward:
     """Trace a module's own forward for a call, also in the middle of another call."""
     patient = make_view(module, own.base, {})
     patient.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != "adapters"}

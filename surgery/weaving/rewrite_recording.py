@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from surgery.authoring.example_values import TapeSamples
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.missed_structure import suggest_target
 from surgery.authoring.rule import Rule
-from surgery.authoring.site import Site
+from surgery.authoring.site import NOTHING, Site
 from surgery.errors import SiteError, SurgeryError
 from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.own_forward import OwnForward
@@ -27,8 +27,9 @@ __all__ = ["SkippedSite", "Recording", "layer_of", "record_rewrite"]
 class Recording(NamedTuple):
     """The recording of a rewrite: its tape, the tensors that it declares, and the own forward that it was recorded in.
 
-    `inside`: whether it looks into the forward. `warnings`: sentences about operations of a match that the rewrite
-    drops without asking for them.
+    `inside`: whether it looks into the forward. `warnings`: sentences about matches that stay, and about operations of
+    a match that the rewrite drops without asking for them. `claims`: the operations that the rewrite replaces as parts
+    of matches, with the rule's label.
     """
 
     tape: Tape
@@ -36,10 +37,15 @@ class Recording(NamedTuple):
     own: OwnForward
     inside: bool
     warnings: tuple[str, ...] = ()
+    claims: Mapping[str, str] = {}
 
 
 class SkippedSite(Exception):
-    """Raised if a rule's targets match a site, but its rewrite returns NotImplemented."""
+    """Raised if a rule's targets match a site, but its rewrite returns NotImplemented. `reasons`: what it said."""
+
+    def __init__(self, reasons: Sequence[str] = ()):
+        super().__init__(*reasons)
+        self.reasons = tuple(reasons)
 
 
 def record_rewrite(
@@ -51,10 +57,12 @@ def record_rewrite(
     example: Example = None,
     owners: tuple[nn.Module, ...] = (),
     facts: dict[str, Any] | None = None,
+    claimed: Mapping[str, str] = NOTHING,
 ) -> Recording:
     """Record a rule's rewrite of a site. Raises `SkippedSite` if the rewrite returns NotImplemented.
 
-    `facts`: the rule's facts at the site from its first recording. New facts are added to the dict.
+    `facts`: the rule's facts at the site from its first recording. New facts are added to the dict. `claimed`: the
+    operations that earlier rules of the adapter replace.
     """
 
     def other_rules() -> tuple[Rule, ...]:
@@ -64,7 +72,7 @@ def record_rewrite(
         )
 
     def site() -> Site:
-        return Site(module, path, adapter, rule.label, own, example, owners, facts, other_rules)
+        return Site(module, path, adapter, rule.label, own, example, owners, facts, other_rules, claimed)
 
     first, by_mode = _run_rewrite(rule, site(), module.training)
     if not by_mode or first.inside:  # a rule that looks into the forward is recorded for each kind of call
@@ -77,7 +85,8 @@ def record_rewrite(
 
 
 def _recording(site: Site, tape: Tape, specs: Mapping[str, ParamSpec]) -> Recording:
-    return Recording(tape.intern(), tuple(specs.values()), site.own, site.inside, tuple(site.describe_dropped_ops()))
+    warnings = (*site.warnings, *site.describe_dropped_ops())
+    return Recording(tape.intern(), tuple(specs.values()), site.own, site.inside, warnings, site.claims)
 
 
 def _run_rewrite(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
@@ -99,7 +108,7 @@ def _run_rewrite(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
         raise _add_reason(error, site)  # noqa: B904  # the same error
     site.tape.samples = None  # the samples hold the site, and the site holds the example
     if output is NotImplemented:
-        raise SkippedSite
+        raise SkippedSite(site.warnings)
     if not site.tape.acts and not samples.by_mode:
         raise _no_edit_error(rule, site)
     return site, samples.by_mode

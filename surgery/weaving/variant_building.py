@@ -107,7 +107,7 @@ def build_variant(
     try:
         traced = traced or trace_anew(module, own, arguments, kind, depth_for(state.live()))
         own = replace(own, tapes=None, graph=traced.graph)
-        layers = [layer_at(applied, module, state, own) for applied in state.live()]
+        layers = layers_at(module, state, own)
     except SurgeryError as error:
         reasons = (error.why, _describe_difference(state, kind, list(own.signature.parameters)))
         error.why = "; ".join(filter(None, reasons))
@@ -148,15 +148,29 @@ def last_traced_forward(module: nn.Module, state: SiteState) -> OwnForward | Non
 def traced_layers(traced: TracedForward, module: nn.Module, state: SiteState) -> tuple[OwnForward, list[Layer]]:
     """Returns a site's own forward with this graph, and the live rules' edits in the graph."""
     own = replace(own_forward(module, state.base), tapes=None, graph=traced.graph)
-    return own, [layer_at(applied, module, state, own) for applied in state.live()]
+    return own, layers_at(module, state, own)
 
 
-def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: OwnForward) -> Layer:
-    """Returns a rule's edits in a forward. A rule that looks into the forward is recorded again in its graph."""
+def layers_at(module: nn.Module, state: SiteState, own: OwnForward) -> list[Layer]:
+    """Returns the live rules' edits in a forward. Rules of one adapter do not replace the same operations."""
+    claims: dict[str, dict[str, str]] = {}
+    return [layer_at(applied, module, state, own, claims.setdefault(applied.adapter, {})) for applied in state.live()]
+
+
+def layer_at(
+    applied: Applied, module: nn.Module, state: SiteState, own: OwnForward, claims: dict[str, str] | None = None
+) -> Layer:
+    """Returns a rule's edits in a forward. A rule that looks into the forward is recorded again in its graph.
+
+    `claims`: the operations that earlier rules of the adapter replace; those of this rule are added.
+    """
+    claims = {} if claims is None else claims
     if not applied.inside or own.graph is None:
         return layer_of(applied, module, state.path, own)
     try:
-        recording = record_rewrite(applied.rule, module, state.path, applied.adapter, own, facts=applied.facts)
+        recording = record_rewrite(
+            applied.rule, module, state.path, applied.adapter, own, facts=applied.facts, claimed=claims
+        )
     except SkippedSite:
         recording = None
     if recording is None or {spec.name for spec in recording.specs} != set(applied.tensors):
@@ -166,6 +180,7 @@ def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: OwnForw
             why="the forward does something else in calls of this kind",
             fix="call the model as in the example, or exclude this module",
         )
+    claims |= recording.claims
     for text in recording.warnings:
         warnings.warn(text, SurgeryWarning, stacklevel=2)
     return Layer(applied.adapter, applied.rule.label, recording.tape, applied.weight)
