@@ -144,7 +144,8 @@ class RewriteRule(Rule):
             if self.training == "eval" and site.training:
                 continue
             if (why := site.lost_passage(match.found)) is not None:
-                site.warn(f"leaves a match as it is{' in training' if site.training else ''}: {why}")
+                mode = " in training" if site.training else ""
+                site.warn(f"leaves a match as it is{mode}: {why} (training='eval' says so without a warning)")
                 continue
             site.replace_match(match.found, new)
             edited = True

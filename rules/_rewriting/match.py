@@ -57,6 +57,15 @@ class RewriteMatch(Mapping[str, Any]):
         shared = {self.site.node_of(value) for value in self.found.shared}
         return {*self.nodes} - self.results - shared
 
+    @property
+    def dropout(self) -> float:
+        """The probability of a dropout between the operations; 0 if none is active in the present mode.
+
+        A replacement that reads it says that it drops as the forward did. If it does not, the match is left as it is
+        in training.
+        """
+        return self.site.dropout_in(self.found)
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of a tensor in the example; None for another value, or if it is unknown."""
         return self._example(name)[0]

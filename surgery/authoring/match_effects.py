@@ -10,7 +10,7 @@ from torch import fx, nn
 from surgery.forward.side_effects import writes
 from surgery.structures.op_aliases import arguments_in, canonicalise
 
-__all__ = ["active_passages", "write_objection"]
+__all__ = ["active_passages", "dropout_probability", "write_objection"]
 
 
 def write_objection(nodes: Collection[fx.Node], shared: Collection[fx.Node]) -> str | None:
@@ -43,9 +43,17 @@ def active_passages(nodes: Collection[fx.Node], module: nn.Module, training: boo
             yield kind, node
 
 
+def dropout_probability(node: fx.Node, module: nn.Module) -> Any:
+    """Returns the probability of a node that is a dropout."""
+    if node.op == "call_module":
+        return getattr(module.get_submodule(str(node.target)), "p", 0.5)
+    args = _arguments(node)
+    return args[1] if len(args) > 1 else node.kwargs.get("p", 0.5)
+
+
 def _drops(node: fx.Node, child: nn.Module | None, training: bool) -> bool:
     if child is not None:
-        return getattr(child, "p", 0.5) != 0 and (training or child.training)
+        return bool(getattr(child, "p", 0.5)) and (training or child.training)
     args = _arguments(node)
     chance = args[1] if len(args) > 1 else node.kwargs.get("p", 0.5)
     return chance != 0 and (args[2] if len(args) > 2 else node.kwargs.get("training", True)) is not False

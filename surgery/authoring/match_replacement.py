@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from surgery.authoring.forward_values import ForwardValues
-from surgery.authoring.match_effects import active_passages, write_objection
+from surgery.authoring.match_effects import active_passages, dropout_probability, write_objection
 from surgery.authoring.site_facts import TOLD, UNCALLED
 from surgery.errors import SiteError
 from surgery.structures.structure import Occurrence
@@ -68,6 +68,18 @@ class MatchReplacement(ForwardValues):
                 for kind, node in active_passages(passage.nodes, self.module, bool(self.training)):
                     return f"the replacement leaves out {node}, a {kind} inside of the match"
         return None
+
+    def dropout_in(self, match: Occurrence) -> float:
+        """Returns the probability of the dropout between the operations of a match; 0 if none is active in this mode.
+
+        Raises:
+            SiteError: There are several.
+        """
+        passed = self._nodes_of(match.passed)
+        active = [node for kind, node in active_passages(passed, self.module, bool(self.training)) if kind == "dropout"]
+        if len(active) > 1:
+            raise SiteError(f"a match of {self.label} has {len(active)} dropouts: {active}", where=self.path)
+        return dropout_probability(active[0], self.module) if active else 0.0
 
     def replace_match(self, match: Occurrence, new: Sequence[Any]) -> None:
         """Replace the results of a match of `find`.

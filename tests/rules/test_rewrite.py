@@ -63,7 +63,7 @@ def test_attentions_of_a_registry(make: Any) -> None:
     model, example = make()
     model.eval().set_attn_implementation("eager")
     before = model(**example)[0]
-    apply_rules(model, RewriteRule(pattern=masked, replacement=masked_fused), example_inputs=example)
+    apply_rules(model, RewriteRule(pattern=masked, replacement=masked_fused, training="eval"), example_inputs=example)
     assert torch.allclose(model(**example)[0], before, atol=1e-6) and not torch.equal(model(**example)[0], before)
     remove(model)
     assert torch.equal(model(**example)[0], before)
