@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.forward.parameter_view import find_tensor
-
-if TYPE_CHECKING:
-    from surgery.authoring.forward_values import ForwardValues
+from surgery.forward.tape import Tape
 
 __all__ = ["MatchedModule"]
+
+
+class Matching(Protocol):
+    """The part of a `Site` that a `MatchedModule` uses."""
+
+    module: nn.Module
+    tape: Tape
+
+    def tensor(self, name: str) -> Tensor: ...
 
 
 class MatchedModule:
@@ -48,7 +55,7 @@ class MatchedModule:
     path: str
     module: nn.Module
 
-    def __init__(self, site: ForwardValues, path: str):
+    def __init__(self, site: Matching, path: str):
         self.__dict__.update(_site=site, path=path, module=site.module.get_submodule(path))
 
     def __getattr__(self, name: str) -> Any:
