@@ -53,10 +53,10 @@ def dropout_probability(node: fx.Node, module: nn.Module) -> Any:
 
 def _drops(node: fx.Node, child: nn.Module | None, training: bool) -> bool:
     if child is not None:
-        return bool(getattr(child, "p", 0.5)) and (training or child.training)
+        return bool(getattr(child, "p", 0.5)) and bool(training or child.training)
     args = _arguments(node)
     chance = args[1] if len(args) > 1 else node.kwargs.get("p", 0.5)
-    return chance != 0 and (args[2] if len(args) > 2 else node.kwargs.get("training", True)) is not False
+    return bool(chance != 0 and (args[2] if len(args) > 2 else node.kwargs.get("training", True)) is not False)
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:

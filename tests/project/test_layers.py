@@ -65,7 +65,7 @@ ORDER: dict[str, int] = {
             ),
             *("peft", "onnx.runtime", "onnx.conversion", "onnx.calls", "onnx.graph", "onnx.checking", "onnx.export"),
             *("rules._shared", "rules._linear", "rules._virtual_tokens", "rules._attention", "rules.slots"),
-            *("rules._low_rank", "rules._rewriting", "rules", "rules.peft", "commands", "__main__"),
+            *("rules._low_rank", "rules._rewriting", "rules", "rules.rewrites", "rules.peft", "commands", "__main__"),
         )
     )
 }
