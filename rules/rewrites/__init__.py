@@ -19,6 +19,20 @@ fields of `RewriteRule`.
 
 from surgery.rules.rewrites.activations import fuse_gelu, fuse_silu
 from surgery.rules.rewrites.attention import fuse_attention
+from surgery.rules.rewrites.folding import FoldNormRule, fold_batch_norm
+from surgery.rules.rewrites.linears import JoinLinearsRule, join_linears
+from surgery.rules.rewrites.quantise import Int8Linear, QuantiseRule
 from surgery.rules.rewrites.rms_norm import fuse_rms_norm
 
-__all__ = ["fuse_attention", "fuse_gelu", "fuse_rms_norm", "fuse_silu"]
+__all__ = [
+    "FoldNormRule",
+    "Int8Linear",
+    "JoinLinearsRule",
+    "QuantiseRule",
+    "fold_batch_norm",
+    "fuse_attention",
+    "fuse_gelu",
+    "fuse_rms_norm",
+    "fuse_silu",
+    "join_linears",
+]

@@ -105,7 +105,8 @@ assert sorted(names) == sorted(set(names)), names
 from surgery import rules
 assert made == rules.LoraRule("query", rank=4)
 found = {entry.load() for entry in entry_points(group="surgery.rules") if not entry.name.endswith("-slot")}
-assert found == {getattr(rules, name) for name in rules.__all__ if name.endswith('Rule')}
+from surgery.rules import rewrites
+assert found == {getattr(part, name) for part in (rules, rewrites) for name in part.__all__ if name.endswith('Rule')}
 assert all(entry.load().name == entry.name for entry in entry_points(group="surgery.rules"))
 """
     run(python, "-I", "-c", code, folder=tmp_path)
