@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
+from surgery.state.layer_fingerprint import layer_differences, layer_numbers
 from surgery.state.records import site_state
 from surgery.transaction.gradient_flags import is_lazy
 
@@ -20,7 +21,7 @@ _TOLERANCE = 2.0**-7  # two roundings to bfloat16; fine-tuning changes some of 2
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Returns sixteen numbers of each of sixteen parameters, spread over the model.
+    """Returns sixteen numbers of each of sixteen parameters, spread over the model, and two numbers of each layer.
 
     Parameters that an adapter changed at its start, by merging, or replaced (such as a new head) are left out, and so
     are packed, sharded and meta parameters.
@@ -33,6 +34,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return {
         "class": class_of(model).__name__,
         "numbers": {name: {"shape": list(tensor.shape), "values": _numbers(tensor)} for name, tensor in chosen},
+        "layers": layer_numbers(model, matrices, _numbers),
     }
 
 
@@ -58,12 +60,20 @@ def differences(model: nn.Module, expected: Any, ignored: Collection[Tensor] = (
             problems.append(f"{name} is {tuple(own_tensors[name].shape)} here and was {stored.get('shape')}")
         elif isinstance(values, list) and not all(map(_is_near, values, present)):
             problems.append(f"{name} has other values")
+
+    def present_numbers(names: list[str]) -> dict[str, list[float]]:
+        tensors = dict(_comparable(model, names))
+        return {
+            name: _numbers(tensors[name], 2)
+            for name in names
+            if name in tensors and not any(tensors[name] is tensor for tensor in ignored)
+        }
+
+    texts = layer_differences(model, expected.get("layers"), present_numbers, _is_near)
     if problems:
         compared = len([name for name in numbers if name in own_tensors])
-        return [
-            f"it was made on another base: {len(problems)} of {compared} weights differ ({'; '.join(problems[:3])})"
-        ]
-    return []
+        texts.append(f"{len(problems)} of {compared} weights differ ({'; '.join(problems[:3])})")
+    return [f"it was made on another base: {'; '.join(texts)}"] if texts else []
 
 
 def _comparable(model: nn.Module, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -111,9 +121,9 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({i * (count - 1) // max(1, most - 1) for i in range(most)}) if count else []
 
 
-def _numbers(tensor: Tensor) -> list[float]:
+def _numbers(tensor: Tensor, most: int = NUMBERS) -> list[float]:
     flat = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).reshape(-1)
-    positions = torch.tensor(_spread(flat.numel(), NUMBERS), device=flat.device)
+    positions = torch.tensor(_spread(flat.numel(), most), device=flat.device)
     return [float(f"{number:.6g}") for number in flat[positions].double().tolist()]
 
 

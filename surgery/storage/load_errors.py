@@ -25,7 +25,9 @@ def mismatch_errors(report: LoadReport, source: Any, verb: str, same_base: bool)
         if text in report.base:
             if same_base:
                 what, _, why = text.partition(": ")
-                fix = f"load it on the base that it was trained on; {verb}(…, same_base=False) makes this a warning"
+                first = ", with the same structural rules applied first" if " layers here and had " in why else ""
+                fix = f"load it on the base that it was trained on{first}; "
+                fix += f"{verb}(…, same_base=False) makes this a warning"
                 yield SurgeryError(what, where=where, why=why, fix=fix)
         elif text.endswith("holds NaN or infinity"):
             why = "the training diverged, or the file was damaged"

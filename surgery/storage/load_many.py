@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from surgery.adapter_files.entry import names_in
+from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
 from surgery.lifecycle.activation import activate, deactivate
 from surgery.lifecycle.switching import weights_now
@@ -16,6 +17,7 @@ from surgery.patterns.wrappers import unwrap
 from surgery.state.records import model_state
 from surgery.storage.load import load_adapter
 from surgery.storage.load_report import LoadReport
+from surgery.storage.stored_adapter import stored_adapter
 from surgery.transaction.neutral_context import verb
 
 __all__ = ["load_adapters"]
@@ -40,7 +42,7 @@ def load_adapters(
     >>> active(model)
     ('news',)
 
-    Files in the folder itself are the adapter "default".
+    Files in the folder itself are the adapter "default". Adapters with structural rules are loaded first.
 
     Args:
         model: the model.
@@ -72,7 +74,7 @@ def load_adapters(
         why = near_misses(unknown[0], known) or f"there are {', '.join(known)}"
         raise SurgeryError(f"live={unknown[0]!r} is not an adapter on the model or in the folder", why=why)
     reports, problems = dict[str, LoadReport](), list[SurgeryError]()
-    for name, inner in folders.items():
+    for name, inner in _structural_first(model, folders).items():
         if wanted is not None and (reports or before):
             deactivate(model)
         try:
@@ -84,3 +86,16 @@ def load_adapters(
     if wanted is not None:
         activate(model, wanted)
     return reports
+
+
+def _structural_first(model: nn.Module, folders: Mapping[str, Path]) -> dict[str, Path]:
+    """The folders of adapters with structural rules, and then the others, which may need the structure."""
+    first: list[str] = []
+    for name, inner in folders.items():
+        try:
+            stored = stored_adapter(model, inner, None, None)
+        except LoadError:  # `load_adapter` raises it again
+            continue
+        if any(isinstance(rule, StructureRule) for rule in stored.rules):
+            first.append(name)
+    return {name: folders[name] for name in (*first, *(name for name in folders if name not in first))}

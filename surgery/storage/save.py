@@ -98,6 +98,7 @@ def save_adapter(
     for rule in state.adapters[adapter]:
         check_named(type(rule))
     all_sites = list(sites(model))
+    _check_structure(state, adapter)
     check_targets(model, state, all_sites, adapter)
     if state_dict is None and any(map(without_values, state.places[adapter].boxes)):
         why = "its tensors came from the meta device by to_empty"
@@ -129,6 +130,18 @@ def save_adapter(
     }
     tensors = _whole(adapter_state_dict(model, adapter, state_dict))
     return _write_files(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone, progress)
+
+
+def _check_structure(state: ModelState, adapter: str) -> None:
+    """Raises `SurgeryError` if other adapters changed the structure after this one did: loading would not do so."""
+    own = [index for index, record in enumerate(state.structure) if record.adapter == adapter]
+    later = [record for record in state.structure[own[0] :] if record.adapter != adapter] if own else []
+    if later:
+        raise SurgeryError(
+            f"the adapter {adapter!r} can't be saved alone",
+            why=f"{later[0].rule.label} [{later[0].adapter}] changed the structure after it, and its tensors' names",
+            fix="save_surgery(model, folder) writes all adapters in their order",
+        )
 
 
 def _warn_of_statistics(model: nn.Module, state: ModelState, adapter: str) -> None:
