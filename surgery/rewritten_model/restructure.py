@@ -113,9 +113,9 @@ def _standings_of(modules: list[nn.Module]) -> list[object]:
 
 
 @contextmanager
-def structure_undone(state: ModelState) -> Iterator[None]:
-    """Inside the block, the tables of the model are those of the base; records of sites do not follow."""
-    edits = [edit for record in state.structure for edit in record.edits]
+def structure_undone(records: Sequence[Restructuring]) -> Iterator[None]:
+    """Inside the block, these structural rules, the model's last ones, are undone. Records of sites do not follow."""
+    edits = [edit for record in records for edit in record.edits]
     try:
         for edit in reversed(edits):
             edit.undo()
@@ -141,6 +141,7 @@ def moved_along(
         change()
         return renew_output_hooks(root, present, journal)
     keep_model(journal, root, state)
+    state.moved = bool(state.adapters)
     old_sites = {id(module) for _, module, _ in sites(root)}
     flags = {id(parameter): state.flags[name] for name, parameter in base_parameters(root) if name in state.flags}
     flags |= {id(parameter): flag for parameter, flag in record.flags}
@@ -205,6 +206,8 @@ def _move_flags(
         for _, parameter in present:
             if id(parameter) not in old and id(parameter) in flags:
                 set_flag(parameter, flags[id(parameter)], journal)
+        if state.flags:  # `remove` has yet to restore them
+            state.flags = {name: flags[id(parameter)] for name, parameter in present if id(parameter) in flags}
         return
     state.flags = {name: flags.get(id(parameter), parameter.requires_grad) for name, parameter in present}
     trained = {id(tensor.whole) for made in state.structure for tensor in made.tensors if tensor.trainable}

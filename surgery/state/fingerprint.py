@@ -69,10 +69,11 @@ def differences(model: nn.Module, expected: Any, ignored: Collection[Tensor] = (
             if name in tensors and not any(tensors[name] is tensor for tensor in ignored)
         }
 
-    texts = layer_differences(model, expected.get("layers"), present_numbers, _is_near)
+    texts, others = layer_differences(model, expected.get("layers"), present_numbers, _is_near)
     if problems:
         compared = len([name for name in numbers if name in own_tensors])
-        texts.append(f"{len(problems)} of {compared} weights differ ({'; '.join(problems[:3])})")
+        others = [f"{len(problems)} of {compared} weights differ ({'; '.join(problems[:3])})"]
+    texts += others
     return [f"it was made on another base: {'; '.join(texts)}"] if texts else []
 
 

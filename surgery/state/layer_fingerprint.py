@@ -46,8 +46,8 @@ def layer_numbers(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], numbe
 
 def layer_differences(
     model: nn.Module, expected: Any, tensors: Callable[[list[str]], Mapping[str, list[float]]], near: Any
-) -> list[str]:
-    """Returns how the lists of layers differ from those of a fingerprint.
+) -> tuple[list[str], list[str]]:
+    """Returns which lists of layers have another length than in a fingerprint, and which have other layers.
 
     Args:
         model: the model.
@@ -55,14 +55,14 @@ def layer_differences(
         tensors: returns two numbers of each tensor with these names, as far as they can be compared.
         near: whether two numbers agree.
     """
-    lists, texts = dict(_lists(model)), list[str]()
+    lists, lengths, others = dict(_lists(model)), list[str](), list[str]()
     for path, stored in expected.items() if isinstance(expected, Mapping) else ():
         layers = lists.get(path)
         if layers is None or not isinstance(stored, Mapping):
             continue
         where, count = path or "the model", stored.get("count")
         if type(count) is int and count != len(layers):
-            texts.append(f"{where} has {len(layers)} layers here and had {count}")
+            lengths.append(f"{where} has {len(layers)} layers here and had {count}")
             continue
         names = _names(path, list(layers), stored.get("numbers"))
         present = tensors(list(names))
@@ -72,8 +72,8 @@ def layer_differences(
             if name in present and not all(map(near, values, present[name]))
         ]
         if other:
-            texts.append(f"other layers are at {', '.join(other[:3])}{', …' if len(other) > 3 else ''} of {where}")
-    return texts
+            others.append(f"other layers are at {', '.join(other[:3])}{', …' if len(other) > 3 else ''} of {where}")
+    return lengths, others
 
 
 def _names(path: str, layers: list[str], numbers: Any) -> dict[str, tuple[str, list[Any]]]:

@@ -190,7 +190,7 @@ class ModelState:
     identities. `links`: the edges from the model to its sites (None: unknown); `unlinked`: sites that were added since.
     `untied`: the ties of a transformers model before a merge. `peft_fields`: fields of PEFT's configuration of a loaded
     adapter that no rule has, such as the task, for the next save. `structure`: the structural rules, in the order of
-    application.
+    application. `moved`: the structure changed while adapters were on the model, so rules may match other modules now.
     """
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -208,6 +208,7 @@ class ModelState:
     unlinked: list[nn.Module] = field(default_factory=list, compare=False, repr=False)
     untied: Untied = field(default_factory=Untied)
     structure: list[Restructuring] = field(default_factory=list)
+    moved: bool = False
 
     def __new__(cls, *_: Any, **__: Any) -> ModelState:  # copying and unpickling come here, too
         record = super().__new__(cls)
@@ -226,6 +227,7 @@ class ModelState:
                 "untied": Untied(),
                 "peft_fields": {},
                 "structure": [],
+                "moved": False,
                 **state,
             }
         )

@@ -26,10 +26,9 @@ from surgery.patterns.wrappers import unwrap
 from surgery.planning.plan import Plan
 from surgery.planning.planner import make_plan
 from surgery.progress import Progress
-from surgery.rewritten_model.restructure import make_edits
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.fingerprint import differences
-from surgery.state.records import model_state, require_state
+from surgery.state.records import require_state
 from surgery.storage.load_errors import completed, mismatch_errors
 from surgery.storage.load_report import LoadReport
 from surgery.storage.matched_tensors import distrusted_rule_error, locate_structure, locate_tensors
@@ -37,7 +36,6 @@ from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, resized, sizes_wanted
 from surgery.transaction.neutral_context import verb
-from surgery.transaction.undo_log import Trial
 
 __all__ = ["load_adapter"]
 
@@ -144,7 +142,7 @@ def load_adapter(
             with resized(model, *sizes):
                 return load_adapter(model, source, adapter, subfolder=subfolder, revision=revision, **options)
         problems.append(other_vocabulary(model, sizes))
-    report.base = _base_differences(model, stored, plan)
+    report.base = differences(model, stored.base, _restored(plan))
     if strict:
         without = "load_adapter(…, strict=False) loads the adapter without this setting, so it computes something else"
         problems += completed(stored.unheld, source, without)
@@ -177,16 +175,6 @@ def _passed_over(report: LoadReport) -> Iterator[str]:
     """Returns a warning for each kind of tensor of another size."""
     for line in report.passed_over():
         yield f"{line}; it is ignored because of ignore_mismatched_sizes=True"
-
-
-def _base_differences(model: nn.Module, stored: Stored, plan: Plan | None) -> list[str]:
-    """Returns how the base differs from the one of the file. Both have the structure of the adapter's own rules."""
-    if plan is None or plan.problems or not plan.structure:
-        return differences(model, stored.base, _restored(plan))
-    with Trial() as journal:
-        for record in plan.structure:
-            make_edits(model, model_state(model), record, journal)
-        return differences(model, stored.base, _restored(plan))
 
 
 def _restored(plan: Plan | None) -> list[Tensor]:

@@ -106,8 +106,8 @@ def save_adapter(
     if Path(folder).exists() and not Path(folder).is_dir():
         raise SurgeryError(f"{folder} is not a folder", fix="an adapter is saved into a folder of its own")
     _warn_of_statistics(model, state, adapter)
-    with structure_undone(state):
-        base = fingerprint(model)
+    with structure_undone([record for record in state.structure if record.adapter == adapter]):
+        base = fingerprint(model)  # of the model on which the adapter can be loaded
     extra = {"base": base, "licence": licence, "metadata": _data(metadata)}
     alone = state_dict is not None
     if format != "surgery":

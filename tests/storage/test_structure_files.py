@@ -97,9 +97,9 @@ def test_the_last_layer_dropped_is_said_by_numbers(tmp_path: Path) -> None:
     save_adapter(model, tmp_path, "a")
     with pytest.raises(LoadError, match="model.layers has 4 layers here and had 3"):
         load_adapter(llama(), tmp_path, strict=True)
-    other = llama()
-    with pytest.warns(SurgeryWarning, match="4 layers here and had 3"), pytest.raises(LoadError):
-        load_adapter(other, tmp_path, same_base=False)  # a fourth layer lacks tensors
+    with pytest.warns(SurgeryWarning) as warned:
+        load_adapter(llama(), tmp_path, strict=False)
+    assert "4 layers here and had 3" in " ".join(str(warning.message) for warning in warned)
     whole = apply_rules(llama(), lora(), adapter="a")
     save_adapter(whole, tmp_path / "whole", "a")
     cut = apply_rules(llama(), DropRule("model.layers.3"))
