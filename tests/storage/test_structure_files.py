@@ -110,10 +110,10 @@ def test_the_last_layer_dropped_is_said_by_numbers(tmp_path: Path) -> None:
 def test_two_layers_exchanged_between_those_that_are_compared(tmp_path: Path) -> None:
     """Sixteen weights of many are compared; two numbers of each layer tell layers apart."""
     order = [*range(24)]
-    order[10], order[11] = 11, 10
+    order[8], order[10] = 10, 8  # no weight of these layers is among the sixteen
     model = apply_rules(llama(24), lora(), adapter="a")
     save_adapter(model, tmp_path, "a")
-    with pytest.raises(LoadError, match="other layers are at 10, 11 of model.layers"):
+    with pytest.raises(LoadError, match="other layers are at 8, 10 of model.layers"):
         load_adapter(apply_rules(llama(24), ReorderRule("model.layers", order=order)), tmp_path, "a")
 
 
