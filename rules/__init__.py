@@ -47,6 +47,7 @@ from surgery.rules.steer import SteerRule
 from surgery.rules.tokens import BaseRowsRule, TokensRule
 from surgery.rules.train import TrainRule
 from surgery.rules.vera import VeraRule
+from surgery.rules.vocabulary import ResizeVocabRule
 from surgery.short_help import list_names, shorten_help
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "ReplaceRule",
     "RewriteMatch",
     "RewritePattern",
+    "ResizeVocabRule",
     "RewriteRule",
     "RoadRule",
     "ShiraRule",

@@ -53,6 +53,10 @@ class StructureRule(Rule):
         """
         raise NotImplementedError(f"{type(self).__name__} has no restructure")
 
+    def in_files(self) -> Rule:
+        """Return the rule as files have it: without tensors in fields, because files have their values. Default: it."""
+        return self
+
     def rewrite(self, site: Any) -> None:
         """A structural rule does not edit forwards."""
         return None

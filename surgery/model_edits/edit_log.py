@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,10 +29,17 @@ class EditLog:
         steps: for a plan's table: (path, class name, what changes there).
         warnings: texts that `apply_rules` warns with.
         tensors: what files of the adapter hold; `store` adds to it.
+        before_resizing: raises an error if adapters on a module can't follow to another number of rows.
         unplain: why no plain class can hold the edited model, as texts; empty if one can.
     """
 
-    def __init__(self, model: nn.Module, journal: Journal, shared: Iterable[Any] = ()):
+    def __init__(
+        self,
+        model: nn.Module,
+        journal: Journal,
+        shared: Iterable[Any] = (),
+        before_resizing: Callable[[nn.Module, int], None] = lambda module, size: None,
+    ):
         self.model = model
         self.edits: list[TableEdit] = []
         self.copies: list[tuple[nn.Module, nn.Module]] = []
@@ -40,6 +47,7 @@ class EditLog:
         self.warnings: list[str] = []
         self.unplain: list[str] = []
         self.tensors: list[StructureTensor] = []
+        self.before_resizing = before_resizing
         self._journal = journal
         self._shared = tuple(shared)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from surgery.errors import SiteError
 from surgery.model_edits.edit_log import EditLog
 from surgery.model_edits.head_exchange import exchange_head
 from surgery.model_edits.layer_order import is_layer_list, reorder_layers
+from surgery.model_edits.vocabulary import resize_vocabulary
 from surgery.patterns.wrappers import submodule
 
 __all__ = ["ModelEdits"]
@@ -92,3 +95,27 @@ class ModelEdits(EditLog):
             SiteError: there is no head, or a path does not lead to a Linear.
         """
         exchange_head(self, paths, labels, trainable=trainable)
+
+    def resize_vocabulary(
+        self,
+        paths: Sequence[str],
+        tokens: int | None,
+        *,
+        multiple: int | None = None,
+        start: str | Tensor | Mapping[str, Tensor] = "mean",
+        sources: Sequence[int | Sequence[int]] = (),
+    ) -> None:
+        """Change the number of tokens, as if the model had been built so. Adapters on the resized modules follow.
+
+        Args:
+            paths: the paths of the embedding and of an untied head; empty: the model's own, with all that depends on
+                the size of the vocabulary.
+            tokens: the new number; None: the present one.
+            multiple: the number is rounded up to a multiple of this. Default None.
+            start: "mean", "zeros", "normal" or "copy"; or a tensor of new rows, or such by path. Default "mean".
+            sources: for "copy", for each new row the rows whose mean it starts as.
+
+        Raises:
+            SiteError: the configuration uses a token that would go, or the rows do not fit.
+        """
+        resize_vocabulary(self, paths, tokens, multiple=multiple, start=start, sources=sources)

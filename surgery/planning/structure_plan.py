@@ -11,6 +11,7 @@ from surgery.model_edits.model_edits import ModelEdits
 from surgery.planning.matching import Match, Tree
 from surgery.planning.plan import Plan
 from surgery.planning.site_matches import match_sites
+from surgery.rewritten_model.resized_embeddings import check_resizable
 from surgery.rewritten_model.restructure import moved_along
 from surgery.state.records import model_state
 from surgery.state.restructuring import Restructuring
@@ -46,7 +47,7 @@ def _edited(plan: Plan, rule: StructureRule, matched: Sequence[Match], journal: 
     state, record = model_state(plan.model), Restructuring(plan.adapter, rule)
     statuses = list(state.standing.values()) if state is not None else []
     rules = [rule for rules in state.adapters.values() for rule in rules] if state is not None else []
-    edits = ModelEdits(plan.model, journal, (*statuses, *rules))
+    edits = ModelEdits(plan.model, journal, (*statuses, *rules), check_resizable)
 
     def change() -> None:
         with HookCall(rule, "restructure", ", ".join(match.path for match in matched[:3])):

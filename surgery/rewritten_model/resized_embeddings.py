@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ from surgery.rewritten_model.moved_sites import move_record
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_tensors import box_of, tensors_of
 from surgery.state.in_use import check_free
+from surgery.state.record_undo import keep_site
 from surgery.state.records import Applied, SiteState, model_state, site_state
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.rewrite_recording import record_rewrite
 from surgery.weaving.site_class import install_live
 
-__all__ = ["follow_resizing", "leave_resizing"]
+__all__ = ["check_resizable", "follow_resizing", "grow_site", "leave_resizing"]
 
 _NAME = "resize_token_embeddings"
 _KINDS = ("get_input_embeddings", "get_output_embeddings")
@@ -131,7 +132,14 @@ def _adapters(module: nn.Module) -> Iterator[nn.Parameter]:
 # Growing ------------------------------------------------------------------------------------------------------
 
 
-def _grow(module: nn.Module) -> None:
+def grow_site(module: nn.Module, journal: Journal) -> None:
+    """Resize the adapters of a module whose rows were added or taken away."""
+    keep_site(journal, module)
+    _grow(module, journal)
+    install_live(module, journal)
+
+
+def _grow(module: nn.Module, journal: Journal | None = None) -> None:
     """Record a site's rules again on the resized module, and resize their tensors.
 
     Trained values stay; new entries get the rules' initial values.
@@ -148,7 +156,12 @@ def _grow(module: nn.Module) -> None:
             tensor, new = old[spec.name], initial[spec.name].to(old[spec.name].dtype)
             region = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, new.shape, strict=True))
             new[region] = tensor.detach()[region]
+            if journal is not None:
+                journal.undo(_set_tensor, tensor, tensor.data, tensor.grad)
+                tensor.grad = None  # before the data: a gradient has the tensor's shape
             tensor.data, tensor.grad = new, None
+        if journal is not None:
+            journal.keep(applied.__dict__)
         applied.layer = Layer(applied.adapter, applied.rule.label, recording.tape)
 
 
@@ -167,14 +180,52 @@ def _initial_tensors(
     return tensors
 
 
+def _set_tensor(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    tensor.grad = None
+    tensor.data = data
+    tensor.grad = grad
+
+
 # Trying -------------------------------------------------------------------------------------------------------
 
 
-def _try(module: nn.Module, size: int) -> None:
+def check_resizable(module: nn.Module, size: int, leaving: Collection[str] = (), later: Collection[str] = ()) -> None:
+    """Raise `SurgeryError` if adapters on a module can't follow to another number of rows.
+
+    `leaving`: adapters that are removed before. `later`: adapters whose entries must all stay.
+    """
+    site = site_state(module)
+    if site is None or not [applied for applied in site.applied if applied.adapter not in leaving]:
+        return
+    _try(module, size, leaving)
+    for applied in site.applied if later else ():
+        if applied.adapter not in later:
+            continue
+        resized = _resized(module, size)
+        _take_out(resized, [other.adapter for other in site.applied if other is not applied])
+        before = {name: tensor.shape for name, tensor in tensors_of(resized, applied.adapter).items()}
+        _grow(resized)
+        if any(tensor.shape != before[name] for name, tensor in tensors_of(resized, applied.adapter).items()):
+            raise SurgeryError(
+                "the vocabulary can't be resized back",
+                where=site.path,
+                why=f"the adapter {applied.adapter!r} has entries for tokens that would go",
+                fix=f"save and remove {applied.adapter!r} first",
+            )
+
+
+def _take_out(module: nn.Module, adapters: Collection[str]) -> None:
+    site = site_state(module)
+    if site is not None:
+        site.applied = [applied for applied in site.applied if applied.adapter not in adapters]
+
+
+def _try(module: nn.Module, size: int, leaving: Collection[str] = ()) -> None:
     """Raise `SurgeryError` if a rule can't be resized to another number of tokens."""
     site = site_state(module)
     assert site is not None
-    for applied in site.applied:
+    staying = [applied for applied in site.applied if applied.adapter not in leaving]
+    for applied in staying:
         why = None
         if site.merged is not None:
             raise SurgeryError("the model is merged", where=site.path, fix="unmerge(model) first")
@@ -185,7 +236,9 @@ def _try(module: nn.Module, size: int) -> None:
         if why:
             raise _cannot(applied, site, why)
     small, large = _copy_module(module), _resized(module, size)
-    for applied in site.applied:
+    for copied in (small, large):
+        _take_out(copied, leaving)
+    for applied in staying:
         try:
             _grow_trial(large, applied)
             same = all(_alike(a, b) for a, b in zip(*_outputs(applied, small, large), strict=True))

@@ -13,12 +13,13 @@ from surgery.model_edits.table_edit import TableEdit
 from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model import transformers_hooks
 from surgery.rewritten_model.output_hooks import renew_output_hooks
+from surgery.rewritten_model.resized_embeddings import check_resizable, grow_site
 from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import ModelState, Places, base_parameters, site_state, sites
 from surgery.state.restructuring import Restructuring, place_of, set_aside_modules
 from surgery.state.site_links import module_at
 from surgery.transaction.gradient_flags import set_flag
-from surgery.transaction.undo_log import Journal
+from surgery.transaction.undo_log import Journal, Trial
 from surgery.weaving.site_class import install_live
 
 __all__ = ["check_undoable", "make_edits", "moved_along", "set_aside_sites", "structure_undone", "undo_edits"]
@@ -83,6 +84,11 @@ def check_undoable(state: ModelState, undone: Sequence[Restructuring], leaving: 
                 fix=f"remove {above[-1].adapter!r} first" if above else "put back what was there",
             )
         _check_later_adapters(record, leaving)
+        names = list(state.adapters)
+        after = [name for name in names[names.index(record.adapter) + 1 :] if name not in leaving]
+        for owner, name, old, new in record.resized:
+            if name == "weight":
+                check_resizable(owner, old.shape[0], leaving, after if old.shape < new.shape else ())
 
 
 def _check_later_adapters(record: Restructuring, leaving: set[str]) -> None:
@@ -115,14 +121,14 @@ def _standings_of(modules: list[nn.Module]) -> list[object]:
 @contextmanager
 def structure_undone(records: Sequence[Restructuring]) -> Iterator[None]:
     """Inside the block, these structural rules, the model's last ones, are undone. Records of sites do not follow."""
-    edits = [edit for record in records for edit in record.edits]
-    try:
-        for edit in reversed(edits):
-            edit.undo()
+    with Trial() as journal:
+        for record in reversed(records):
+            for edit in reversed(record.edits):
+                journal.undo(edit.make)
+                edit.undo()
+            for _, _, old, new in record.resized:
+                _carry_over(old, new, journal)
         yield
-    finally:
-        for edit in edits:
-            edit.make()
 
 
 def set_aside_sites(root: nn.Module, state: ModelState) -> list[nn.Module]:
@@ -152,6 +158,9 @@ def moved_along(
     for _, _, old, new in record.exchanged:
         if id(old) in flags:
             flags.setdefault(id(new), flags[id(old)])
+    for module in {id(owner): owner for owner, *_ in record.resized}.values():
+        if site_state(module) is not None:
+            grow_site(module, journal)
     for source, copied in record.copies:
         pairs = zip(source.parameters(), copied.parameters(), strict=False)
         flags |= {id(b): flags[id(a)] for a, b in pairs if id(a) in flags and id(b) not in flags}

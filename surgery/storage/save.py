@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from surgery.adapter_files import tensor_files
 from surgery.adapter_files.entry import NAME, OLD, PEFT, SURGERY, VERSION
 from surgery.adapter_files.process_group import writing
+from surgery.authoring.rule import Rule
 from surgery.authoring.rule_names import check_named
+from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_walk import base_modules
 from surgery.peft_format.writing import to_peft
@@ -123,7 +125,7 @@ def save_adapter(
     settings = {
         "format": NAME,
         "version": VERSION,
-        "rules": [rule.to_dict() for rule in state.adapters[adapter]],
+        "rules": [_in_files(rule).to_dict() for rule in state.adapters[adapter]],
         "sites": [path for path, module, _ in all_sites if tensors_of(module, adapter)],
         **extra,
         **({"peft": fields} if (fields := state.peft_fields.get(adapter)) else {}),
@@ -187,6 +189,10 @@ def _write_files(
             writer = partial(tensor_files.write_safetensors, tensors=tensors, metadata=metadata, progress=progress)
             tensor_files.replace_files(folder, (names[0], writer), (names[1], text.encode()), obsolete)
     return folder
+
+
+def _in_files(rule: Rule) -> Rule:
+    return rule.in_files() if isinstance(rule, StructureRule) else rule
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
