@@ -215,7 +215,7 @@ class Shira(PeftMethod):
         return {}
 
     def start(self, config: PeftConfig) -> Iterable[Rule]:
-        config.only("mask_type", "random", why="masks by functions are not supported")
+        config.only("mask_type", "random", why="a mask by a function needs the function: config.mask_fn = …")
         return super().start(config)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:

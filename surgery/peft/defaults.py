@@ -116,6 +116,9 @@ def with_defaults(config: Any, model: Any, task: str | None = None) -> PeftConfi
         raise as_builtin(error, TypeError)
     known = isinstance(config, PeftConfig) and own_class(type(config)).method is not None
     resolved: Any = copy.copy(config) if known else PeftConfig.from_dict(config.to_dict())
+    function = getattr(config, "mask_fn", None)
+    if not known and function is not getattr(resolved, "mask_fn", None):
+        resolved.mask_fn = function
     heads = _HEADS.get(task or resolved.task_type, [])
     if heads and hasattr(resolved, "modules_to_save"):
         resolved.modules_to_save = list(dict.fromkeys([*(resolved.modules_to_save or []), *heads]))

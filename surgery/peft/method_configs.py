@@ -387,10 +387,21 @@ class ShiraConfig(_Transposed, _Started):
 
     @property
     def mask_fn(self) -> Any:
-        """PEFT's function that draws the mask, for PEFT itself."""
+        """The function that draws the mask: the one that was set, or else PEFT's, for PEFT itself.
+
+        A function of one's own is set after the configuration is made. It takes a module and r, and `random_seed` with
+        mask_type="random". It returns a mask of the weight's shape with r · (out + in) ones.
+        """
+        own = vars(self).get("own_mask_fn")
+        if own is not None or self.mask_type != "random":
+            return own
         from peft.tuners.shira.mask_functions import random_mask
 
-        return random_mask if self.mask_type == "random" else None
+        return random_mask
+
+    @mask_fn.setter
+    def mask_fn(self, function: Any) -> None:
+        vars(self)["own_mask_fn"] = function
 
 
 @dataclass(kw_only=True)

@@ -38,10 +38,11 @@ from surgery.peft.notices import (
 )
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder
+from surgery.peft.starts import load_start
 from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_idle_gradients
 from surgery.peft.training import add_to_loss, allocation_of
 from surgery.peft_format.methods import method_of, rules_by
-from surgery.peft_format.writing import from_peft, to_peft
+from surgery.peft_format.writing import to_peft
 from surgery.rewritten_model.verb_root import rewritten, root_of
 from surgery.state.adapter_naming import adapter_names as named
 from surgery.state.in_use import check_free
@@ -188,8 +189,7 @@ class PeftModel(FacadeProperties):
         with new_adapters_idle(self._base):
             example = self._example(config, options)
             surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example, freeze=True)
-        if start := method_of(str(config.method)).start_tensors(config.to_dict()):
-            surgery.load_adapter_state_dict(self._base, from_peft(self._base, adapter_name, start)[0], adapter_name)
+        load_start(self._base, config, adapter_name)
         self._place(adapter_name, options)
         if options.get("low_cpu_mem_usage"):
             move_to_meta(self._base, adapter_name)

@@ -134,6 +134,8 @@ def fields_for_rules(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
     They are targets that match nothing beside others that match, and `ensure_weight_tying` where nothing is tied.
     """
     data = config.to_dict()
+    if vars(config).get("own_mask_fn") is not None:  # it is called when the adapter is there
+        data["mask_type"] = "random"
     if data.get("target_modules") and data.get("target_parameters"):
         modules = Modules.of(model)
         paths, parameters = chosen_by(data, modules), [*targeted_parameters(data["target_parameters"], modules)]

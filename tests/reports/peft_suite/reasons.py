@@ -177,7 +177,6 @@ REASONS: tuple[Reason, ...] = (
     Reason("c", "merging {0} into a packed weight", {"text": r"^(\w+)Rule can't be merged here.*quantised"}),
     Reason("c", "`init_lora_weights`: a PiSSA or OLoRA that is not active", {"text": r"can't be idle.*at its start"}),
     Reason("c", "adapters that transformers put on the model", {"text": r"^this model has adapters of PEFT"}),
-    Reason("c", "`mask_fn`", {"text": r"^property 'mask_fn' of 'ShiraConfig'"}),
     Reason(
         "c",
         "`adapter_name`: another adapter has the name",
