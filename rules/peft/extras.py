@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -51,8 +52,8 @@ class Trained(PeftPart):
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         paths = [path for _, inner in placed for path in inner]
-        if set(ending(modules.by_path, paths)) != set(paths):
-            raise SurgeryError("PEFT's format can't hold this TrainRule", why="PEFT would train further modules, too")
+        if set(chosen := ending(modules.by_path, paths)) != set(paths):
+            raise _other_modules(modules, paths, chosen)
         groups = [group for rule, inner in placed if rule.tied for group in _sharing(inner, modules)]
         if not groups:
             return {"modules_to_save": paths}
@@ -65,6 +66,25 @@ class Trained(PeftPart):
         if not any(path.rpartition(".")[2] in NAMES for path in kept):  # by these names PEFT finds that it has to tie
             kept += [path for path in tied if path.rpartition(".")[2] in NAMES]
         return {"modules_to_save": kept, "ensure_weight_tying": True}
+
+
+def _other_modules(modules: Any, paths: Sequence[str], chosen: Sequence[str]) -> SurgeryError:
+    """The error for modules that PEFT would choose by the ends of their paths, other than those of the rules."""
+    what, either = "PEFT's format can't hold this TrainRule", 'save_adapter(…, format="surgery") holds any rules'
+    further = [path for path in chosen if path not in paths]
+    if set(paths) - set(chosen):  # a path inside one that ends so
+        return SurgeryError(what, why=f"PEFT would train {_some(further or chosen)} whole", fix=either)
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in chosen))
+    if {path for path in modules.by_path if path.rpartition(".")[2] in names} != set(chosen):
+        names = list(chosen)
+    why = f"PEFT would also train {_some(further)}: it compares the ends of paths, and not whole names"
+    fix = f"train them, too: TrainRule({json.dumps(names)})" if len(names) <= 6 else "train them, too"
+    return SurgeryError(what, why=why, fix=f"{fix}; {either}")
+
+
+def _some(paths: Sequence[str]) -> str:
+    rest = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + rest
 
 
 def _sharing(paths: Iterable[str], modules: Any) -> list[list[str]]:

@@ -20,6 +20,7 @@ from surgery.authoring.rule_names import check_named
 from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_walk import base_modules
+from surgery.peft_format.adapter_config import kept_fields
 from surgery.peft_format.writing import to_peft
 from surgery.progress import Progress
 from surgery.rewritten_model.restructure import structure_undone
@@ -71,7 +72,8 @@ def save_adapter(
         metadata: JSON data that `load_adapter`'s report returns; default None.
         licence: name of a licence, which `load_adapter`'s report returns; default None.
         config: fields of PEFT's configuration that no rule has, such as `{"task_type": "SEQ_CLS"}`; default None:
-            those of the file that the adapter was loaded from.
+            those of the file that the adapter was loaded from. The format "surgery" keeps the task, the base's name
+            and the revision, for a later save in PEFT's format.
         state_dict: the model's state dict, gathered elsewhere (accelerate's `get_state_dict`); default None.
         save_embedding_layers: whether PEFT's format contains the base's embeddings, too. "auto" (default): if
             "embed_tokens" or "lm_head" is a target, or the vocabulary differs from the base of that name.
@@ -86,7 +88,8 @@ def save_adapter(
             pipeline's stages).
 
     Warns:
-        SurgeryWarning: running statistics of the base moved, and no rule of the adapter keeps them.
+        SurgeryWarning: running statistics of the base moved, and no rule of the adapter keeps them. Or `config` is
+            given, and "auto" writes "surgery".
 
     Notes:
         A merged adapter is saved as it was trained. If the process is killed, the folder holds either the previous
@@ -117,9 +120,11 @@ def save_adapter(
             config_fields, tensors = to_peft(
                 model, adapter, format == "auto", state_dict, config, save_embedding_layers
             )
-        except SurgeryError:
+        except SurgeryError as error:
             if format == "peft":
                 raise
+            if config is not None:
+                _warn_of_format(adapter, error, config)
         else:
             return _write_files(folder, PEFT, tensors, config_fields, extra, (*SURGERY, OLD), alone, progress)
     settings = {
@@ -128,7 +133,11 @@ def save_adapter(
         "rules": [_in_files(rule).to_dict() for rule in state.adapters[adapter]],
         "sites": [path for path, module, _ in all_sites if tensors_of(module, adapter)],
         **extra,
-        **({"peft": fields} if (fields := state.peft_fields.get(adapter)) else {}),
+        **(
+            {"peft": fields}
+            if (fields := kept_fields({**state.peft_fields.get(adapter, {}), **(config or {})}))
+            else {}
+        ),
     }
     tensors = _whole(adapter_state_dict(model, adapter, state_dict))
     return _write_files(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone, progress)
@@ -144,6 +153,20 @@ def _check_structure(state: ModelState, adapter: str) -> None:
             why=f"{later[0].rule.label} [{later[0].adapter}] changed the structure after it, and its tensors' names",
             fix="save_surgery(model, folder) writes all adapters in their order",
         )
+
+
+def _warn_of_format(adapter: str, error: SurgeryError, config: Mapping[str, Any]) -> None:
+    """Warns that the files are not PEFT's, although fields of PEFT's configuration are given."""
+    kept = ", ".join(kept_fields(config)) or "nothing"
+    parts = [error.what, error.where and f"at {error.where}", error.why and f"because {error.why}"]
+    reason = " ".join(filter(None, parts))
+    remedy = f". Fix: {error.fix}" if error.fix else ""
+    warnings.warn(
+        f"the adapter {adapter!r} is saved in the format of this library, which PEFT does not read: {reason}{remedy}. "
+        f"Of config, the files keep {kept}",
+        SurgeryWarning,
+        stacklevel=4,
+    )
 
 
 def _warn_of_statistics(model: nn.Module, state: ModelState, adapter: str) -> None:

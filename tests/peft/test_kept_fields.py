@@ -12,7 +12,12 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 import surgery
 from surgery import (
@@ -24,7 +29,7 @@ from surgery import (
     rename_adapter,
     save_adapter,
 )
-from surgery.rules import LoraRule
+from surgery.rules import LoraRule, TrainRule
 from surgery.state.records import model_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
@@ -105,3 +110,32 @@ def test_a_pickle_without_the_fields_can_be_saved(tmp_path: Path) -> None:
     del state.__dict__["peft_fields"]
     again = pickle.loads(pickle.dumps(ours))
     assert fields(save_adapter(again, tmp_path))["task_type"] is None
+
+
+def distilbert() -> DistilBertForSequenceClassification:
+    sizes: Any = {"dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 2}
+    return DistilBertForSequenceClassification(DistilBertConfig(vocab_size=16, **sizes))
+
+
+def test_a_head_that_peft_would_not_train_alone_is_told(tmp_path: Path) -> None:
+    rules, task = [LoraRule(["q_lin", "v_lin"], rank=2), TrainRule("classifier")], {"task_type": "SEQ_CLS"}
+    alone = apply_rules(distilbert(), rules)
+    with pytest.raises(surgery.SurgeryError, match="would also train pre_classifier") as error:
+        save_adapter(alone, tmp_path / "strict", format="peft", config=task)
+    remedy = 'TrainRule(["pre_classifier", "classifier"])'
+    assert remedy in str(error.value) and not (tmp_path / "strict").exists()
+    with pytest.warns(surgery.SurgeryWarning, match="would also train pre_classifier"):
+        ours = save_adapter(alone, tmp_path / "ours", config=task)
+    assert json.loads((ours / "rules.json").read_text())["peft"] == task
+    save_adapter(alone, tmp_path / "quiet")  # nothing of PEFT's was asked for
+
+    both = apply_rules(distilbert(), [rules[0], eval(remedy, {"TrainRule": TrainRule})])
+    peft.PeftModel.from_pretrained(distilbert(), str(save_adapter(both, tmp_path / "both", format="peft", config=task)))
+
+
+def test_the_own_format_keeps_the_fields_for_a_save_in_the_format_of_peft(tmp_path: Path) -> None:
+    ours = apply_rules(model(), LoraRule("query", rank=2))
+    folder = save_adapter(ours, tmp_path / "ours", format="surgery", config={**KEPT, "r": 7})
+    again = model()
+    load_adapter(again, folder)
+    assert fields(save_adapter(again, tmp_path / "peft", format="peft")) == KEPT
