@@ -64,7 +64,7 @@ class RewriteRule(Rule):
     where: Function | str | None = None
     training: Literal["both", "eval"] = "both"
 
-    imports = repeatable = True
+    imports = repeatable = skips_calls = True
     why_not_merged = "it puts other operations in the place of operations, which no weight holds"
 
     def validate(self) -> None:

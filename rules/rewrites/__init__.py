@@ -21,6 +21,7 @@ from surgery.rules.rewrites.activations import fuse_gelu, fuse_silu
 from surgery.rules.rewrites.attention import fuse_attention
 from surgery.rules.rewrites.folding import FoldNormRule, fold_batch_norm
 from surgery.rules.rewrites.linears import JoinLinearsRule, join_linears
+from surgery.rules.rewrites.no_ops import NoOpsRule, ShareRule
 from surgery.rules.rewrites.quantise import Int8Linear, QuantiseRule
 from surgery.rules.rewrites.rms_norm import fuse_rms_norm
 
@@ -28,7 +29,9 @@ __all__ = [
     "FoldNormRule",
     "Int8Linear",
     "JoinLinearsRule",
+    "NoOpsRule",
     "QuantiseRule",
+    "ShareRule",
     "fold_batch_norm",
     "fuse_attention",
     "fuse_gelu",

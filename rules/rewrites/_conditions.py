@@ -10,7 +10,7 @@ from torch import fx
 from surgery import Const
 from surgery.rules._rewriting.match import RewriteMatch
 
-__all__ = ["drops_nothing", "dropout_rate", "is_broadcast", "name_of_call", "near"]
+__all__ = ["drops_nothing", "dropout_rate", "call_of", "is_broadcast", "name_of_call", "near"]
 
 
 def drops_nothing(match: RewriteMatch) -> bool:
@@ -31,7 +31,7 @@ def dropout_rate(match: RewriteMatch, after: str) -> float | None:
     if not dropouts:
         return 0.0
     source = dropouts[0].all_input_nodes[0]
-    while source in between:
+    while source in between or name_of_call(source) in ("view", "reshape") and source in match.nodes:
         source = source.all_input_nodes[0]
     return _rate(match, dropouts[0]) if _is_named(match, source, after) else None
 
@@ -40,9 +40,9 @@ def _rate(match: RewriteMatch, node: fx.Node) -> float | None:
     if node.op == "call_module":
         module: Any = match.site.module.get_submodule(str(node.target))
         return module.p if match.site.training else 0.0
-    args = node.args[2:] if _in_region(node) else node.args
-    names = ("p", "train" if "train" in node.kwargs else "training")
-    given = dict(zip(names, args[1:], strict=False)) | node.kwargs
+    args, kwargs = call_of(node)
+    names = ("p", "train" if "train" in kwargs else "training")
+    given = dict(zip(names, args[1:], strict=False)) | kwargs
     rate, training = given.get(names[0], 0.5), given.get(names[1], True)
     if isinstance(rate, fx.Node) or isinstance(training, fx.Node):
         return None
@@ -68,6 +68,11 @@ def name_of_call(node: fx.Node) -> str:
         return ""
     target: Any = node.args[1] if _in_region(node) else node.target
     return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def call_of(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a call, without those of the forward's own autocast or no_grad around it."""
+    return (node.args[2:] if _in_region(node) else node.args), dict(node.kwargs)
 
 
 def _is_named(match: RewriteMatch, node: fx.Node, name: str) -> bool:

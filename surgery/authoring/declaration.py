@@ -35,6 +35,7 @@ class Declaration:
     identity: ClassVar[bool] = False  # the output is unchanged at initialisation
     exclusive: ClassVar[bool] = False  # no other rule of the adapter may be at its sites
     repeatable: ClassVar[bool] = False  # an adapter may have several rules of this kind at a site
+    skips_calls: ClassVar[bool] = False  # kinds of calls for which its rewrite returns NotImplemented run as they are
     imports: ClassVar[bool] = False  # its fields name code to import
     scalable: ClassVar[bool] = True  # its change can be multiplied by a weight
 

@@ -296,6 +296,7 @@ class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
 
     - `exclusive = True`: other rules of the same adapter can't be at its sites.
     - `repeatable = True`: several rules of this class and adapter can be at one site.
+    - `skips_calls = True`: where its rewrite returns NotImplemented for a later kind of call, the call runs without it.
     - `imports = True`: its fields name code to import, so `load_adapter` reads it only from trusted files.
     - `linear = True`: it adds to the output a linear function of the input, so `merge` derives ΔW from it.
     - `scalable = False`: its change can't be multiplied, so its weight is always 1.

@@ -19,7 +19,7 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.site_facts import depth_of
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning, TraceError
 from surgery.forward.own_forward import OwnForward, own_forward
-from surgery.forward.tape import Layer
+from surgery.forward.tape import Layer, Tape
 from surgery.state.records import Applied, SiteState
 from surgery.tracing.call_kind import describe_difference, kind_of_call, predicate_of_kind
 from surgery.tracing.depth import Depth
@@ -172,6 +172,8 @@ def layer_at(
             applied.rule, module, state.path, applied.adapter, own, facts=applied.facts, claimed=claims
         )
     except SkippedSite:
+        if applied.rule.skips_calls:
+            return Layer(applied.adapter, applied.rule.label, Tape(state.path).intern(), applied.weight)
         recording = None
     if recording is None or {spec.name for spec in recording.specs} != set(applied.tensors):
         raise SiteError(
