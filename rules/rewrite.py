@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from surgery import Pattern, Rule, RuleError, Site, SiteError, Structure, SurgeryError, rule
+from surgery import Equivalence, Pattern, Rule, RuleError, Site, SiteError, Structure, SurgeryError, rule
 from surgery.rules._rewriting.functions import accepted, call_with, is_name, name_of, resolve
 from surgery.rules._rewriting.match import MatchSite, RewriteMatch, disjoint
 
@@ -53,6 +53,13 @@ class RewriteRule(Rule):
         where: A function of a `RewriteMatch`, or its qualified name. Only matches for which it is true are rewritten.
             Default None: all matches.
         training: "both" (default), or "eval": in training the forward stays as it is.
+        equivalent: Whether `apply_rules` compares each rewritten module with its own forward: outputs and gradients on
+            the example, and on examples with one row more and one position less. A difference that rounding does not
+            explain is an error. Default True. False: the rule is meant to compute something else.
+        exact: The check asks for the same bits. Default False.
+        tolerance: The largest difference that the check allows, relative to the largest value of a tensor. Default
+            None: computed from the dtype.
+        omits: Whether a tensor of the module's output, such as attention weights, may become None. Default False.
 
     Raises:
         RuleError: The pattern can't be read, it has a parameter that it does not use, or the replacement has a
@@ -63,6 +70,10 @@ class RewriteRule(Rule):
     replacement: Function | str | None = None
     where: Function | str | None = None
     training: Literal["both", "eval"] = "both"
+    equivalent: bool = True
+    exact: bool = False
+    tolerance: float | None = None
+    omits: bool = False
 
     imports = repeatable = skips_calls = True
     why_not_merged = "it puts other operations in the place of operations, which no weight holds"
@@ -76,6 +87,13 @@ class RewriteRule(Rule):
                 raise self.bad(field, "a function, or its qualified name")
         if self.training not in ("both", "eval"):
             raise self.bad("training", "'both' or 'eval'")
+        for field in ("equivalent", "exact", "omits"):
+            if not isinstance(getattr(self, field), bool):
+                raise self.bad(field, "true or false")
+        if self.tolerance is not None and not (isinstance(self.tolerance, (int, float)) and self.tolerance >= 0):
+            raise self.bad("tolerance", "a number from 0, or None")
+        if self.exact and (self.tolerance is not None or not self.equivalent):
+            raise self.bad("exact", "to be had with a tolerance, or without equivalent=True")
         if callable(self.pattern) and callable(self.replacement):
             self._structure()
         for field in ("pattern", "replacement", "where"):
@@ -119,6 +137,9 @@ class RewriteRule(Rule):
         if self.where is not None:
             resolve(self.where)
         return None
+
+    def equivalence(self) -> Equivalence | None:
+        return Equivalence(self.exact, self.tolerance, self.omits) if self.equivalent else None
 
     def structures(self) -> Sequence[Structure]:
         return (self._structure(),)

@@ -4,6 +4,7 @@
 from .adapter_files.entry import PeftEntry
 from .arithmetic.exact_fold import LowRank, Rows
 from .authoring.combination import Combination, Share
+from .authoring.equivalence import Equivalence
 from .authoring.live_site import LiveSite
 from .authoring.matched_module import MatchedModule
 from .authoring.registry import rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
@@ -75,6 +76,7 @@ __all__ = [
     "Const",
     "Coverage",
     "Drawing",
+    "Equivalence",
     "ExportReport",
     "Found",
     "LiveSite",

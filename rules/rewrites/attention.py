@@ -49,6 +49,7 @@ def fuse_attention(targets: Any = (), *, weights: bool = True, **fields: Any) ->
     """
     fields = {"where": is_attention, **fields}
     replacement = attention if weights else attention_without_weights
+    fields = {**fields, "omits": True} if not weights else fields
     return RewriteRule(targets, pattern=attention_written_out, replacement=replacement, **fields)
 
 

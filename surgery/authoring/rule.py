@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgery.arithmetic.exact_fold import Change
 from surgery.authoring.combination import Combination, Share
 from surgery.authoring.declaration import Declaration
+from surgery.authoring.equivalence import Equivalence
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.routed_site import Member
 from surgery.authoring.site import Site
@@ -44,6 +45,14 @@ class Placement(Declaration):
             The structures. Default: none; the sites are the matched modules.
         """
         return ()
+
+    def equivalence(self) -> Equivalence | None:
+        """Returns how equal a rewritten module's results must be to those of its own forward, for `apply_rules`.
+
+        Returns:
+            The demand. Default None: the rule may change what the module computes.
+        """
+        return None
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
         """Returns problems of the rule over all its sites, such as a pattern that matches no site. Default: none."""

@@ -23,6 +23,7 @@ from surgery.lifecycle.tensor_start import start
 from surgery.merging.site_folding import check_foldable, fold_into
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import prepare_sites
+from surgery.planning.equivalence_check import check_equivalence
 from surgery.planning.output_check import check_outputs
 from surgery.planning.plan import Plan
 from surgery.progress import Progress, each_step
@@ -83,6 +84,8 @@ def install_plan(
         _install_classes(plan, journal)
         _record_adapter(plan.model, plan, standing, journal)
         if plan.observations:
+            if initial is None:
+                check_equivalence(plan)
             check_outputs(plan)
             unready = prepare_sites(plan.steps, plan.observations, plan.warnings)
     for reason in unready:

@@ -61,6 +61,7 @@ class Plan(Displayed, Report):
     passed: list[str] = field(default_factory=list)
     whole_graphs: list[Any] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    resized: list[tuple[str, Observation]] = field(default_factory=list)
     claims: dict[int, dict[str, str]] = field(default_factory=dict)
     statistics: list[str] = field(default_factory=list)
     structure: list[Restructuring] = field(default_factory=list)

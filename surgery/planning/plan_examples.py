@@ -12,6 +12,7 @@ from surgery.forward.tape_steps import NOTHING
 from surgery.planning.call_readiness import Readiness, trace_graphs
 from surgery.planning.example_check import repeated_write, verify_graph
 from surgery.planning.plan import Plan
+from surgery.planning.resized_examples import observe_resized
 from surgery.state.records import site_state
 from surgery.tracing.example_call import observe
 
@@ -57,6 +58,9 @@ def check_examples(plan: Plan) -> None:
                 verify_graph(step.module, step.own, call, step.path)
             except SurgeryError as error:
                 plan.problems.append(error)
+    compared = {id(step.module): step.module for step in plan.steps if step.rule.equivalence() is not None}
+    for example in plan.examples if compared and not plan.problems else ():
+        plan.resized += observe_resized(plan.model, example, compared.values())
     if not plan.problems:
         plan.kinds += trace_graphs(plan.steps, plan.observations)
         plan.warnings += _unready(plan.kinds)

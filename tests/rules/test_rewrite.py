@@ -153,7 +153,8 @@ def test_parameters_and_modules_of_the_replacement_belong_to_the_adapter() -> No
             return F.relu(F.relu(x) - 1)
 
     model, x = Two(), torch.randn(2, 4)
-    apply_rules(model, RewriteRule(pattern=lambda x: F.relu(x), replacement=gated), example_inputs=x)
+    rule = RewriteRule(pattern=lambda x: F.relu(x), replacement=gated, equivalent=False)
+    apply_rules(model, rule, example_inputs=x)
     tensors: Any = dict(model.named_parameters())
     names = {name.rpartition(".")[2] for name in tensors}
     assert names == {"gate_weight", "gate_bias", "scale", "gate_1_weight", "gate_1_bias", "scale_1"}
