@@ -29,9 +29,11 @@ def why_not(model: nn.Module) -> tuple[str | None, str | None]:
 def _why_not(model: nn.Module, shift: str | None) -> str | None:
     if _windowed(model):
         return "its prefix leaves the window of attention as the text goes on, and stays in sight here"
-    if _rotary(model) is None and shift is None:
+    tables = any(_table(module) is not None for module in model.modules())
+    if _rotary(model) is None and shift is None and not tables:
         return "it shifts the text's positions, and here these are neither rotary nor those of one embedding"
-    unknown = [kind.__name__ for kind in {class_of(module) for module in model.modules()} if _condition(kind) == ""]
+    kinds = {class_of(module) for module in model.modules() if _table(module) is None}
+    unknown = [kind.__name__ for kind in kinds if _condition(kind) == ""]
     if unknown:
         return f"how {unknown[0]} turns its queries and keys, which would make up for shifted positions, is not known"
     return None
@@ -39,8 +41,10 @@ def _why_not(model: nn.Module, shift: str | None) -> str | None:
 
 def rotate_keys(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> Tensor:
     """Rotates keys (heads, length, size) by their number of positions, forwards or backwards."""
-    kind = class_of(module)
-    turn = getattr(sys.modules[kind.__module__], TURN, None)
+    kind, table = class_of(module), _table(module)
+    turn: Any = getattr(sys.modules[kind.__module__], TURN, None)
+    if table is not None:
+        return _rotate_by_table(turn, table, key, way)
     condition = _condition(kind)
     rotary: Any = _rotary(model)
     if rotary is None:
@@ -58,6 +62,17 @@ def rotate_keys(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> T
     return torch.cat([first, x[..., size:]], -1)[0].to(key.dtype)
 
 
+def _rotate_by_table(turn: Any, table: Tensor, key: Tensor, way: int) -> Tensor:
+    """Rotates keys by an attention's own table of sines and cosines for each position."""
+    length = key.shape[1]
+    if key.is_meta:
+        return key
+    sin, cos = (part.expand(1, length, -1) for part in table[length].float().to(key.device).chunk(2))
+    x, size = key.float().transpose(0, 1).unsqueeze(0), table.shape[1]
+    first = turn(x[..., :size], way * sin, cos)
+    return torch.cat([first, x[..., size:]], -1)[0].transpose(0, 1).to(key.dtype)
+
+
 def rotation_of(model: nn.Module, module: nn.Module) -> dict[str, Any]:
     """Returns how keys are rotated: `{"turn": {"frequencies": …, "pairs": …}}`, or None if they are not.
 
@@ -69,7 +84,7 @@ def rotation_of(model: nn.Module, module: nn.Module) -> dict[str, Any]:
     if why or shift is not None:
         return {}
     size = getattr(module, "head_dim", getattr(module, "head_size", None))  # in GPT-NeoX
-    if _condition(class_of(module)) == "none" or type(size) is not int:
+    if type(size) is not int or (_table(module) is None and _condition(class_of(module)) == "none"):
         return {}
     whole = torch.eye(size, dtype=torch.float32).unsqueeze(1)  # a head for each component, of one position
     matrix = rotate_keys(model, module, whole, 1)[:, 0].double()
@@ -95,6 +110,13 @@ def _rotary(model: nn.Module) -> nn.Module | None:
     if len(rotaries) != 1 or list(inspect.signature(type(rotaries[0]).forward).parameters)[1:] != ["x", "position_ids"]:
         return None
     return None if getattr(rotaries[0], "rope_type", "default") in ("dynamic", "longrope") else rotaries[0]
+
+
+def _table(module: nn.Module) -> Tensor | None:
+    """The sines and cosines (positions, rotated numbers) of an attention that rotates by itself (GPT-J, CodeGen)."""
+    table = getattr(module, "embed_positions", None)
+    own = TURN in getattr(getattr(class_of(module).forward, "__code__", None), "co_names", ())
+    return table if own and isinstance(table, Tensor) and table.dim() == 2 else None
 
 
 def _windowed(model: nn.Module) -> bool:

@@ -43,3 +43,21 @@ def test_a_prefix_shifts_learned_positions_as_pefts(name: str, padded: slice, tm
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(call(again, example)[rows], expected[rows])
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("name", ["GPTJ", "CodeGen"])
+def test_attentions_that_rotate_by_themselves(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
+    base = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    theirs = moved(peft.get_peft_model(copy.deepcopy(base), peft.PrefixTuningConfig(**fields))).eval()
+    model = ours.get_peft_model(copy.deepcopy(base), ours.PrefixTuningConfig(**fields)).eval()
+    assert ours.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(theirs)) == ([], [])
+    example = {"input_ids": torch.randint(4, 60, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    expected = call(theirs, example)
+    torch.testing.assert_close(call(model, example), expected, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(call(again, example), expected, rtol=1e-5, atol=1e-6)

@@ -74,7 +74,6 @@ _WORKS = (
 _PREFIXES = (
     (r"T5|Bart", "of an encoder-decoder, which is in the decoder alone"),
     (r"Gemma3", "before windowed attention, where PEFT's prefix leaves the window as the text goes on"),
-    (r"GPTJ", "on rotary positions that an attention computes by itself"),
     (r"Deberta|Bloom", "on relative positions"),
 )
 _BASE_LAYER = r"'(?:Linear|Embedding|Conv[123]d|Conv1D|MultiheadAttention|LayerNorm|BatchNorm\dd)' object"
