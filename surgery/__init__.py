@@ -15,7 +15,7 @@
                         hotswap, pad_rank, Adapter, SwapReport
     merging             merge, unmerge, merge_to, commit, folded_adapter, MergeReport
     files               save_adapter, load_adapter, load_adapters, push_adapter, adapter_state_dict, base_state_dict,
-                        load_adapter_state_dict, LoadReport
+                        load_adapter_state_dict, save_surgery, load_surgery, LoadReport
     looking             show, draw, report, summary, coverage, trace, trace_site, graph_of, as_digraph, class_of,
                         Drawing, Summary, Coverage
     ONNX                export_onnx, verify_onnx, ExportReport, ParityReport

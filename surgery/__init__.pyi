@@ -58,8 +58,10 @@ from .storage.hub_upload import push_adapter
 from .storage.load import load_adapter
 from .storage.load_many import load_adapters
 from .storage.load_report import LoadReport
+from .storage.load_surgery import load_surgery
 from .storage.merged_checkpoint import merge_to
 from .storage.save import save_adapter
+from .storage.save_surgery import save_surgery
 from .structures.expression import ANY, Const, having, maybe, module_of, one_of
 from .structures.fx_digraph import as_digraph, graph_of
 from .structures.structure import Found, Occurrence, Structure
@@ -143,6 +145,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "load_adapters",
+    "load_surgery",
     "maybe",
     "merge",
     "merge_to",
@@ -163,6 +166,7 @@ __all__ = [
     "rules_to_json",
     "rules_to_yaml",
     "save_adapter",
+    "save_surgery",
     "show",
     "summary",
     "takes_functions",

@@ -15,7 +15,8 @@ SURGERY = ("adapter.safetensors", "rules.json")
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
 OLD = "adapter_model.bin"
 BARE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # diffusers': tensors without settings
-NAME, VERSION = "model-surgery adapter", 1
+MODEL = ("surgery.safetensors", "surgery.json")  # all adapters of a model
+NAME, MODEL_NAME, VERSION = "model-surgery adapter", "model-surgery model", 1
 
 
 def as_it_is(tensor: Tensor) -> Tensor:

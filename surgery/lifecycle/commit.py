@@ -92,13 +92,13 @@ def commit(model: M, adapter: str | Sequence[str] | None = None) -> M:
     with torch.no_grad(), Journal() as journal:
         keep_model(journal, root, state)
         flags = untied_flags(root, state)
+        if hasattr(root, "save_pretrained"):
+            separate_copies(root, [pair for record in records for pair in record.copies], journal)
         _fold(root, [site for site in committed if site.replacement is None and not site.merged], names, journal)
         forgotten = [(site.path, site.module, site.site) for site in committed]
         freezes = any(name not in names for name in state.freezing)
         flags |= replace_modules(root, state, replaced, freezes, journal)
         state.structure[:] = [record for record in state.structure if record not in records]
-        if hasattr(root, "save_pretrained"):
-            separate_copies(root, [pair for record in records for pair in record.copies], journal)
         forget_adapters(root, state, names, forgotten, flags, journal)
     if unplain:
         warnings.warn(

@@ -87,7 +87,7 @@ def merge(
 
     Args:
         model: the model.
-        adapter: a name or several names. None: all live adapters.
+        adapter: a name or several names. None: all live adapters but those with structural rules alone.
         keep: "record" keeps a small correction (see `surgery.arithmetic.exact_fold`), exact for any number of threads
             and any device. "copy" keeps the original weights, which is faster.
         untie: whether a site whose weight another module shares gets a weight of its own while merged. The config of a
@@ -101,7 +101,8 @@ def merge(
 
     Raises:
         PlanError: one `MergeError` for each site with a rule without a closed form, or with a packed or sharded weight.
-        MergeError: a weight that another module shares, or a result that is not finite.
+        MergeError: a weight that another module shares, a result that is not finite, or the name of an adapter with
+            structural rules alone.
         SurgeryError: an unknown adapter. In all cases the model is unchanged.
 
     PEFT: `merge_adapter`.
@@ -109,9 +110,16 @@ def merge(
     model, state = rewritten(model)
     names = adapter_names(state, adapter)
     check_free(model)
+    structural = state.structural
     if adapter is None:
-        names = [name for name in names if state.standing[name].live]
-    live = [name for name, standing in state.standing.items() if standing.live]  # idle adapters have no effect
+        names = [name for name in names if state.standing[name].live and name not in structural]
+    elif wrong := [name for name in names if name in structural]:
+        raise MergeError(
+            f"the adapter {wrong[0]!r} can't be merged",
+            why="it changes the model's structure, and not weights",
+            fix="commit(model) makes it final; merge(model) without names merges the other adapters",
+        )
+    live = [name for name, status in state.standing.items() if status.live]  # idle adapters have no effect
     counted = {*names, *live}
     chosen_at, all_at = state.rules_at(names), state.rules_at(counted)
     all_sites = list(sites(model))

@@ -14,11 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.errors import SurgeryWarning
+from surgery.errors import SurgeryWarning, abbreviate
+from surgery.model_edits.shared_copies import separate_copies
+from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import RESERVED, base_modules, every_path, is_adapters
 from surgery.patterns.wrappers import inner_of, plain_name
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import base_parameters, model_state, sites
+from surgery.transaction.undo_log import Trial
 
 __all__ = [
     "Saver",
@@ -63,9 +66,30 @@ class Saver:
                 SurgeryWarning,
                 stacklevel=2,
             )
+        self._warn_of_structure(save_directory, arguments)
+        with Trial() as trial:
+            if state is not None:
+                separate_copies(self.module, [pair for record in state.structure for pair in record.copies], trial)
+            return self._save(save_directory, args, kwargs, arguments)
+
+    def _warn_of_structure(self, save_directory: Any, arguments: Mapping[str, Any]) -> None:
+        state = model_state(self.module)
+        reasons = [reason for record in state.structure for reason in record.unplain] if state is not None else []
+        if reasons and arguments.get("is_main_process", True):
+            warnings.warn(
+                f"from_pretrained of {class_of(self.module).__name__} does not build the model in {save_directory}: "
+                f"{abbreviate(list(dict.fromkeys(reasons)))}. save_surgery(model, folder) writes rules and tensors, "
+                "which load_surgery(base, folder) reads",
+                SurgeryWarning,
+                stacklevel=3,
+            )
+
+    def _save(self, save_directory: Any, args: tuple, kwargs: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
         state_dict = arguments.get("state_dict")
         if state_dict is None and any(inner_of(inner) is not None for inner in self.module.modules()):
             state_dict = self.module.state_dict()  # with names that are in no list
+        elif state_dict is not None:
+            state_dict = _with_separate_copies(self.module, state_dict)
         if state_dict is not None:  # transformers would delete the adapters' tensors from the caller's dict
             return self.__wrapped__(
                 save_directory, **{**arguments, "state_dict": _without_adapters(self.module, state_dict)}
@@ -113,6 +137,14 @@ def unsaved_adapters(module: nn.Module) -> list[str]:
         merged = site.merged.adapters if site.merged is not None else ()
         names |= dict.fromkeys(applied.adapter for applied in site.applied if applied.adapter not in merged)
     return list(names)
+
+
+def _with_separate_copies(module: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict in which the copies of layers that share weights have tensors of their own."""
+    state = model_state(module)
+    copied = {id(copy) for record in state.structure for _, copy in record.copies} if state is not None else set()
+    begins = tuple(f"{path}." for path, inner in base_modules(module) if id(inner) in copied)
+    return {key: t.clone() if begins and plain_name(key).startswith(begins) else t for key, t in state_dict.items()}
 
 
 def _without_adapters(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

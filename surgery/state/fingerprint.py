@@ -14,7 +14,7 @@ from surgery.state.layer_fingerprint import layer_differences, layer_numbers
 from surgery.state.records import site_state
 from surgery.transaction.gradient_flags import is_lazy
 
-__all__ = ["differences", "fingerprint"]
+__all__ = ["brief_fingerprint", "differences", "fingerprint"]
 
 TENSORS, NUMBERS = 16, 16
 _TOLERANCE = 2.0**-7  # two roundings to bfloat16; fine-tuning changes some of 256 weights by more
@@ -36,6 +36,16 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "numbers": {name: {"shape": list(tensor.shape), "values": _numbers(tensor)} for name, tensor in chosen},
         "layers": layer_numbers(model, matrices, _numbers),
     }
+
+
+def brief_fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Returns a fingerprint of some hundred bytes: four numbers of each of three parameters, and lengths of lists."""
+    whole = fingerprint(model)
+    names = list(whole["numbers"])
+    few = [names[i] for i in _spread(len(names), 3)]
+    numbers = {name: {**whole["numbers"][name], "values": whole["numbers"][name]["values"][:4]} for name in few}
+    layers = {path: {"count": entry["count"]} for path, entry in whole["layers"].items()}
+    return {**whole, "numbers": numbers, "layers": layers}
 
 
 def differences(model: nn.Module, expected: Any, ignored: Collection[Tensor] = ()) -> list[str]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from surgery.arithmetic.corrections import Record
 from surgery.authoring.rule import Rule
+from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import SurgeryError
 from surgery.forward.tape import Layer
 from surgery.patterns.module_walk import base_modules
@@ -253,6 +254,11 @@ class ModelState:
     def freezing(self) -> list[str]:
         """The adapters that freeze the base."""
         return [name for name, status in self.standing.items() if status.freezes]
+
+    @property
+    def structural(self) -> list[str]:
+        """The adapters that have structural rules alone: they are in force as long as they are on the model."""
+        return [name for name, rules in self.adapters.items() if all(isinstance(r, StructureRule) for r in rules)]
 
     @property
     def idle(self) -> list[str]:

@@ -18,7 +18,7 @@ from surgery.state.restructuring import structure_keys
 from surgery.storage.load_report import LoadReport
 from surgery.storage.stored_adapter import Stored
 
-__all__ = ["distrusted_rule_error", "locate_structure", "locate_tensors"]
+__all__ = ["distrusted_rule_error", "locate_structure", "locate_tensors", "misfit_of"]
 
 
 def locate_structure(
@@ -117,9 +117,14 @@ def _misfit(file: TensorFile, entry: Entry, dtype: torch.dtype, finite: bool) ->
     return None
 
 
-def distrusted_rule_error(rule: Rule) -> SurgeryError:
+def misfit_of(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:
+    """Returns why a stored tensor does not fit a tensor of this shape and dtype, or None."""
+    return _other_size(file, entry, shape) or _misfit(file, entry, dtype, finite)
+
+
+def distrusted_rule_error(rule: Rule, verb: str = "load_adapter") -> SurgeryError:
     return RuleError(
         f"a {rule.label} is not taken from a file",
         why="its fields name code to import and run",
-        fix="load_adapter(…, trust=True), if you trust the file's author",
+        fix=f"{verb}(…, trust=True), if you trust the file's author",
     )

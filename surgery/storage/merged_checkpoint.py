@@ -14,12 +14,14 @@ from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
 from surgery.merging.merge import ensure_unmerged, merge
+from surgery.model_edits.shared_copies import separate_copies
 from surgery.progress import Progress, steps
 from surgery.rewritten_model.save_pretrained import plain_saving
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.tied_weights import why_not_said
 from surgery.transaction.created_folder import created_folder
 from surgery.transaction.neutral_context import verb
+from surgery.transaction.undo_log import Trial
 
 __all__ = ["merge_to"]
 
@@ -45,10 +47,13 @@ def merge_to(
     The model is merged while writing and unmerged afterwards, also after an error: its bits do not change. Config and
     generation config are written, too. Existing files in the folder are replaced one by one after all are written.
 
+    The structure is written as it is: without layers that a DropRule took out, with those that a RepeatRule made, and a
+    configuration that says so. Copies that share weights are written with weights of their own.
+
     Args:
         model: a model with `save_pretrained`.
         folder: the folder to write to; created if it does not exist.
-        adapter: a name or several names. None: all live adapters.
+        adapter: a name or several names, as for `merge`. None: all live adapters.
         untie: as for `merge`, for a head that shares the embedding's weight. The checkpoint says that they are not
             tied.
         tokenizer: a tokenizer or processor to save. None: copies the files of the folder that the model comes from.
@@ -58,9 +63,10 @@ def merge_to(
         The folder.
 
     Raises:
-        SurgeryError: the model does not have `save_pretrained`, or `merge` fails. No file is written.
+        SurgeryError: the model does not have `save_pretrained`; `merge` fails; or the class of the model can't hold its
+            structure. No file is written.
     """
-    model, _ = rewritten(model)
+    model, state = rewritten(model)
     if inner := records_in(model, below=True):
         raise SurgeryError(
             "part of this model has rules of its own",
@@ -75,7 +81,12 @@ def merge_to(
             why="merge_to writes checkpoints of transformers",
             fix="merge(model), then save base_state_dict(model) in your own way",
         )
-    with created_folder(folder) as folder, _temporary(folder) as place:
+    if reasons := [reason for record in state.structure for reason in record.unplain]:
+        raise SurgeryError(
+            "no plain checkpoint can hold this model", why=abbreviate(list(dict.fromkeys(reasons))), fix=_SURGERY
+        )
+    with created_folder(folder) as folder, _temporary(folder) as place, Trial() as trial:
+        separate_copies(model, [pair for record in state.structure for pair in record.copies], trial)
         _merge(model, adapter, untie, progress)
         if why := why_not_said(model):
             raise SurgeryError("the checkpoint of this model can't hold untied weights", why=why, fix=_UNTIED)
@@ -102,6 +113,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
+_SURGERY = "save_surgery(model, folder) writes rules and tensors, which load_surgery(base, folder) reads"
 _UNTIED = "merge(model, untie=True) and keep this model; or exclude the tied modules from the rule's targets"
 
 
@@ -111,6 +123,8 @@ def _merge(model: nn.Module, adapter: str | Sequence[str] | None, untie: bool, p
     except SurgeryError as error:
         for problem in (error, *getattr(error, "problems", ())):
             problem.fix = problem.fix and problem.fix.replace("merge(model, untie=True)", "merge_to(…, untie=True)")
+            if problem.fix == "keep it unmerged":
+                problem.fix = _SURGERY
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.adapter_files.entry import BARE, NAME, OLD, PEFT, SURGERY, VERSION, Entry, names_in
+from surgery.adapter_files.entry import BARE, MODEL, NAME, OLD, PEFT, SURGERY, VERSION, Entry, names_in
 from surgery.adapter_files.hub_download import download
 from surgery.adapter_files.plain_json import parse_json, read_json
 from surgery.adapter_files.tensor_files import TensorFile, open_tensors, previous_name
@@ -112,6 +112,9 @@ def _no_adapter(place: Path) -> SurgeryError:
     if inner:
         fix = f"load_adapter(…, subfolder={inner[0]!r}); load_adapters(model, folder) loads all of them"
         return SurgeryError(f"{what} itself", why=f"its subfolders hold {', '.join(inner[:8])}", fix=fix)
+    if (place / MODEL[1]).is_file():
+        fix = "load_surgery(base, folder) does it to a base again"
+        return SurgeryError(what, why=f"its {MODEL[1]} is the surgery of a whole model", fix=fix)
     state_file = place / "model.safetensors"
     if state_file.is_file() and any(f".{RESERVED}." in f".{key}" for key in open_tensors(state_file).shapes):
         why = f"its {state_file.name} is a model's state dict: it has the tensors of adapters, but not their rules"

@@ -132,6 +132,16 @@ def test_shared_copies_stay_shared_where_nothing_is_saved_by_class() -> None:
     assert len(model.model.layers) == 12
 
 
+def test_lora_on_copies_that_share_weights(tmp_path: Path) -> None:
+    model = apply_rules(llama(2), RepeatRule("model.layers", times=2, shared=True), adapter="deep")
+    apply_rules(model, LoraRule("q_proj", rank=2, init="random"))
+    wanted = model(IDS).logits
+    commit(model)
+    torch.testing.assert_close(model(IDS).logits, wanted, atol=1e-5, rtol=1e-4)
+    assert not traces(model) and all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(loaded(model, tmp_path)(IDS).logits, model(IDS).logits)
+
+
 def test_lora_and_structure_together(tmp_path: Path) -> None:
     model = llama()
     flags = [p.requires_grad for p in model.parameters()]
