@@ -59,8 +59,10 @@ def t5() -> Any:
 
 def swin() -> Any:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(image_size=32, patch_size=4, embed_dim=8, depths=[2, 4], num_heads=[2, 4])
-    return SwinForImageClassification(SwinConfig(window_size=4, drop_path_rate=0.0, num_labels=3, **sizes)).eval()
+    sizes: dict[str, Any] = dict(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 4], num_heads=[2, 4], num_labels=3
+    )
+    return SwinForImageClassification(SwinConfig(window_size=4, drop_path_rate=0.0, **sizes)).eval()
 
 
 def output(model: Any) -> torch.Tensor:
