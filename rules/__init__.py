@@ -44,6 +44,7 @@ from surgery.rules.road import RoadRule
 from surgery.rules.shira import ShiraRule
 from surgery.rules.statistics import StatisticsRule
 from surgery.rules.steer import SteerRule
+from surgery.rules.ties import TieRule, UntieRule
 from surgery.rules.tokens import BaseRowsRule, TokensRule
 from surgery.rules.train import TrainRule
 from surgery.rules.vera import VeraRule
@@ -90,8 +91,10 @@ __all__ = [
     "ShiraRule",
     "StatisticsRule",
     "SteerRule",
+    "TieRule",
     "TokensRule",
     "TrainRule",
+    "UntieRule",
     "VeraRule",
     "captured",
     "fit_direction",

@@ -11,6 +11,7 @@ from surgery.model_edits.edit_log import EditLog
 from surgery.model_edits.head_exchange import exchange_head
 from surgery.model_edits.layer_order import is_layer_list, reorder_layers
 from surgery.model_edits.vocabulary import resize_vocabulary
+from surgery.model_edits.weight_ties import tie_parameters, untie_parameters
 from surgery.patterns.wrappers import submodule
 
 __all__ = ["ModelEdits"]
@@ -119,3 +120,29 @@ class ModelEdits(EditLog):
             SiteError: the configuration uses a token that would go, or the rows do not fit.
         """
         resize_vocabulary(self, paths, tokens, multiple=multiple, start=start, sources=sources)
+
+    def tie(self, paths: Sequence[str], parameter: str = "weight", to: str | None = None) -> None:
+        """Put one parameter in the place of others, and declare the tie to transformers.
+
+        Args:
+            paths: the paths of the modules whose parameter goes; empty: the output head.
+            parameter: its name. Default "weight".
+            to: the path of the parameter that takes the place; None: the weight of the input embedding.
+
+        Raises:
+            SiteError: the parameters differ in shape or dtype, or are one already.
+        """
+        tie_parameters(self, paths, parameter, to)
+
+    def untie(self, paths: Sequence[str], parameter: str | None = None, *, trainable: bool = False) -> None:
+        """Give modules parameters of their own in the place of shared ones. Files of the adapter have them.
+
+        Args:
+            paths: the paths of the modules; empty: the output head.
+            parameter: the name of the parameter; None: all that they share with other modules.
+            trainable: whether the new parameters train with the adapter. Default False.
+
+        Raises:
+            SiteError: a module does not share a parameter.
+        """
+        untie_parameters(self, paths, parameter, trainable=trainable)

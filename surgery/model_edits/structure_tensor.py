@@ -46,7 +46,8 @@ class StructureTensor:
     def values(self, whole: Tensor | None = None) -> Tensor:
         """The stored part of the tensor. It shares the tensor's memory. `whole`: the tensor in a state dict."""
         tensor = (self.whole if whole is None else whole).detach()
-        part = tensor if self.start is None else tensor[self.start : self.start + self.shape[0]]
+        start = self.start or 0
+        part = tensor[start : start + self.shape[0]] if self.shape else tensor  # a later rule may have added rows
         if tuple(part.shape) != self.shape:
             raise SurgeryError(
                 f"{self.key} has other sizes than the adapter made it with",

@@ -12,7 +12,7 @@ from surgery.planning.matching import Match, Tree
 from surgery.planning.plan import Plan
 from surgery.planning.site_matches import match_sites
 from surgery.rewritten_model.resized_embeddings import check_resizable
-from surgery.rewritten_model.restructure import moved_along
+from surgery.rewritten_model.restructure import check_exchanged, moved_along
 from surgery.state.records import model_state
 from surgery.state.restructuring import Restructuring
 from surgery.transaction.undo_log import Journal
@@ -53,6 +53,8 @@ def _edited(plan: Plan, rule: StructureRule, matched: Sequence[Match], journal: 
         with HookCall(rule, "restructure", ", ".join(match.path for match in matched[:3])):
             rule.restructure(edits, [(match.path, match.module) for match in matched])
         record.edits, record.copies, record.steps = edits.edits, edits.copies, edits.steps
+        if state is not None:
+            check_exchanged(state.sites(), record)
         record.unplain, record.tensors = edits.unplain, edits.tensors
 
     moved_along(plan.model, state, record, journal, change)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
+from surgery.forward.parameter_view import tensor_at
 from surgery.model_edits.table_edit import TableEdit
 from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model import transformers_hooks
@@ -22,7 +23,15 @@ from surgery.transaction.gradient_flags import set_flag
 from surgery.transaction.undo_log import Journal, Trial
 from surgery.weaving.site_class import install_live
 
-__all__ = ["check_undoable", "make_edits", "moved_along", "set_aside_sites", "structure_undone", "undo_edits"]
+__all__ = [
+    "check_exchanged",
+    "check_undoable",
+    "make_edits",
+    "moved_along",
+    "set_aside_sites",
+    "structure_undone",
+    "undo_edits",
+]
 
 
 def make_edits(root: nn.Module, state: ModelState | None, record: Restructuring, journal: Journal) -> None:
@@ -84,11 +93,34 @@ def check_undoable(state: ModelState, undone: Sequence[Restructuring], leaving: 
                 fix=f"remove {above[-1].adapter!r} first" if above else "put back what was there",
             )
         _check_later_adapters(record, leaving)
+        check_exchanged(state.sites(), record, leaving)
         names = list(state.adapters)
         after = [name for name in names[names.index(record.adapter) + 1 :] if name not in leaving]
         for owner, name, old, new in record.resized:
             if name == "weight":
                 check_resizable(owner, old.shape[0], leaving, after if old.shape < new.shape else ())
+
+
+def check_exchanged(sites_present: Sequence[nn.Module], record: Restructuring, leaving: Collection[str] = ()) -> None:
+    """Raise `SurgeryError` if an adapter's change is in a tensor that the edits exchange: its record is of that tensor.
+
+    `leaving`: adapters that are removed before.
+    """
+    places = {(id(owner), name) for owner, name, *_ in record.exchanged}
+    tensors = {id(tensor) for _, _, old, new in record.exchanged for tensor in (old, new)}
+    for module in sites_present if places else ():
+        site = site_state(module)
+        assert site is not None
+        changes = [(applied.adapter, name) for applied in site.applied for name, _ in applied.changed]
+        folds = [(site.merged.adapters[0], name) for name, _ in site.merged.folds] if site.merged is not None else []
+        for adapter, name in (*changes, *folds):
+            if adapter not in leaving and ((id(module), name) in places or id(tensor_at(module, name)) in tensors):
+                raise SurgeryError(
+                    f"{record.rule.label} can't exchange the {name} now",
+                    where=site.path,
+                    why=f"the adapter {adapter!r} changed it, and the record of that is for the present tensor",
+                    fix=f"remove {adapter!r} first, or unmerge",
+                )
 
 
 def _check_later_adapters(record: Restructuring, leaving: set[str]) -> None:
