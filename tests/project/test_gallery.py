@@ -7,14 +7,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from surgery import Drawing, Rule, rules
+from surgery import Drawing, Rule, StructureRule, rules
 
 pytest.importorskip("pygraphviz", reason="pictures are laid out with graphviz")
 
 from tests.reports.gallery import PICTURES, SHOWN, page_pictures, pictures  # noqa: E402
 
 PAGES = PICTURES.parent / "reference" / "rules"
-NAMES = [name for name in rules.__all__ if isinstance(kind := getattr(rules, name), type) and issubclass(kind, Rule)]
+RULES = [name for name in rules.__all__ if isinstance(kind := getattr(rules, name), type) and issubclass(kind, Rule)]
+NAMES = [name for name in RULES if not issubclass(getattr(rules, name), StructureRule)]  # those that edit forwards
 
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")

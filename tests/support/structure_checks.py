@@ -1,0 +1,215 @@
+"""Checks of a structural rule on a model of a family: each compares with something that does not use the rule."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery import Rule, SurgeryError, apply_rules, commit, remove
+from surgery.rules import DropRule, ReorderRule, RepeatRule
+from surgery.state.records import model_state
+from surgery.testing import Snapshot
+from tests.support.families import FAMILIES
+from tests.support.family_runs import rule_for, run
+
+__all__ = ["CHECKS", "OPERATIONS", "Case", "layer_lists", "outcomes"]
+
+# Families one field of whose configuration says the length of several lists.
+PARALLEL = {
+    "xlm": [f"transformer.{name}" for name in ("attentions", "layer_norm1", "ffns", "layer_norm2")],
+    "flaubert": ["attentions", "layer_norm1", "ffns", "layer_norm2"],
+    "deformable_detr": ["model.decoder.layers", "class_embed", "bbox_embed"],
+}
+
+
+def layer_lists(name: str, model: nn.Module) -> tuple[list[str], int]:
+    """The paths of the list of layers with the most weights, and of those that change with it, and their length."""
+    if name in PARALLEL:
+        return PARALLEL[name], len(model.get_submodule(PARALLEL[name][0])._modules)
+    lists = [
+        (sum(tensor.numel() for tensor in module.parameters()), path, len(module))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(layer) for layer in module}) == 1
+    ]
+    _, path, count = max(lists)
+    return [path], count
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A structural rule for a list of layers.
+
+    Attributes:
+        rule: makes the rule from the paths of lists and their length.
+        order: the indices of the old layers in the new order.
+    """
+
+    rule: Callable[[Sequence[str], int], Rule]
+    order: Callable[[int], list[int]]
+
+
+OPERATIONS = {
+    "drop": Operation(lambda paths, n: DropRule([f"{path}.{n - 1}" for path in paths]), lambda n: [*range(n - 1)]),
+    "repeat": Operation(lambda paths, n: RepeatRule(paths, times=2), lambda n: [*range(n), *range(n)]),
+    "reorder": Operation(lambda paths, n: ReorderRule(paths, order=[*range(n)][::-1]), lambda n: [*range(n)][::-1]),
+}
+
+
+class Case:
+    """A structural rule on a new model of a family."""
+
+    def __init__(self, name: str, operation: str):
+        self.name, self.inputs = name, FAMILIES[name].inputs()
+        self.original = self.make()
+        self.paths, count = layer_lists(name, self.original)
+        self.order = OPERATIONS[operation].order(count)
+        self.rule = OPERATIONS[operation].rule(self.paths, count)
+
+    def make(self) -> Any:
+        torch.manual_seed(0)
+        return FAMILIES[self.name].make().eval()
+
+    @cached_property
+    def changed(self) -> Any:
+        """The model with the rule."""
+        return apply_rules(self.make(), [self.rule])
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        return run(self.changed, self.inputs)
+
+    @property
+    def unplain(self) -> list[str]:
+        """Why no plain class can hold the model."""
+        state: Any = model_state(self.changed)
+        return state.structure[-1].unplain
+
+
+# Each check returns None if it holds, "–" if it says nothing about this model, or the reason.
+
+
+def _is_as_built(case: Case) -> str | None:
+    """Outputs are those of a model that is built from the configuration, with the original weights renumbered."""
+    if case.unplain:
+        return "–"
+    model = case.changed
+    plain = type(model)(type(model.config).from_dict(model.config.to_dict())).eval()
+    weights, expected = {}, plain.state_dict()
+    for name, tensor in case.original.state_dict().items():
+        for renumbered in _renumbered(name, case):
+            weights[renumbered] = tensor
+    # A layer that is copied from the first has fewer tensors where the first alone has some.
+    extra = {name for name in weights if name not in expected and name not in model.state_dict()}
+    plain.load_state_dict({name: tensor for name, tensor in weights.items() if name not in extra})
+    return _compared(case.outputs, run(plain, case.inputs))
+
+
+def _renumbered(name: str, case: Case) -> list[str]:
+    """The names of an original tensor in the changed model."""
+    for path in case.paths:
+        if name.startswith(f"{path}."):
+            index, _, rest = name.removeprefix(f"{path}.").partition(".")
+            return [f"{path}.{new}.{rest}" for new, old in enumerate(case.order) if old == int(index)]
+    return [name]
+
+
+def _generates(case: Case) -> str | None:
+    """Generation with a cache gives the tokens of generation without one."""
+
+    def tokens(model: Any, cache: bool) -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(**case.inputs, max_new_tokens=4, do_sample=False, use_cache=cache, pad_token_id=0)
+
+    try:
+        if not case.original.can_generate() or not torch.equal(*(tokens(case.original, on) for on in (True, False))):
+            return "–"
+    except Exception:  # the family does not generate from these inputs
+        return "–"
+    return None if torch.equal(*(tokens(case.changed, on) for on in (True, False))) else "other tokens"
+
+
+def _survives_files(case: Case) -> str | None:
+    """After commit, save_pretrained and from_pretrained give the same model without this library."""
+    if case.unplain:
+        return "–"
+    model = commit(apply_rules(case.make(), [case.rule]))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded, info = type(model).from_pretrained(folder, output_loading_info=True)
+    if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        return f"keys differ: {info}"
+    return _compared(case.outputs, run(loaded.eval(), case.inputs))
+
+
+def _comes_back(case: Case) -> str | None:
+    """`remove` restores every tensor, attribute, hook and output."""
+    model = case.make()
+    before, snapshot = run(model, case.inputs), Snapshot(model)
+    remove(apply_rules(model, [case.rule]))
+    found = snapshot.differences(model)
+    return found[0] if found else _compared(run(model, case.inputs), before)
+
+
+def _keeps_adapters(case: Case) -> str | None:
+    """An adapter from before the rule computes as one from after it with the same tensors, and both come off."""
+    model, other = case.make(), case.make()
+    lora = rule_for(case.name, model)
+    apply_rules(model, [lora], adapter="a")
+    _draw(model)
+    before = run(model, case.inputs)
+    apply_rules(model, [case.rule], adapter="structure")
+    apply_rules(apply_rules(other, [case.rule], adapter="structure"), [lora], adapter="a")
+    # An adapter that came later is on all layers; so was the one that came before.
+    other.load_state_dict(model.state_dict())
+    if (why := _compared(run(model, case.inputs), run(other, case.inputs))) is not None:
+        return why
+    apply_rules(model, [lora], adapter="b")
+    remove(model, "b")
+    remove(model, "structure")
+    return _compared(run(model, case.inputs), before)
+
+
+def _draw(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapters." in name:
+                parameter.normal_(std=0.1)
+
+
+CHECKS: dict[str, Callable[[Case], str | None]] = {
+    "built": _is_as_built,
+    "generates": _generates,
+    "files": _survives_files,
+    "removed": _comes_back,
+    "adapters": _keeps_adapters,
+}
+
+
+def outcomes(name: str, operation: str) -> dict[str, str | None] | str:
+    """The outcome of each check, or the reason why the rule is refused."""
+    case = Case(name, operation)
+    try:
+        _ = case.changed
+    except SurgeryError as error:
+        problem: Any = getattr(error, "problems", [error])[0]
+        return f"{problem.where}: {problem.why}"
+    results: dict[str, str | None] = {}
+    for check, function in CHECKS.items():
+        try:
+            results[check] = function(case)
+        except Exception as error:
+            results[check] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return results
+
+
+def _compared(ours: list[Tensor], theirs: list[Tensor]) -> str | None:
+    if len(ours) != len(theirs) or not all(map(torch.equal, ours, theirs)):
+        return "other outputs"
+    return None
