@@ -14,6 +14,7 @@ from surgery.adapter_files.tensor_headers import TensorHeader, read_header
 from surgery.commands.adapter_description import describe_adapter, our_place, peft_keys, peft_place
 from surgery.commands.answer import Answer, Table
 from surgery.commands.paths import existing
+from surgery.commands.weight_changes import changes_of, compare_changes
 from surgery.commands.weight_files import weight_files
 from surgery.errors import SurgeryError
 from surgery.results import plain
@@ -44,7 +45,8 @@ def diff(
 ) -> Answer:
     """Compare two adapters or two models: settings, tensors, and the norm of each difference.
 
-    Tensors are read one at a time. The relative difference is |B - A| / |A|.
+    Tensors are read one at a time. The relative difference is |B - A| / |A|. Of two adapters, the changes of each
+    weight are compared, too: ΔW = scale · B A of LoRA, which different A and B can share.
 
         surgery diff adapters/monday adapters/tuesday
     """
@@ -62,6 +64,8 @@ def diff(
     differing.sort(key=lambda row: -(row["relative"] if row["relative"] is not None else float("inf")))
     equal = not differing and not settings
     data = {"a": str(a), "b": str(b), "equal": equal, "settings": settings, "counts": dict(counts), "tensors": rows}
+    changes, notes = _changes(a, b)
+    data |= {"changes": changes, "notes": notes}
     head = f"{len(rows):,} tensors: " + (", ".join(f"{count:,} {status}" for status, count in counts.items()) or "none")
     parts: list[str | Table] = [head]
     parts += [f"  {name}: {values['a']} and {values['b']}" for name, values in settings.items()]
@@ -71,7 +75,36 @@ def diff(
         parts.append(Table(columns, [_cells(row) for row in shown]))
     if len(shown) < len(differing):
         parts.append(f"and {len(differing) - len(shown):,} more that differ: --all lists them")
+    parts += _change_parts(changes, notes, len(changes) if all else MOST)
     return Answer(data, parts, code=1 if exit_code and not equal else 0)
+
+
+def _changes(a: Path, b: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What two adapters change of each weight, compared; and notes on what can't be compared."""
+    folders = [path if path.is_dir() else path.parent for path in (a, b)]
+    names = [names_in(folder) for folder in folders]
+    if not all(name and (path.is_dir() or path.name == name[0]) for path, name in zip((a, b), names, strict=True)):
+        return [], []
+    (first, why_a), (second, why_b) = (changes_of(path, describe_adapter(path)["sites"]) for path in folders)
+    whys = {"A": why_a, "B": why_b}
+    notes = [f"the changes of weights by {side} are not computed: {why}" for side, why in whys.items() if why]
+    return ([] if notes else compare_changes(first, second)), notes
+
+
+def _change_parts(changes: list[dict[str, Any]], notes: list[str], most: int) -> list[str | Table]:
+    parts: list[str | Table] = ["", *notes] if notes else []
+    if not changes:
+        return parts
+    compared = [row for row in changes if row["status"] == "compared"]
+    parts += ["", f"ΔW, the change of each weight, from the files: {len(compared):,} of {len(changes):,} are in both"]
+    changes = sorted(changes, key=lambda row: -(row["relative"] if row["relative"] is not None else float("inf")))
+    columns = ("weight", "status", "norm of A", "norm of B", "norm of B - A", "relative", "cosine")
+    numbers = ("norm_a", "norm_b", "difference", "relative", "cosine")
+    rows = [[row["weight"], row["status"], *(_number(row[name]) for name in numbers)] for row in changes[:most]]
+    parts.append(Table(columns, rows))
+    if len(changes) > most:
+        parts.append(f"and {len(changes) - most:,} more weights: --all lists them")
+    return parts
 
 
 def _tensors(path: Path) -> dict[str, Place]:
@@ -104,7 +137,10 @@ def _tensors(path: Path) -> dict[str, Place]:
 def _name(key: str, ours: bool) -> str:
     """One name for a tensor in both formats, as far as that is plain: LoRA's A and B."""
     path, name = our_place(key) if ours else peft_place(key)
-    return ".".join(filter(None, (path, {"lora_A": "A", "lora_B": "B"}.get(name, name))))
+    return ".".join(filter(None, (path, _NAMES.get(name, name))))
+
+
+_NAMES = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 
 
 def _compare(name: str, a: Place | None, b: Place | None) -> dict[str, Any]:
@@ -166,4 +202,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     status = row["status"]
     if status == "other shape":
         status += f" {row['shape_a']} and {row['shape_b']}"
-    return [row["tensor"], status, *("" if number is None else f"{number:.4g}" for number in numbers)]
+    return [row["tensor"], status, *map(_number, numbers)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
