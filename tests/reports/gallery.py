@@ -26,6 +26,26 @@ class Experts(nn.Module):
         return F.linear(x, self.up[expert])
 
 
+class Swish(nn.Module):
+    """A SiLU written out, between two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        return self.down(hidden * torch.sigmoid(hidden))
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def silu(x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
 class Registry(dict):
     """Functions by name, as transformers keeps its attentions."""
 
@@ -110,6 +130,7 @@ SHOWN: dict[str, tuple[Rule, Callable[[], nn.Module]]] = {
     "SteerRule": (rules.SteerRule("m", direction=[0.0] * 8), linear),
     "CaptureRule": (rules.CaptureRule("m"), linear),
     "ReplaceRule": (rules.ReplaceRule("m", by=nn.SiLU), nn.ReLU),
+    "RewriteRule": (rules.RewriteRule("m", pattern=swish, replacement=silu), Swish),
     "InsertRule": (rules.InsertRule("m", by="torch.nn.Tanh"), linear),
     "AdaLoraRule": (rules.AdaLoraRule("m", rank=2), linear),
     "FourierRule": (rules.FourierRule("m", n_frequency=4), linear),
@@ -119,7 +140,7 @@ SHOWN: dict[str, tuple[Rule, Callable[[], nn.Module]]] = {
 }
 
 
-EXAMPLES = {"PrefixRule": torch.zeros(1, 3, 8)}  # for rules that need an example call
+EXAMPLES = {"PrefixRule": torch.zeros(1, 3, 8), "RewriteRule": torch.zeros(2, 8)}  # for rules that need an example call
 
 
 def pictures() -> dict[str, Drawing]:
