@@ -20,6 +20,8 @@ fields of `RewriteRule`.
 from surgery.rules.rewrites.activations import fuse_gelu, fuse_silu
 from surgery.rules.rewrites.attention import fuse_attention
 from surgery.rules.rewrites.folding import FoldNormRule, fold_batch_norm
+from surgery.rules.rewrites.fused_linears import fuse_linears
+from surgery.rules.rewrites.layer_norm import fuse_layer_norm
 from surgery.rules.rewrites.linears import JoinLinearsRule, join_linears
 from surgery.rules.rewrites.no_ops import NoOpsRule, ShareRule
 from surgery.rules.rewrites.quantise import Int8Linear, QuantiseRule
@@ -35,6 +37,8 @@ __all__ = [
     "fold_batch_norm",
     "fuse_attention",
     "fuse_gelu",
+    "fuse_layer_norm",
+    "fuse_linears",
     "fuse_rms_norm",
     "fuse_silu",
     "join_linears",
