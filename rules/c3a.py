@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import Combination, Rule, Share, Site, rule
+from surgery import Combination, Rule, Share, Site, SurgeryError, rule
 from surgery.rules._linear import delta
 from surgery.rules._shared import combining, complex_weights, fields, path_patterns
 from surgery.rules._shared.solving import in_single
@@ -60,7 +60,7 @@ class C3aRule(Rule):
     def block_size_at(self, path: str) -> int:
         return path_patterns.first(self.block_size_pattern, path, self.block_size)
 
-    def review(self, paths: Sequence[str]) -> Iterable[str]:
+    def review(self, paths: Sequence[str]) -> Iterable[str | SurgeryError]:
         return fields.unused_patterns(self, paths, "block_size_pattern")
 
     def check(self, module: nn.Module, path: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, SurgeryError, rule
 from surgery.rules._linear.factored import factored
 from surgery.rules._low_rank import swapping
 from surgery.rules._shared import combining, fields, path_patterns
@@ -105,7 +105,7 @@ class ExpertLoraRule(Rule):
                 return f"its {name} is {tuple(parameter.shape)}: a stack of experts is (experts, out, in)"
         return None
 
-    def review(self, paths: Sequence[str]) -> Iterable[str]:
+    def review(self, paths: Sequence[str]) -> Iterable[str | SurgeryError]:
         if self.parameters:
             changed = [_parameter_path(path, name) for path in paths for name in self.parameters]
             yield from fields.unused_patterns(self, changed, "rank_pattern", "alpha_pattern")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Rule, Share, Site, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SurgeryError, rule
 from surgery.rules._linear import delta as _delta
 from surgery.rules._shared import combining, complex_weights, fields, path_patterns
 from surgery.rules._shared.solving import in_single
@@ -65,7 +65,7 @@ class FourierRule(Rule):
     def n_frequency_at(self, path: str) -> int:
         return path_patterns.first(self.n_frequency_pattern, path, self.n_frequency)
 
-    def review(self, paths: Sequence[str]) -> Iterable[str]:
+    def review(self, paths: Sequence[str]) -> Iterable[str | SurgeryError]:
         return fields.unused_patterns(self, paths, "n_frequency_pattern")
 
     def check(self, module: nn.Module, path: str) -> str | None:

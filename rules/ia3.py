@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, SiteError, SlotRule, rule
+from surgery import Combination, LiveSite, Pattern, Rule, RuleError, Share, Site, SiteError, SlotRule, rule
 from surgery.rules._linear import maps
 from surgery.rules._low_rank import swapping
 from surgery.rules._shared import combining, complex_weights, fields
@@ -60,10 +60,12 @@ class IA3Rule(SlotRule):
         layout = maps.linear_map(module, "linear", "conv1d", "convolution")
         return layout if isinstance(layout, str) else None
 
-    def review(self, paths: Sequence[str]) -> Iterable[str]:
+    def review(self, paths: Sequence[str]) -> Iterable[RuleError]:
         for name in self._names():
             if not any(Pattern.name(name).match(path, nn.Identity()) for path in paths):
-                yield f"feedforward has {name!r}, which fits none of its {len(paths)} sites"
+                what = f"{self.label}: feedforward has {name!r}, which fits none of its {len(paths)} sites"
+                why = "feedforward names those of the targets whose input is scaled"
+                yield RuleError(what, why=why, fix="correct it, or name the module in targets, too")
 
     def rewrite(self, site: Site) -> Tensor | None:
         layout, fed = maps.at(site), self.feeds(site.path)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgery import LiveSite, LowRank, Rule, Site
+from surgery import LiveSite, LowRank, Rule, Site, SurgeryError
 from surgery.rules._linear import maps
 from surgery.rules._low_rank import swapping
 from surgery.rules._shared import complex_weights, fields, path_patterns
@@ -75,7 +75,7 @@ class DeltaRule(LowRankSlottable):
     def rank_at(self, path: str) -> int:
         return path_patterns.first(self.rank_pattern, path, self.rank)
 
-    def review(self, paths: Sequence[str]) -> Iterable[str]:
+    def review(self, paths: Sequence[str]) -> Iterable[str | SurgeryError]:
         return fields.unused_patterns(self, paths, "rank_pattern", "alpha_pattern")
 
     def check(self, module: nn.Module, path: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, LowRank, Rule, Share, Site
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, SurgeryError
 from surgery.rules._linear.layouts import Layout, WeightPart, layout_of
 from surgery.rules._low_rank import combining, swapping
 from surgery.rules._low_rank.rule import Fill, LowRankRule, TensorSource, sure
@@ -65,7 +65,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
             return f"dropout={self.dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
         return None
 
-    def review(self, paths: Sequence[str]) -> Iterable[str]:
+    def review(self, paths: Sequence[str]) -> Iterable[str | SurgeryError]:
         return fields.unused_patterns(self, paths, "rank_pattern", "alpha_pattern")
 
     # Live -----------------------------------------------------------------------------------------------------

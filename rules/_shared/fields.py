@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from surgery import Rule
+from surgery import Rule, RuleError
 from surgery.rules._shared import path_patterns
 
 
@@ -73,8 +73,22 @@ def whole_patterns(rule: Rule, *fields: str) -> None:
             raise rule.bad(field, "a mapping to whole numbers from 1")
 
 
-def unused_patterns(rule: Rule, paths: Sequence[str], *fields: str) -> Iterable[str]:
+def unused_patterns(rule: Rule, paths: Sequence[str], *fields: str) -> Iterable[RuleError]:
     """Returns problems for `Rule.review`: patterns that match none of a rule's sites."""
     for field in fields:
         for key in path_patterns.unused(getattr(rule, field) or {}, paths):
-            yield f"{field} has {key!r}, which fits none of its {len(paths)} sites"
+            what = f"{rule.label}: {field} has {key!r}, which fits none of its {len(paths)} sites"
+            why, fix = _why_unused(field, key, paths)
+            yield RuleError(what, why=why, fix=fix)
+
+
+def _why_unused(field: str, key: str, paths: Sequence[str]) -> tuple[str, str]:
+    """Why a pattern fits no path, and what to write."""
+    plain = key.removeprefix("re:")
+    inner = next((each for each in (plain, rf"{plain}\..*") if not path_patterns.unused([each], paths)), None)
+    remedy = f"write {inner!r}" if inner and inner != key else f"correct it, or leave it out of {field}"
+    if key != plain:
+        return f"a key of {field} is the end of a path or a regular expression, without 're:' before it", remedy
+    if inner:
+        return f"a key is the end of a path, and {key!r} is inside of paths", remedy
+    return "a key is the end of a path, from a dot on, or a regular expression for it", remedy

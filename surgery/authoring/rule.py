@@ -22,7 +22,7 @@ from surgery.authoring.equivalence import Equivalence
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.routed_site import Member
 from surgery.authoring.site import Site
-from surgery.errors import RuleError
+from surgery.errors import RuleError, SurgeryError
 from surgery.structures.structure import Structure
 
 __all__ = ["Combinable", "Mergeable", "Placement", "Routable", "Rule", "SlotRule", "Slottable", "Swappable"]
@@ -54,8 +54,11 @@ class Placement(Declaration):
         """
         return None
 
-    def review(self, paths: Sequence[str]) -> Iterable[str]:
-        """Returns problems of the rule over all its sites, such as a pattern that matches no site. Default: none."""
+    def review(self, paths: Sequence[str]) -> Iterable[str | SurgeryError]:
+        """Returns problems of the rule over all its sites, such as a pattern that matches no site. Default: none.
+
+        A text is the reason alone. An error also says what to do.
+        """
         return ()
 
     def rank_at(self, path: str) -> int | None:

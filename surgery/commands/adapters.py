@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +27,43 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def load_all(
-    model: nn.Module, paths: Sequence[Path], *, trust: bool, same_base: bool, example: Any = None
+    model: nn.Module,
+    paths: Sequence[Path],
+    *,
+    trust: bool,
+    same_base: bool,
+    example: Any = None,
+    together: bool = True,
 ) -> list[dict[str, Any]]:
-    """Puts adapters on a model, all live. Returns what each report says."""
-    from surgery import load_adapter
+    """Puts adapters on a model. Returns what each report says.
 
-    reports = []
-    for path, name in zip(paths, names_of(paths), strict=True):
+    Each is loaded while the earlier ones are idle, so adapters that can't be live together can be on one model.
+    `together`: all are live at the end, and it is an error if they can't be. False: they are live if they can be.
+    """
+    from surgery import activate, load_adapter
+
+    reports, names = [], names_of(paths)
+    for path, name in zip(paths, names, strict=True):
+        if reports:
+            _make_idle(model)
         options: dict[str, Any] = {"trust": trust, "same_base": same_base, "example_inputs": example}
         reports.append(load_adapter(model, existing(path), name, progress=True, **options).to_dict())
+    if len(names) > 1:
+        try:
+            activate(model, names)
+        except SurgeryError:
+            if together:
+                raise
+            _make_idle(model)
     return reports
+
+
+def _make_idle(model: nn.Module) -> None:
+    """Makes all adapters idle. One that changed the base's weights can't be, and stays live."""
+    from surgery import deactivate
+
+    with contextlib.suppress(SurgeryError):
+        deactivate(model)
 
 
 def base_class(paths: Sequence[Path]) -> str | None:

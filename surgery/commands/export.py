@@ -56,7 +56,7 @@ def export(
         raise SurgeryError("slots are made for adapters", why="none is named", fix="export MODEL ADAPTER… --as slots")
     kind = class_name or base_class(paths)
     net, call = model_and_call(model, kind, example, not dry_run, weights=not dry_run)
-    reports = load_all(net, paths, trust=trust, same_base=not any_base, example=call)
+    reports = load_all(net, paths, trust=trust, same_base=not any_base, example=call, together=form != "slots")
     data: dict[str, Any] = {"out": str(out), "written": not dry_run, "as": form, "adapters": reports}
     if dry_run:
         fitting = [f"{name}: {len(report['loaded'])} tensors fit" for name, report in zip(names, reports, strict=True)]

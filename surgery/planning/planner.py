@@ -96,7 +96,7 @@ def _plan_sites(plan: Plan, rules: Sequence[Rule]) -> None:
         else:
             _plan_rule(plan, rule, kept, reads, is_companion)
     plan.problems += absorbed_problems(model, plan.steps)
-    plan.problems += find_conflicts(plan.steps, excludable=_excludable(tree, rules))
+    plan.problems += find_conflicts(plan.steps, excludable=_excludable(tree, rules), adapter=plan.adapter)
     if plan.freezes or plan.frozen_by:
         plan.statistics += _moving_statistics(plan)
     plan.warnings = [*collapse_similar(plan.warnings), *unreached_sites(plan)]
@@ -156,7 +156,8 @@ class _DirectReads:
 
 def _plan_rule(plan: Plan, rule: Rule, targets: Sequence[Match], reads: _DirectReads, is_companion: bool) -> None:
     """Plan a rule at each of its target modules."""
-    plan.problems += [RuleError(f"{rule.label}: {why}") for why in rule.review([match.path for match in targets])]
+    for why in rule.review([match.path for match in targets]):
+        plan.problems.append(why if isinstance(why, SurgeryError) else RuleError(f"{rule.label}: {why}"))
     recordings: dict[Hashable, Recording] = {}
     for match in targets:
         _plan_site(plan, rule, match, reads, is_companion, recordings)

@@ -27,12 +27,16 @@ Excludable = Callable[[Rule, str], bool]
 
 
 def find_conflicts(
-    steps: Iterable[PlannedRule], with_live: bool = True, excludable: Excludable = lambda rule, path: False
+    steps: Iterable[PlannedRule],
+    with_live: bool = True,
+    excludable: Excludable = lambda rule, path: False,
+    adapter: str | None = None,
 ) -> list[SurgeryError]:
     """Returns an error for each conflict: a rule twice, an exclusive rule, a parameter replaced or named twice.
 
     `with_live`: compare also with the rules that are live on the sites now. Default True. `excludable`: whether a
-    rule's field `exclude` can leave out a path, for the fix. Default: no rule's.
+    rule's field `exclude` can leave out a path, for the fix. Default: no rule's. `adapter`: the name of the adapter
+    that the rules are of, for the texts. Default None: not told.
     """
     problems: list[SurgeryError] = []
     steps_by_site: dict[int, list[PlannedRule]] = {}
@@ -41,7 +45,7 @@ def find_conflicts(
     alone = [steps for steps in steps_by_site.values() if _can_share(steps)]
     sites = Counter(id(step.rule) for site_steps in alone for step in site_steps)
     for site_steps in steps_by_site.values():
-        problems += _conflicts_at_site(site_steps, with_live, sites, excludable)
+        problems += _conflicts_at_site(site_steps, with_live, sites, excludable, adapter)
     return problems
 
 
@@ -86,7 +90,7 @@ def _separable(steps: Sequence[PlannedRule]) -> bool:
 
 
 def _conflicts_at_site(
-    steps: list[PlannedRule], with_live: bool, sites: Counter[int], excludable: Excludable
+    steps: list[PlannedRule], with_live: bool, sites: Counter[int], excludable: Excludable, adapter: str | None
 ) -> list[SurgeryError]:
     problems: list[SurgeryError] = []
     path, module = steps[0].path, steps[0].module
@@ -129,19 +133,12 @@ def _conflicts_at_site(
                 )
             )
             break
+        hidden: dict[str, list[str]] = {}  # the names of parameters, by the earlier rule
         for ref in _replaced_state(step.tape):
             if ref in claims and _exclusive(step.tape, ref):
-                problems.append(
-                    SiteError(
-                        f"{label} and {claims[ref]} both replace {ref.key}",
-                        where=path,
-                        why="the later would hide the earlier",
-                        fix="one of them at a time: deactivate(model), or remove it; or exclude the module"
-                        if claims[ref].endswith("]")
-                        else fix,
-                    )
-                )
+                hidden.setdefault(claims[ref], []).append(str(ref.key))
             claims[ref] = label
+        problems += [_both_replace(step, adapter, earlier, keys, fix) for earlier, keys in hidden.items()]
         for spec in step.specs:
             if spec.name in names:
                 problems.append(
@@ -154,6 +151,18 @@ def _conflicts_at_site(
                 )
             names[spec.name] = label
     return problems
+
+
+def _both_replace(
+    step: PlannedRule, adapter: str | None, earlier: str, keys: Sequence[str], fix: str | None
+) -> SiteError:
+    """The error for parameters that a rule and an earlier one replace. `earlier`: the label, and a live adapter."""
+    label = step.rule.label
+    if earlier.endswith("]"):
+        label = f"{label} [{adapter}]" if adapter else label
+        fix = "one of them at a time: deactivate(model), or remove it; or exclude the module"
+    what = f"{label} and {earlier} both replace {' and '.join(keys)}"
+    return SiteError(what, where=step.path, why="the later would hide the earlier", fix=fix)
 
 
 def _replaced_state(tape: Tape) -> list[Ref]:

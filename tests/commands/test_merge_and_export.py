@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery import activate, load_adapter, merge
+from surgery import activate, apply_rules, load_adapter, merge, save_adapter
 from surgery.adapter_files.entry import PEFT
+from surgery.rules import LoraRule, TrainRule
 from tests.support.command_line import Files, run
 
 IDS = torch.arange(8).reshape(2, 4)
@@ -78,6 +79,39 @@ def test_an_export_with_slots(files: Files, tmp_path: Path) -> None:
     assert described["format"] == "ONNX, adapters as slots" and described["outputs"] == ["logits"]
     again = run("export", files.model, files.peft, "--out", out, "--as", form)
     assert again.code == 1 and "--overwrite" in again.err
+
+
+def test_adapters_that_train_the_same_head_have_one_file_with_slots(files: Files, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from surgery.onnx import OnnxRunner
+
+    expected = {}
+    for name in ("one", "two"):
+        model = apply_rules(
+            files.load(), [LoraRule("query", rank=2, init="random"), TrainRule("classifier")], adapter=name
+        )
+        torch.nn.init.normal_(model.classifier.adapters.get_parameter(f"{name}.weight"))
+        torch.nn.init.normal_(model.classifier.adapters.get_parameter(f"{name}.bias"))
+        save_adapter(model, tmp_path / name, name)
+        expected[name] = logits(model)
+    adapters, out = (tmp_path / "one", tmp_path / "two"), tmp_path / "m.onnx"
+    done = run("export", files.model, *adapters, "--out", out, "--as", "slots", "--no-verify", "--json")
+    assert done.code == 0, done.err
+    runner = OnnxRunner(out)
+    for name, output in expected.items():
+        runner.load(name, tmp_path / f"{name}.onnx_adapter")
+        inputs = {"input_ids": IDS.numpy(), "attention_mask": torch.ones_like(IDS).numpy()}
+        ours = torch.from_numpy(runner.run(inputs, adapter=name)["logits"])
+        torch.testing.assert_close(ours, output, rtol=1e-4, atol=1e-5)  # other kernels
+    assert not torch.allclose(expected["one"], expected["two"])
+
+    together = run("merge", files.model, *adapters, "--out", tmp_path / "merged")
+    assert "TrainRule [one] and TrainRule [two] can't be live together" in together.err
+    assert "fix:   merge one of them at a time; in Python: combine(" in together.err
+    constant = run("export", files.model, *adapters, "--out", tmp_path / "c.onnx", "--as", "constant")
+    assert "fix:   export one of them at a time, or use --as slots;" in constant.err
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "c.onnx").exists()
 
 
 def test_an_export_that_can_not_be(files: Files, tmp_path: Path) -> None:

@@ -356,8 +356,10 @@ def test_a_second_head_hides_no_first() -> None:
         with torch.no_grad():
             model.get_parameter(f"1.adapters.{name}.weight").add_(torch.randn(2, 8))
         if name == "a":
-            with pytest.raises(SurgeryError, match=r"both replace(.|\n)*deactivate"):
+            with pytest.raises(SurgeryError, match=r"both replace(.|\n)*deactivate") as error:
                 apply_rules(model, TrainRule("1"), adapter="b")
+            told = "TrainRule [b] and TrainRule [a] both replace weight and bias"
+            assert str(error.value).startswith(told)  # one problem for both
             first = model(X)
             deactivate(model)
     second = model(X)
