@@ -84,7 +84,8 @@ def summary(model: nn.Module) -> Summary:
 
     Returns:
         A `Summary`. `total` counts the base and the adapters; a packed parameter counts as the numbers that it encodes,
-        as in PEFT. The `state` of a row is live (with its weight if that is not 1), idle or merged.
+        as in PEFT. `trainable` leaves out merged adapters, which do not train. The `state` of a row is live (with its
+        weight if that is not 1), idle or merged.
 
     Raises:
         SurgeryError: a site of the model is missing.
@@ -94,14 +95,17 @@ def summary(model: nn.Module) -> Summary:
     check_all_present(model)
     rows: list[tuple[str, str, int, int, int, str]] = []
     merged: list[str] = []
+    folded: set[int] = set()  # ids of the tensors of merged adapters, which no call reads
     records = records_in(unwrap(model), nested=True) or {"": model}
     for path, root in records.items():
         begin = f"{path}: " if path and len(records) > 1 else ""
         rows += [(begin + row[0], *row[1:]) for row in _rows(root)]
-        merged += [begin + name for name in merged_adapters(root)]
+        names = merged_adapters(root)
+        merged += [begin + name for name in names]
+        folded |= {id(t) for _, site, _ in sites(root) for name in names for t in tensors_of(site, name).values()}
     parameters = list(model.named_parameters())
     return Summary(
-        trainable=sum(_numbers_in(p) for _, p in parameters if p.requires_grad),
+        trainable=sum(_numbers_in(p) for _, p in parameters if p.requires_grad and id(p) not in folded),
         added=sum(p.numel() for name, p in parameters if rows and is_adapter_key(model, name)),
         total=sum(_numbers_in(p) for _, p in parameters),
         rows=tuple(rows),
@@ -126,6 +130,8 @@ def _rows(root: nn.Module) -> list[tuple[str, str, int, int, int, str]]:
             elif name not in states:
                 live = "live" if applied.weight == 1.0 else f"live × {applied.weight:g}"
                 states[name] = live if applied.live else "idle"
+    for (name, _), row in counts.items():
+        row[2] = 0 if states[name] == "merged" else row[2]
     return [(name, rule, *row, states[name]) for (name, rule), row in counts.items()]  # type: ignore[misc]
 
 
@@ -206,11 +212,15 @@ def site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
     if (path not in modules or site_state(modules[path]) is None) and len(below) == 1 and module_at(below[0], path):
         modules = dict(every_path(below[0]))  # a path inside the wrapped model
     if path not in modules:
-        raise MatchError(f"the model has no module {path!r}", why=near_misses(path, modules))
+        fix = "name a path of model.named_modules()"
+        raise MatchError(f"the model has no module {path!r}", why=near_misses(path, modules), fix=fix)
     state = site_state(modules[path])
     if state is None:
         where = [site_path for site_path, _, _ in sites(below[0] if len(below) == 1 else model)]
         raise MatchError(
-            "no rule was applied here", where=path, why=f"sites are {abbreviate(where)}" if where else None
+            "no rule was applied here",
+            where=path or "the model itself",
+            why=f"sites are {abbreviate(where)}" if where else "the model does not have adapters",
+            fix="name a site; adapters(model) lists them" if where else "apply_rules(model, rules) first",
         )
     return modules[path], state

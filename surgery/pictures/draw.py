@@ -49,8 +49,9 @@ def draw(model: nn.Module, path: str | None = None, *, before: bool = True) -> D
     (True, True)
 
     The tree has a row for each module, with its shape and its parameters. Equal layers are one row (× 12), and so are
-    parts without rules. A site has a mark for each rule, in the colour of the rule and its adapter; the marks of idle
-    adapters are dashed, those of merged adapters are filled. A dot says that parameters train.
+    parts without rules. A site has a mark for each rule, in the colour of the rule and its adapter; the marks of live
+    adapters are outlines, those of idle adapters are dashed, those of merged adapters are filled. A dot says that
+    parameters train; those of a merged adapter do not.
 
     The picture of a site has the module's own forward, and the forward with the live rules. Casts and changes of shape
     are left out. Values that parameters alone give are formulas in the box that uses them, and a long forward is

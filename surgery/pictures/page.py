@@ -92,7 +92,7 @@ def _tree(rows: Sequence[TreeRow], numbers: Mapping[str, int], colours: Mapping[
         else:
             yield f'<div class="leaf">{text}</div>'
     yield "</details>" * depth + "</div>"
-    yield "<p>A solid mark is live, a dashed one idle, a thick one merged into the weights. ● trains.</p>"
+    yield f"<p>{LEGEND}</p>"
 
 
 def _row(row: TreeRow, numbers: Mapping[str, int], colours: Mapping[Owner, int]) -> str:

@@ -32,7 +32,7 @@ details > summary { cursor: pointer; } .tree details > :not(summary) { margin-le
 .tree summary, .tree .leaf { padding: 2px 0; } .tree .leaf { padding-left: 16px; } .tree b { font-weight: 600; }
 .tag { display: inline-block; border: 1px solid var(--line); border-radius: 9px; padding: 0 7px; font-size: 12px; }
 .mark { display: inline-block; border: 1.5px solid; border-radius: 10px; padding: 0 8px; margin-left: 6px;
-  font-size: 12px; color: var(--ink); } .mark.idle { border-style: dashed; } .mark.merged { border-width: 3px; }
+  font-size: 12px; color: var(--ink); } .mark.idle { border-style: dashed; }
 .site { border: 1px solid var(--line); border-radius: 8px; margin: 8px 0; padding: 8px 14px; }
 .site:target { border-color: var(--link); } .site[open] > summary { margin-bottom: 8px; }
 .site svg { max-width: none; } .paths { columns: 2; font-size: 12px; color: var(--soft); overflow-wrap: anywhere; }

@@ -34,15 +34,19 @@ def css() -> str:
         ".sg-title{font-size:13px;font-weight:600}.sg-detail{font-size:11px}.sg-head{font-size:15px;font-weight:600}"
         ".sg-mid{text-anchor:middle}.sg-box{stroke-width:1.3}.sg-own{fill-opacity:.13;stroke-width:1.8}"
         ".sg-arrow{fill:none;stroke-width:1.4}.sg-frozen{stroke-dasharray:5 3}.sg-end{fill:none;stroke:none}"
-        ".sg-end-text{text-anchor:end}.sg-guide{fill:none;stroke-width:1}.sg-merged{fill-opacity:.45}"
+        ".sg-end-text{text-anchor:end}.sg-guide{fill:none;stroke-width:1}.sg-mark{fill-opacity:0}.sg-filled{fill-opacity:.45}"
         f"{light}@media (prefers-color-scheme:dark){{{dark}}}"
     )
 
 
 def border_css() -> str:
-    """The colours of the marks of a page, .m0 to .m5, as borders."""
+    """The colours of the marks of a page, .m0 to .m5, as borders; the marks of merged adapters are filled."""
     light, dark = (
-        "".join(f".m{n}{{border-color:{pair[place]}}}" for n, pair in enumerate(_COLOURS)) for place in (0, 1)
+        "".join(
+            f".m{n}{{border-color:{pair[place]}}}.m{n}.merged{{background:{pair[place]}73}}"
+            for n, pair in enumerate(_COLOURS)
+        )
+        for place in (0, 1)
     )
     return f"{light}@media (prefers-color-scheme:dark){{{dark}}}"
 

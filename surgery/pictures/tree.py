@@ -118,7 +118,7 @@ def _marks(module: nn.Module) -> Iterator[Mark]:
         ours = {name: tensors[name] for name in applied.tensors if name in tensors}
         status = "merged" if applied.adapter in merged else "live" if applied.live else "idle"
         added = sum(tensor.numel() for tensor in ours.values() if isinstance(tensor, nn.Parameter))
-        trained = sum(tensor.numel() for tensor in ours.values() if tensor.requires_grad)
+        trained = sum(tensor.numel() for tensor in ours.values() if tensor.requires_grad and status != "merged")
         yield Mark(Owner(applied.adapter, applied.rule.label), status, added, trained)
 
 

@@ -10,7 +10,9 @@ from surgery.pictures.text_size import shorten, text_width
 from surgery.pictures.tree import Mark, TreeRow
 from surgery.results import escaped
 
-__all__ = ["short_number", "tree_svg"]
+__all__ = ["LEGEND", "short_number", "tree_svg"]
+
+LEGEND = "outline: live · dashed outline: idle · filled: merged into the weights · ●: trains"
 
 _ROW, _INDENT, _MARGIN = 26.0, 18.0, 20.0
 
@@ -60,9 +62,8 @@ def tree_svg(title: str, rows: Sequence[TreeRow], colours: Mapping[Owner, int]) 
             x = _chip(parts, mark, x, y, colours)
         right = max(right, x)
     bottom = top + len(rows) * _ROW + 26
-    note = "● trains · solid: live · dashed: idle · filled: merged into the weights"
-    parts.append(_text(note, _MARGIN, bottom, "sg-detail sg-soft"))
-    right = max(right, _MARGIN + text_width(note, 11))
+    parts.append(_text(LEGEND, _MARGIN, bottom, "sg-detail sg-soft"))
+    right = max(right, _MARGIN + text_width(LEGEND, 11))
     return document(parts, right + _MARGIN, bottom + 18, title)
 
 
@@ -74,10 +75,10 @@ def _chip(parts: list[str], mark: Mark, x: float, y: float, colours: Mapping[Own
     state = "" if mark.state == "live" else f", {mark.state}"
     text = f"{shorten(mark.owner.rule, 28)} [{shorten(mark.owner.adapter, 24)}{state}]{trained}"
     width = text_width(text, 11) + 16
-    style = {"live": "sg-own", "idle": "sg-own sg-frozen", "merged": "sg-own sg-merged"}[mark.state]
+    style = {"live": "sg-mark", "idle": "sg-mark sg-frozen", "merged": "sg-filled"}[mark.state]
     number = colours.get(mark.owner, 0)
     place = f'x="{x:.1f}" y="{y - 15:.1f}" width="{width:.1f}" height="21" rx="10"'
-    parts.append(f'<rect class="sg-box {style} sg-c{number}" {place}/>')
+    parts.append(f'<rect class="sg-own sg-box {style} sg-c{number}" {place}/>')
     parts.append(_text(text, x + width / 2, y, "sg-detail sg-ink sg-mid"))
     return x + width + 8
 

@@ -364,4 +364,7 @@ def test_merged_and_idle_marks() -> None:
     merge(model, "red")
     states = {mark.owner.adapter: mark.state for row in tree_rows(model) for mark in row.marks}
     assert states == {"blue": "idle", "red": "merged"}
-    assert "sg-merged" in draw(model) and "sg-frozen" in draw(model)
+    assert "sg-filled" in draw(model) and "sg-frozen" in draw(model)
+    assert "●" not in draw(model).replace("●: trains", "")  # a merged adapter does not train
+    assert summary(model).trainable == 0 == sum(row["trainable"] for row in summary(model).to_rows())
+    assert summary(unmerge(model)).trainable == 16 and "LoraRule [red] ● 16" in draw(model)
