@@ -21,7 +21,7 @@ from surgery.state.site_links import module_at
 from surgery.transaction.gradient_flags import is_lazy
 from surgery.weaving.generated_class import recipe_of
 
-__all__ = ["Summary", "show", "site_at", "summary"]
+__all__ = ["Summary", "count_parameters", "show", "site_at", "summary"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,12 @@ def _rows(root: nn.Module) -> list[tuple[str, str, int, int, int, str]]:
     for (name, _), row in counts.items():
         row[2] = 0 if states[name] == "merged" else row[2]
     return [(name, rule, *row, states[name]) for (name, rule), row in counts.items()]  # type: ignore[misc]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """The counts of parameters that require gradients, also those of merged adapters, and of all parameters."""
+    parameters = list(model.parameters())
+    return sum(_numbers_in(p) for p in parameters if p.requires_grad), sum(map(_numbers_in, parameters))
 
 
 def _numbers_in(parameter: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import surgery
+from surgery.inspection.show import count_parameters
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.delegation import Facade, facade
@@ -71,8 +72,7 @@ class FacadeProperties(Facade):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the number of trainable numbers and of all numbers."""
-        summary = surgery.summary(self._base)
-        return summary.trainable, summary.total
+        return count_parameters(self._base)
 
     def print_trainable_parameters(self) -> None:
         few, most = self.get_nb_trainable_parameters()

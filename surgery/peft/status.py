@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.errors import SurgeryError
+from surgery.inspection.show import count_parameters
 from surgery.patterns.module_class import class_of
 from surgery.patterns.own_entries import own_parameter
 from surgery.patterns.wrappers import unwrap
@@ -128,15 +129,15 @@ def get_model_status(model: Any) -> TunerModelStatus:
     wrapped = issubclass(type(model), Facade)
     configs: dict[str, Any] = model._configs if wrapped else {}
     named = wrapped or any(cls.__name__ == "PreTrainedModel" for cls in type(base).__mro__)
-    summary = surgery.summary(base)
+    trainable, total = count_parameters(base)
     merged = {name for layer in layers for name in layer.merged_adapters}
     partly = any(({*layer.available_adapters} - {*layer.merged_adapters}) & merged for layer in layers)
     return TunerModelStatus(
         base_model_type=class_of(unwrap(base)).__name__ if named else "other",
         adapter_model_type=_tuner_of(next(iter(configs.values()), None)),
         peft_types={name: str(config.method) for name, config in configs.items()},
-        trainable_params=summary.trainable,
-        total_params=summary.total,
+        trainable_params=trainable,
+        total_params=total,
         num_adapter_layers=len(layers),
         enabled=layers[0].enabled,  # an adapter is live as a whole, so layers do not differ
         active_adapters=layers[0].active_adapters,

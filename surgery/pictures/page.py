@@ -12,7 +12,7 @@ from surgery.pictures.report_data import ReportData, SiteGroup
 from surgery.pictures.style import colours_of
 from surgery.pictures.svg import site_svg
 from surgery.pictures.tree import Mark, TreeRow, owners_in
-from surgery.pictures.tree_svg import short_number
+from surgery.pictures.tree_svg import LEGEND, short_number
 from surgery.results import escaped, html_table
 
 __all__ = ["page"]

@@ -25,6 +25,8 @@ from surgery import (  # noqa: E402
     merge,
     rule,
     rules,  # noqa: E402
+    summary,
+    unmerge,
 )
 from surgery.inspection.show import site_at  # noqa: E402
 from surgery.pictures.figure import Figure, SiteFigure  # noqa: E402
