@@ -7,7 +7,7 @@
     save_adapter(model, "topics")                                # PEFT's files where PEFT can hold the adapter
     remove(model)                                                # the base, to the bit
 
-`help(surgery.apply_rules)` documents a function. `docs/reference/index.md` has a line for every name:
+`help(surgery.apply_rules)` documents a function. The public names:
 
     rules               apply_rules, plan_rules, explain, remove, forget, Plan
     rules as data       rules_of, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
@@ -27,7 +27,8 @@
     errors              SurgeryError, PlanError, LoadError, RuleError, MatchError, SiteError, MergeError, TraceError,
                         ParityError, SurgeryWarning
 
-Packages: `surgery.rules` (the rule library), `surgery.onnx`, `surgery.peft`, `surgery.testing`, `surgery.trainer`. The
+Packages: `surgery.rules` (the rule library), `surgery.onnx`, `surgery.peft`, `surgery.testing`, `surgery.trainer`. They
+are imported at their first use: `help(surgery.rules)`. The
 command `surgery` (`python -m surgery --help`) does the same for files.
 """
 
@@ -38,6 +39,7 @@ from surgery.short_help import shorten_help
 __version__ = "0.1.0"
 
 # The names are listed in `__init__.pyi`; nothing is imported before it is asked for, so that parts which need no torch
-# (`surgery.onnx.runtime.runner`) work without it.
+# (`surgery.onnx.runtime.runner`) work without it. The packages are attributes, too, and `import *` does not load them.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [name for name in __all__ if name not in ("onnx", "peft", "rules", "testing", "trainer")]
 shorten_help(globals())

@@ -1,6 +1,11 @@
 # What `surgery` offers, and from which file each name comes: read by type checkers, and by `__init__.py`, which imports
 # a name when it is first asked for.
 
+from . import onnx as onnx
+from . import peft as peft
+from . import rules as rules
+from . import testing as testing
+from . import trainer as trainer
 from .adapter_files.entry import PeftEntry
 from .arithmetic.exact_fold import LowRank, Rows
 from .authoring.combination import Combination, Share

@@ -4,7 +4,7 @@
     run         OnnxRunner, Manifest, Slot, read_adapter, write_adapter
     convert     convert_peft, import_adapter
 
-`help(surgery.onnx.OnnxRunner)` documents a class; `docs/how-to/export-to-onnx.md` is the first page of the guide.
+`help(surgery.onnx.OnnxRunner)` documents a class.
 """
 
 import lazy_loader

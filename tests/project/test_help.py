@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pydoc
 import re
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -36,3 +38,14 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     for package in PACKAGES:
         with pytest.raises(AttributeError, match=f"{package.__name__}.*absent"):
             package.absent  # noqa: B018
+
+
+def test_the_packages_are_attributes_that_are_imported_at_their_first_use() -> None:
+    code = """
+import sys, surgery
+assert "torch" not in sys.modules and "surgery.rules" not in sys.modules
+assert surgery.rules.LoraRule("0").rank == 8
+for name in ("onnx", "peft", "testing", "trainer"):
+    assert getattr(surgery, name).__name__ == f"surgery.{name}" and name not in dir(surgery)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -28,7 +28,9 @@ def test_no_public_name_is_a_submodules(package: ModuleType) -> None:
 @pytest.mark.parametrize("stub", sorted(ROOT.glob("surgery/**/*.pyi")), ids=lambda stub: stub.parent.name)
 def test_all_names_of_a_lazy_package_are_listed_once_and_there(stub: Path) -> None:
     tree = ast.parse(stub.read_text())
-    imported = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    imported = [
+        alias.name for node in tree.body if isinstance(node, ast.ImportFrom) and node.module for alias in node.names
+    ]
     (listed,) = [n.value for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) and n.value is not None]
     assert sorted(imported) == sorted(ast.literal_eval(listed)) and len(imported) == len(set(imported))
     name = ".".join(stub.parent.relative_to(ROOT).parts)
