@@ -10,6 +10,8 @@ import itertools
 import json
 import math
 import re
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -21,7 +23,7 @@ from surgery.errors import RuleError
 __all__ = ["Displayed", "Report", "Table", "escaped", "html_table", "is_number_column", "plain", "table"]
 
 _LONGEST = 24  # characters of a word that is not cut, to fold a column
-COLUMNS = 80  # of a terminal; wider tables are folded
+COLUMNS = 80  # wider tables are folded, unless the terminal is wider, too
 _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -115,6 +117,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int | None =
     return "\n".join(text.rstrip() for text in texts)
 
 
+def _columns() -> int:
+    """The width at which tables are folded: that of the terminal, if there is one that is wider than 80 columns."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return max(COLUMNS, shutil.get_terminal_size().columns) if terminal else COLUMNS
+
+
 def is_number_column(rows: Sequence[Sequence[str]], column: int) -> bool:
     """Whether all cells of a column are numbers."""
     return bool(rows) and all(row[column].replace(",", "").rstrip("%").replace(".", "").isdigit() for row in rows)
@@ -160,7 +168,7 @@ class Table:
     red: frozenset[int] = frozenset()
 
     def __str__(self) -> str:
-        return table(self.head, self.rows, COLUMNS)
+        return table(self.head, self.rows, _columns())
 
     def _repr_html_(self) -> str:
         return html_table(self.head, self.rows)

@@ -86,7 +86,7 @@ def _own_forward(module: nn.Module, base: type[nn.Module]) -> OwnForward:
             evaluation, training = (_record_tape(module, base, signature, mode) for mode in (False, True))
             return OwnForward(base, signature, (evaluation, training))
         except SurgeryError as error:
-            why = str(error.what)
+            why = f"its forward can't be recorded at {error.where}" if error.where else error.why or error.what
     return OwnForward(base, signature, None, why)
 
 
@@ -120,53 +120,69 @@ def _passes_call_on(base: type[nn.Module]) -> bool:
 
 def _why_opaque(module: nn.Module, base: type[nn.Module], parameters: list[inspect.Parameter]) -> str:
     """Returns why the forward must stay one call, or '' if a recording of it is always right."""
-    if any(parameter.default is not parameter.empty or parameter.kind in _STARRED for parameter in parameters):
-        return "its forward has optional arguments"
+    optional = [p.name for p in parameters if p.default is not p.empty or p.kind in _STARRED]
+    if optional:
+        return f"its forward can be called in several ways: {', '.join(optional[:3])} may be left out"
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and type(tensor) not in (nn.Parameter, torch.Tensor):
             return f"its {name} is a {type(tensor).__name__}"
-    if not is_trusted(base):
-        return "its forward is not straight-line code"
-    return ""
+    return _why_untrusted(base)
+
+
+def is_trusted(base: type[nn.Module]) -> bool:
+    """Whether a class is a layer of torch without overridden methods, or has a forward that only computes."""
+    return not _why_untrusted(base)
 
 
 @functools.cache
-def is_trusted(base: type[nn.Module]) -> bool:
-    """Whether a class is a layer of torch without overridden methods, or has a forward that only computes."""
+def _why_untrusted(base: type[nn.Module]) -> str:
+    """Why a recording of a class's forward may hold for some calls alone; '' for a class that is trusted."""
     for cls in base.__mro__:
         if cls.__module__.startswith("torch.nn.modules."):
-            return True
+            return ""
         overridden = {name for name, value in vars(cls).items() if callable(value)} - {"__init__"}
         if "forward" in overridden:
-            return _straight_line(cls.forward)
-        if any(hasattr(parent, name) for name in overridden for parent in cls.__mro__[1:]):
-            return False
-    return False
+            return _why_not_straight(cls.forward)
+        if names := sorted(name for name in overridden for parent in cls.__mro__[1:] if hasattr(parent, name)):
+            return f"{cls.__name__} overrides {names[0]} of its base class"
+    return "its class does not have a forward"
 
 
-def _straight_line(function: Any) -> bool:
+def _why_not_straight(function: Any) -> str:
+    """Why a forward is not straight-line code: the first part of it that may take another way in another call."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return False
+        return "its forward does not have Python source"
     body = tree.body[0]
-    if not isinstance(body, ast.FunctionDef) or body.decorator_list:
-        return False
+    if not isinstance(body, ast.FunctionDef):
+        return "its forward is not a plain function"
+    if body.decorator_list:
+        return f"its forward has the decorator {ast.unparse(body.decorator_list[0])}, which may do anything"
     allowed = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
-    if not all(isinstance(statement, allowed) for statement in body.body):
-        return False
-    return not any(isinstance(node, _DECIDES) or _calls_own_method(node) for node in ast.walk(body))
+    if other := next((statement for statement in body.body if not isinstance(statement, allowed)), None):
+        return f"its forward is not straight-line code: {_first_line(other)}"
+    if choice := next((node for node in ast.walk(body) if isinstance(node, _DECIDES)), None):
+        return f"its forward decides in Python: {_first_line(choice)}"
+    if unknown := next(
+        (node for node in ast.walk(body) if isinstance(node, ast.Call) and _calls_own_method(node)), None
+    ):
+        return f"its forward calls code that may decide in Python: {_first_line(unknown.func)}(…)"
+    return ""
+
+
+def _first_line(node: ast.AST) -> str:
+    line = ast.unparse(node).splitlines()[0]
+    return line if len(line) <= 80 else f"{line[:79]}…"
 
 
 _DECIDES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.NamedExpr, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
             ast.Await, ast.Yield, ast.YieldFrom, ast.Compare, ast.Starred, ast.JoinedStr)  # fmt: skip
 
 
-def _calls_own_method(node: ast.AST) -> bool:
+def _calls_own_method(node: ast.Call) -> bool:
     # self.act(x) may call a child or a method; only a run shows which, and a method's code is unknown. The code of a
     # function with a bare name is unknown, too. torch.*, F.* and methods of tensors are known.
-    if not isinstance(node, ast.Call):
-        return False
     if isinstance(node.func, ast.Name):
         return True
     root: ast.AST = node.func

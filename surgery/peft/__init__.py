@@ -1,8 +1,8 @@
 """PEFT's names for code that can't be changed yet: `from surgery.peft import LoraConfig, get_peft_model, PeftModel`.
 
 `get_peft_model` returns a façade: an object that stands before the model and passes everything on to it. The model
-inside keeps its class and names, and the engine's verbs do the work. The tutorial "From PEFT in five minutes" tells how to move
-to the engine.
+inside keeps its class and names, and the engine's verbs do the work. The tutorial "From PEFT in five minutes" tells how
+to move to the engine.
 """
 
 from __future__ import annotations
