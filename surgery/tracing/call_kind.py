@@ -84,7 +84,10 @@ def _access_code(name: str, value: Any, path: tuple) -> str:
     """Returns code that reads the value at a path of attributes and keys."""
     for part in path:
         keyed = type(value) in (dict, list, tuple) or not isinstance(part, str)
-        name += f"[{part!r}]" if keyed else f".{part}"
+        if keyed:
+            name += f"[{part!r}]"
+        else:  # the children of a list have numbers as names
+            name = f"{name}.{part}" if part.isidentifier() else f"getattr({name}, {part!r})"
         value = value[part] if keyed else getattr(value, part)
     return name
 
