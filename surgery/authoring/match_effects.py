@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from surgery.forward.side_effects import writes
 from surgery.structures.op_aliases import arguments_in, canonicalise
 
-__all__ = ["active_passages", "dropout_probability", "write_objection"]
+__all__ = ["ReplacedMatch", "active_passages", "dropout_probability", "write_objection"]
+
+
+class ReplacedMatch(NamedTuple):
+    """A match that a rule replaces: the names of its nodes, and of those that are also used outside."""
+
+    nodes: tuple[str, ...]
+    shared: tuple[str, ...]
 
 
 def write_objection(nodes: Collection[fx.Node], shared: Collection[fx.Node]) -> str | None:

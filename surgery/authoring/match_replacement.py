@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from surgery.authoring.forward_values import ForwardValues
-from surgery.authoring.match_effects import active_passages, dropout_probability, write_objection
+from surgery.authoring.match_effects import ReplacedMatch, active_passages, dropout_probability, write_objection
 from surgery.authoring.site_facts import TOLD, UNCALLED
 from surgery.errors import SiteError
 from surgery.structures.structure import Occurrence
@@ -23,11 +23,13 @@ class MatchReplacement(ForwardValues):
     Attributes:
         claimed: The operations that earlier rules of the adapter replace at the site: node name → the rule's label.
         claims: The operations that this rule replaces.
+        replaced: The matches that this rule replaces.
         warnings: Texts of `warn`.
     """
 
     claimed: Mapping[str, str]
     claims: dict[str, str]
+    replaced: list[ReplacedMatch]
     warnings: list[str]
 
     @property
@@ -100,6 +102,8 @@ class MatchReplacement(ForwardValues):
         if (why := self.objection(match)) is not None:
             raise SiteError(f"{self.label} can't replace a match", where=self.path, why=why)
         gone = self._gone(match)
+        nodes, shared = (tuple([node.name for node in self._nodes_of(part)]) for part in (match.nodes, match.shared))
+        self.replaced.append(ReplacedMatch(nodes, shared))
         self.claims |= {node.name: self.label for node in gone}
         uncalled = {*self.facts.get(UNCALLED, ()), *self._uncalled(gone)}
         if uncalled:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgery.authoring.declared_tensors import ParamSpec
+from surgery.authoring.match_effects import ReplacedMatch
 from surgery.authoring.rule import Rule
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Tape
@@ -29,6 +30,7 @@ class PlannedRule:
     specs: tuple[ParamSpec, ...]
     inside: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
+    matches: tuple[ReplacedMatch, ...] = ()
 
     @property
     def added(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from surgery.authoring.declaration import Declaration
 from surgery.authoring.declared_tensors import DeclaredTensors, ParamSpec
 from surgery.authoring.example_facts import Example, ExampleFacts
+from surgery.authoring.match_effects import ReplacedMatch
 from surgery.authoring.match_replacement import MatchReplacement
 from surgery.complex_numbers import narrow
 from surgery.errors import SiteError, near_misses
@@ -73,6 +74,7 @@ class Site(DeclaredTensors, ExampleFacts, MatchReplacement):
         self.facts: dict[str, Any] = {} if facts is None else facts
         self.inside = False  # whether the rule looks into the forward
         self.claimed, self.claims, self.warnings = claimed, dict[str, str](), list[str]()
+        self.replaced: list[ReplacedMatch] = []
         self.missed: dict[Structure, str] = {}
         self._nodes: dict[str | int, fx.Node] = {}
         self._passages: list[Passage] = []

@@ -11,6 +11,7 @@ from torch import nn
 
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
+from surgery.authoring.site_facts import INLINED
 from surgery.errors import PlanError, SurgeryError, abbreviate, collapse_similar
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import Readiness
@@ -157,6 +158,8 @@ class Plan(Displayed, Report):
                     "tensors": {spec.name: list(spec.shape) for spec in step.specs},
                     "added": step.added,
                     "trainable": step.trainable,
+                    "matches": [list(match.nodes) for match in step.matches],
+                    "inlined": list(step.facts.get(INLINED, ())),
                 }
                 for step in self.steps
             ],
@@ -201,6 +204,7 @@ class Plan(Displayed, Report):
             head,
             Table(["rule", "site", "type", "tensors", "trainable"], structure + _rows(self.steps)),
         ]
+        parts += collapse_similar(_matches(self.steps))
         shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
         parts += [f"shared: {line}" for line in collapse_similar(list(dict.fromkeys(shared)))]
         switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
@@ -225,6 +229,20 @@ class Plan(Displayed, Report):
             return "is frozen"
         by = abbreviate(self.frozen_by, "adapters")
         return f"stays frozen by {by}" if by else "is not frozen"
+
+
+def _matches(steps: Sequence[PlannedRule]) -> list[str]:
+    """A line for each site with replaced matches: what is replaced, what stays, and which children are inlined."""
+    lines = []
+    for step in steps:
+        if step.matches:
+            parts = [f"replaces {', '.join(match.nodes)}" for match in step.matches]
+            kept = dict.fromkeys(name for match in step.matches for name in match.shared)
+            parts += [f"still computes {', '.join(kept)} for other users"] if kept else []
+            inlined = step.facts.get(INLINED, ())
+            parts += [f"inlines {abbreviate(inlined)}"] if inlined else []
+            lines.append(f"{step.rule.label} at {step.path or 'the model itself'}: {'; '.join(parts)}")
+    return lines
 
 
 def _rows(steps: Sequence[PlannedRule]) -> list[tuple[str, str, str, str, str]]:

@@ -233,6 +233,7 @@ def _plan_site(
             recording.specs,
             recording.inside,
             facts,
+            recording.replaced,
         )
     )
 

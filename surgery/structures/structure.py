@@ -166,7 +166,8 @@ def _bind_others(
     pairs = [(results[0], bound[results[0]])]
     for result in results[1:]:
         used = {node for _, node in pairs} | taken
-        candidates = [bound[result]] if result in bound else search.roots(result)
+        known = result in bound
+        candidates = [_result(search, result, bound[result])] if known else search.roots(result)
         for node in candidates:
             if node not in used and search.fits(result, node):
                 joint = _bind(search, [*pairs, (result, node)], [])
@@ -246,6 +247,11 @@ def _changes_value(node: Any, operation: str) -> bool:
     return arguments.get("p") != 0 and arguments.get("training", arguments.get("train")) is not False
 
 
+def _result(search: Search, part: int, operand: Any) -> Any:
+    """Returns the node of a result. Inside the match, it may be read through a cast, which other users do not see."""
+    return search.reached(search.parts[part], operand) if search.parts[part].kind == "operation" else operand
+
+
 def _is_module(search: Search, part: int, operand: Any, bound: dict[int, Any]) -> bool:
     """Whether a call is of the same module as the other calls of the pattern's parameter."""
     name, path = search.parts[part].name, _path(search, part, operand)
@@ -258,7 +264,7 @@ def _path(search: Search, part: int, operand: Any) -> ModulePath:
 
 def _occurrence(search: Search, bound: dict[int, Any], results: tuple[int, ...], names: list[str]) -> Occurrence:
     nodes, named, bindings = set[Any](), set[Any](), {}
-    roots = tuple([bound[result] for result in results])
+    roots = tuple([_result(search, result, bound[result]) for result in results])
     for index, part in enumerate(search.parts):
         if index not in bound:
             continue

@@ -11,6 +11,7 @@ from surgery.authoring.declared_tensors import ParamSpec
 from surgery.authoring.example_facts import Example
 from surgery.authoring.example_values import TapeSamples
 from surgery.authoring.hook_call import HookCall
+from surgery.authoring.match_effects import ReplacedMatch
 from surgery.authoring.missed_structure import suggest_target
 from surgery.authoring.rule import Rule
 from surgery.authoring.site import NOTHING, Site
@@ -29,7 +30,7 @@ class Recording(NamedTuple):
 
     `inside`: whether it looks into the forward. `warnings`: sentences about matches that stay, and about operations of
     a match that the rewrite drops without asking for them. `claims`: the operations that the rewrite replaces as parts
-    of matches, with the rule's label.
+    of matches, with the rule's label. `replaced`: these matches.
     """
 
     tape: Tape
@@ -38,6 +39,7 @@ class Recording(NamedTuple):
     inside: bool
     warnings: tuple[str, ...] = ()
     claims: Mapping[str, str] = {}
+    replaced: tuple[ReplacedMatch, ...] = ()
 
 
 class SkippedSite(Exception):
@@ -86,7 +88,9 @@ def record_rewrite(
 
 def _recording(site: Site, tape: Tape, specs: Mapping[str, ParamSpec]) -> Recording:
     warnings = (*site.warnings, *site.describe_dropped_ops())
-    return Recording(tape.intern(), tuple(specs.values()), site.own, site.inside, warnings, site.claims)
+    return Recording(
+        tape.intern(), tuple(specs.values()), site.own, site.inside, warnings, site.claims, tuple(site.replaced)
+    )
 
 
 def _run_rewrite(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
