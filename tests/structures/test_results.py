@@ -26,6 +26,7 @@ class Block(nn.Module):
 
 
 GRAPH = trace(Block().eval(), torch.randn(2, 3, 4))
+BIAS: Any = ANY
 LINEAR, CONV, NORM = module_of(nn.Linear), module_of(nn.Conv1d), module_of(nn.BatchNorm1d)
 
 
@@ -33,7 +34,7 @@ def test_results_that_share_a_name_are_different_nodes_in_the_graphs_order() -> 
     (match,) = Structure(lambda x, q=LINEAR, k=LINEAR, v=LINEAR: (q(x), k(x), v(x))).find(GRAPH)
     assert [root.name for root in match.roots] == ["q", "k", "v"] and match.root is match.roots[0]
     assert {name: str(value) for name, value in match.bindings.items()} == {"x": "x", "q": "q", "k": "k", "v": "v"}
-    pairs = Structure(lambda x, w, v, b: (F.linear(x, w, b), F.linear(x, v, ANY))).find(GRAPH)
+    pairs = Structure(lambda x, w, v, b: (F.linear(x, w, b), F.linear(x, v, BIAS))).find(GRAPH)
     assert [[root.name for root in match.roots] for match in pairs] == [["q", "k"]]  # none is in two matches
 
 
