@@ -113,7 +113,7 @@ def card_of(
     lines += ["```python", "from surgery import load_adapter", "", f'load_adapter(model, "{repo_id}")', "```", ""]
     lines += ["## Rules", "", *(f"    {rule}" for rule in rules_of(model, adapter)), ""]
     if metadata:
-        lines += ["## Figures", "", "| | |", "|---|---|"]
+        lines += ["## Figures", "", "| figure | value |", "|---|---|"]
         lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in metadata.items()]
     return "\n".join(lines) + "\n"
 

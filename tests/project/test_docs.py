@@ -148,6 +148,13 @@ def test_every_field_of_pefts_config_is_told() -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("name", TEXT)
+def test_every_column_of_a_table_has_a_heading(name: str) -> None:
+    text = re.sub(r"(?ms)^( *)```.*?^\1```", "", TEXT[name])
+    for head in re.findall(r"(?m)^ *\|(.+)\| *\n *\|(?: *:?-+:? *\|)+ *$", text):
+        assert all(cell.strip() for cell in re.split(r"(?<!\\)\|", head)), f"{name}: |{head}|"
+
+
 def test_the_figures_of_the_readme_are_measured() -> None:
     """The readme is short, and its figures are in the table of benchmarks."""
     assert len(TEXT["README.md"].splitlines()) <= 150

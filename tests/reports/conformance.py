@@ -20,7 +20,7 @@ MARKS = ("<!-- made by make peers -->\n", "<!-- end -->")
 
 def table(results: Mapping[int, Mapping[str, str]]) -> str:
     """One line per row; a failed cell is ✗ with the reason."""
-    head = "| method | model: configuration | PEFT → here | … merged | … removed | here → PEFT | trained | |"
+    head = "| method | model: configuration | PEFT → here | … merged | … removed | here → PEFT | trained | notes |"
     lines = [head, "|---" * 8 + "|"]
     for i, row in enumerate(ROWS):
         failures = results.get(i, {})

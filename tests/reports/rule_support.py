@@ -203,7 +203,7 @@ def in_pefts_format(chosen: Rule, make: Callable[[], nn.Module]) -> str:
 
 def table(support: Support) -> str:
     rows = [f"| {label} | {cell(getattr(support, name))} |" for name, label in LABELS.items()]
-    return "\n".join(["| | |", "|---|---|", *rows]) + "\n"
+    return "\n".join(["| feature | support |", "|---|---|", *rows]) + "\n"
 
 
 def cell(text: str) -> str:

@@ -54,7 +54,7 @@ def by_method(facade: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Counte
 
 def differing(facade: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A line for each reason, with the tests that it costs."""
-    lines = ["| | reason | tests | |", "|---|---|---:|---|"]
+    lines = ["| kind | reason | tests | which |", "|---|---|---:|---|"]
     for cause in classes.causes(facade):
         functions = Counter(re.sub(r"_\d+$", "", test.rpartition("::")[2].partition("[")[0]) for test in cause.tests)
         names = ", ".join(short(name) + (f" × {n}" if n > 1 else "") for name, n in functions.most_common())
