@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from surgery.errors import ParityError, SurgeryError
-from surgery.lifecycle.activation import active
 from surgery.onnx.calls.example import ExampleCall, array_of
 from surgery.onnx.calls.export_lock import one_at_a_time
 from surgery.onnx.calls.exported_model import check_names, exported_root
@@ -31,9 +30,10 @@ from surgery.onnx.graph.dynamic_axes import (
     rename_dims,
     with_longer_texts,
 )
+from surgery.onnx.graph.export_notices import notices_of
 from surgery.onnx.graph.file_writing import size_of, write_model
 from surgery.onnx.graph.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
-from surgery.onnx.graph.generate_differences import GENERATION, changed_logits, generation_of
+from surgery.onnx.graph.generate_differences import GENERATION, generation_of
 from surgery.onnx.graph.manifest_description import manifest_of
 from surgery.onnx.graph.prepare import PREPARE, ExportSettings, Prepared
 from surgery.onnx.graph.trace_program import Program, program_of
@@ -42,8 +42,6 @@ from surgery.onnx.runtime.default_inputs import write_defaults
 from surgery.onnx.runtime.manifest import Manifest
 from surgery.progress import Progress, steps
 from surgery.results import Report
-from surgery.rewritten_model.verb_root import records_in
-from surgery.routing.thread_state import thread_routing
 from surgery.state.records import model_state
 from surgery.transaction.neutral_context import neutrally
 
@@ -184,9 +182,8 @@ def export_onnx(
             notices = [
                 *prepared.notices,
                 *fixed_axis_notices(traced, axes, free, _taking(model, adapters)),
-                *_nested_tensor_notices(model),
+                *notices_of(given_model, model, manifest),
             ]
-            notices += [*_route_notices(given_model), *_generate_notices(model, manifest)]
             step()
             seconds, parity = time.perf_counter() - started, None
             with write_model(program.model, Path(path), manifest, external_data) as place:
@@ -246,38 +243,6 @@ def _without_adapters(model: nn.Module) -> nn.Module:
     copy = sharing_copy(model)
     leave_live(copy, ())
     return copy
-
-
-def _route_notices(model: nn.Module) -> list[str]:
-    """Notices about an open route block: a file has one set of adapters for all rows."""
-    routed = [
-        routing.model
-        for routing in thread_routing.routings
-        if any(routing.model is part for part in records_in(model).values())
-    ]
-    if not routed:
-        return []
-    names = ", ".join(name for part in routed for name in active(part)) or "none"
-    return [f"a block of route is open, and a file routes nothing: it is of the model outside of the block ({names})"]
-
-
-def _generate_notices(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
-    """Notices about what transformers' generate does that the file, or its runner, does not."""
-    if "logits" not in manifest["outputs"] or "input_ids" not in manifest["inputs"]:
-        return []
-    differences = manifest.get(GENERATION, {})
-    notices = [f"{differences['differs']}: OnnxRunner.generate refuses this file"] if "differs" in differences else []
-    if settings := changed_logits(model):
-        notices.append(
-            f"the model's generation config has {', '.join(settings)}, which generate applies and the file does not"
-        )
-    return notices
-
-
-def _nested_tensor_notices(model: nn.Module) -> list[str]:
-    quick = [path for path, module in model.named_modules() if getattr(module, "enable_nested_tensor", False) is True]
-    zeros = "torch's own kernel for evaluation writes zeros at padded positions, and the file what training computes"
-    return [f"{path or 'the model'}: {zeros}" for path in quick]
 
 
 def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, how: ExportSettings) -> Any:

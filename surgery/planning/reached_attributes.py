@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from surgery.planning.attribute_chains import CALL, WRAP, Chain
-from surgery.planning.source_reads import Facts, facts_of
+from surgery.planning.source_facts import Facts
+from surgery.planning.source_reads import facts_of
 
 __all__ = ["MODULE_METHODS", "inherited", "leads_of", "lookup"]
 

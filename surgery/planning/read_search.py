@@ -15,7 +15,8 @@ from surgery.patterns.wrappers import unwrap
 from surgery.planning.attribute_chains import CALL, WRAP, Chain
 from surgery.planning.reached_attributes import MODULE_METHODS, inherited, leads_of, lookup
 from surgery.planning.settled_branches import is_reachable
-from surgery.planning.source_reads import Facts, facts_of
+from surgery.planning.source_facts import Facts
+from surgery.planning.source_reads import facts_of
 
 __all__ = ["Bypass", "ReadSearch", "own_class"]
 

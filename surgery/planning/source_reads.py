@@ -12,7 +12,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -30,8 +29,9 @@ from surgery.planning.attribute_chains import (
     wrapped,
 )
 from surgery.planning.settled_branches import Tests
+from surgery.planning.source_facts import Facts
 
-__all__ = ["Facts", "facts_of"]
+__all__ = ["facts_of"]
 
 # Functions that use only such attributes of their arguments, or print them.
 _INERT = set(
@@ -51,25 +51,6 @@ _ANY_CHILD = {
     "apply",
 }
 _SAME = {"list", "tuple", "set", "iter", "reversed", "sorted", "cast"}
-
-
-@dataclass(eq=False)
-class Facts:
-    """The content of one function's source: returned chains, used chains, calls, and the tests around calls."""
-
-    parameters: list[str]
-    module: str
-    file: str = ""
-    start: int = 0
-    lines: tuple[str, ...] = ()
-    decorated: bool = False
-    dynamic: bool = False  # it accesses attributes by names that are not in its source
-    returns: Chains = NO_CHAINS
-    uses: tuple[tuple[Chain, bool], ...] = ()  # True: every run of the function reaches the use
-    calls: tuple[tuple[Chain, tuple[tuple[int | str, Chain], ...], bool], ...] = ()
-    behind: dict[Chain, tuple[Tests, ...]] = field(
-        default_factory=dict
-    )  # by the chain of the callee: the tests around the calls
 
 
 _facts: weakref.WeakKeyDictionary[FunctionType, Facts] = weakref.WeakKeyDictionary()
