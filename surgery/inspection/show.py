@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from surgery.patterns.wrappers import unwrap
 from surgery.results import Displayed, Report, Table
 from surgery.rewritten_model.verb_root import check_all_present, records_in
 from surgery.state.adapter_tensors import is_adapter_key, tensors_of
-from surgery.state.records import SiteState, merged_adapters, site_state, sites
+from surgery.state.records import SiteState, merged_adapters, model_state, site_state, sites
 from surgery.state.site_links import module_at
 from surgery.transaction.gradient_flags import is_lazy
 from surgery.weaving.generated_class import recipe_of
@@ -96,6 +97,7 @@ def summary(model: nn.Module) -> Summary:
     rows: list[tuple[str, str, int, int, int, str]] = []
     merged: list[str] = []
     folded: set[int] = set()  # ids of the tensors of merged adapters, which no call reads
+    structure = 0
     records = records_in(unwrap(model), nested=True) or {"": model}
     for path, root in records.items():
         begin = f"{path}: " if path and len(records) > 1 else ""
@@ -103,10 +105,11 @@ def summary(model: nn.Module) -> Summary:
         names = merged_adapters(root)
         merged += [begin + name for name in names]
         folded |= {id(t) for _, site, _ in sites(root) for name in names for t in tensors_of(site, name).values()}
+        structure += sum(row[3] for row in _structure_rows(root))
     parameters = list(model.named_parameters())
     return Summary(
         trainable=sum(_numbers_in(p) for _, p in parameters if p.requires_grad and id(p) not in folded),
-        added=sum(p.numel() for name, p in parameters if rows and is_adapter_key(model, name)),
+        added=sum(p.numel() for name, p in parameters if rows and is_adapter_key(model, name)) + structure,
         total=sum(_numbers_in(p) for _, p in parameters),
         rows=tuple(rows),
         merged=tuple(merged),
@@ -132,7 +135,24 @@ def _rows(root: nn.Module) -> list[tuple[str, str, int, int, int, str]]:
                 states[name] = live if applied.live else "idle"
     for (name, _), row in counts.items():
         row[2] = 0 if states[name] == "merged" else row[2]
-    return [(name, rule, *row, states[name]) for (name, rule), row in counts.items()]  # type: ignore[misc]
+    rows = [(name, rule, *row, states[name]) for (name, rule), row in counts.items()]
+    return [*_structure_rows(root), *rows]  # type: ignore[list-item]
+
+
+def _structure_rows(root: nn.Module) -> list[tuple[str, str, int, int, int, str]]:
+    """A row for each structural rule: the edited modules, and the parameters that it made. It is always in force."""
+    state = model_state(root)
+    rows = []
+    for record in state.structure if state is not None else ():
+        made = [(tensor, tensor.whole) for tensor in record.tensors]
+        sizes = [(math.prod(tensor.shape), whole.requires_grad) for tensor, whole in made if _is_parameter(whole)]
+        added, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+        rows.append((record.adapter, record.rule.label, len(record.steps), added, trained, "live"))
+    return rows
+
+
+def _is_parameter(tensor: Any) -> bool:
+    return isinstance(tensor, nn.Parameter)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from surgery import (
     rules_from_json,
     rules_to_json,
     save_adapter,
+    summary,
 )
 from surgery.rules import HeadRule, LoraRule, TrainRule
 from surgery.testing import Snapshot
@@ -232,3 +233,10 @@ def test_what_is_wrong_is_told() -> None:
         apply_rules(Net(), HeadRule(labels=3))
     with pytest.raises(PlanError, match="a ReLU is not a head"):
         apply_rules(Net(), HeadRule("body.1", labels=3))
+
+
+def test_the_summary_counts_the_new_head() -> None:
+    model = apply_rules(Net(), [HeadRule("fc", labels=3), LoraRule("body.0", rank=2)])
+    counts = summary(model)
+    assert counts.rows == (("default", "HeadRule", 1, 24, 24, "live"), ("default", "LoraRule", 1, 24, 24, "live"))
+    assert (counts.added, counts.trainable) == (48, 48)
