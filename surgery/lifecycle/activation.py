@@ -11,10 +11,12 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
+from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.switching import check_none_merged, set_trained, switch, weights_now
 from surgery.patterns.module_walk import base_modules
 from surgery.results import Displayed, Table
+from surgery.rewritten_model.structural_adapters import check_not_structural
 from surgery.rewritten_model.verb_root import check_parts_idle, rewritten, rewritten_if_any
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.in_use import check_free, claim
@@ -58,7 +60,8 @@ class Adapter(Displayed):
     def _cells(self) -> list[str]:
         """The texts of a row: rules, sites, parameters and state."""
         weight = f" × {self.weight:g}" if self.weight != 1.0 else ""
-        state = "merged" if self.merged else f"live{weight}" if self.live else "idle"
+        structural = bool(self.rules) and all(isinstance(rule, StructureRule) for rule in self.rules)
+        state = "structure" if structural else "merged" if self.merged else f"live{weight}" if self.live else "idle"
         return [", ".join(rule.label for rule in self.rules), abbreviate(self.sites), f"{self.parameters:,}", state]
 
 
@@ -85,6 +88,8 @@ def activate(
     >>> _ = activate(model, ["a", "b"], weights=[0.7, -0.3])
     >>> adapters(model)["b"].weight
     -0.3
+
+    Adapters with structural rules alone are always live, with weight 1.
 
     Only live adapters train: the tensors of idle adapters do not require gradients, and `activate` restores their
     flags. A site without live adapters has its own class. Several live adapters edit a site in the order in which they
@@ -122,7 +127,7 @@ def activate(
         journal.attribute(state, "resting")
         state.resting = {}
         if train is not None:
-            set_trained(state, live, train)
+            set_trained(root, live, train)
     return model
 
 
@@ -137,13 +142,14 @@ def deactivate(model: M) -> M:
     >>> type(model[0]) is nn.Linear, active(activate(model))
     (True, ('default',))
 
-    `activate(model)` makes the same adapters live again, with their weights.
+    `activate(model)` makes the same adapters live again, with their weights. Structural rules stay in force, because
+    they do not edit forwards. Adapters that have no other rules are always live.
 
     Returns:
         The same model object.
 
     Raises:
-        SurgeryError: as `activate`.
+        SurgeryError: as `activate`; or all adapters have structural rules alone.
 
     PEFT: `disable_adapter_layers`, `enable_adapter_layers`.
     """
@@ -151,7 +157,10 @@ def deactivate(model: M) -> M:
     check_parts_idle(root)
     check_free(root)
     check_none_merged(state)
-    live = weights_now(state)
+    structural = state.structural
+    if structural and len(structural) == len(state.adapters):
+        check_not_structural(state, structural, "be made idle", "remove(model, …) undoes it")
+    live = {name: weight for name, weight in weights_now(state).items() if name not in structural}
     with Journal() as journal:
         switch(root, {})
         journal.attribute(state, "resting")

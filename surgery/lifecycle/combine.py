@@ -16,6 +16,7 @@ from surgery.lifecycle.combined_targets import rules_of_groups
 from surgery.lifecycle.rename_copy import check_whole
 from surgery.lifecycle.rule_groups import group_rules
 from surgery.progress import Progress
+from surgery.rewritten_model.structural_adapters import check_not_structural
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.sharded_tensors import sharding_of
 from surgery.state.adapter_naming import name_problem
@@ -91,7 +92,8 @@ def combine(
     Raises:
         PlanError: rules that can't be combined by this method, or tensors with NaN, each with a site and a fix.
         SurgeryError: an unknown adapter, a name that is taken, a wrong value of an argument, a merged model, or an
-            adapter that changed the base's weights at its start (PiSSA). In both cases the model is unchanged.
+            adapter that changed the base's weights at its start (PiSSA) or has structural rules alone. In both cases
+            the model is unchanged.
 
     PEFT: `add_weighted_adapter`. Sources: Yadav et al. 2023 (TIES), arXiv:2306.01708; Yu et al. 2023 (DARE),
     arXiv:2311.03099.
@@ -101,6 +103,7 @@ def combine(
     check_free(root)
     if (problem := name_problem(state, into)) is not None:
         raise problem
+    check_not_structural(state, combination.weights, "be combined", "name the other adapters; the structure stays")
     for name in combination.weights:
         check_whole(state, name, "be combined")
     for path, module, site in sites(root):

@@ -12,6 +12,7 @@ from surgery.lifecycle.freezing import thaw_base
 from surgery.lifecycle.remove import restore
 from surgery.patterns.wrappers import submodule
 from surgery.rewritten_model import transformers_hooks
+from surgery.rewritten_model.structural_adapters import check_none_set_aside
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_tensors import detach
 from surgery.state.in_use import check_free
@@ -52,6 +53,7 @@ def forget(model: M) -> M:
 
     Raises:
         SurgeryError: nothing is merged.
+        SurgeryError: a structural rule took a layer of a merged adapter out; `commit` makes both final.
         MergeError: a remaining adapter changed, at its start (PiSSA), a weight that has a fold. In both cases the model
             is unchanged.
 
@@ -64,6 +66,7 @@ def forget(model: M) -> M:
         raise SurgeryError("nothing is merged", fix="merge(model) first; remove(model) takes adapters off unmerged")
     merged = {name for _, _, site in merged_sites for name in _names(site)}
     names = [name for name in state.adapters if name in merged]
+    check_none_set_aside(root, state, names, "be forgotten")
     changing = {name for name, standing in state.standing.items() if standing.in_base and name not in merged}
     for path, _, site in merged_sites if changing else ():
         _check(path, site, changing)

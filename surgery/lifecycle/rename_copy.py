@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from surgery.authoring.site_facts import MARK
+from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import SurgeryError
 from surgery.lifecycle.attach import PlacedRule, attach_idle
 from surgery.patterns.module_walk import RESERVED
 from surgery.rewritten_model import transformers_hooks
+from surgery.rewritten_model.structural_adapters import check_not_structural, set_aside_rules
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names, name_problem
 from surgery.state.adapter_tensors import box_of
@@ -91,8 +93,8 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
 
     The copy is idle, so the model's outputs do not change until `activate(model, "b")`. It is the last adapter in the
     order. Its tensors have the source's values, dtypes and devices, and the source's `requires_grad` flags while live.
-    Gradients are not copied. Facts about the modules are copied, so an example call is not needed. The source may be
-    merged.
+    Gradients are not copied, nor are structural rules, which hold for the whole model. Facts about the modules are
+    copied, so an example call is not needed. The source may be merged.
 
     Args:
         model: the model.
@@ -104,17 +106,20 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
 
     Raises:
         SurgeryError: an unknown adapter, a new name that is taken or not allowed, an adapter that changed the base's
-            weights at its start (PiSSA), or a model in use by another thread. The model is unchanged.
+            weights at its start (PiSSA) or has structural rules alone, or a model in use by another thread. The model
+            is unchanged.
     """
     root, state = rewritten(model)
     old = _known_name(state, adapter)
     check_free(root)
     if (problem := name_problem(state, new)) is not None:
         raise problem
+    check_not_structural(state, [old], "be copied", "apply its rules to another model")
     check_whole(state, old, "be copied")
     clones: dict[int, Tensor] = {}  # by id: tensors that sites share stay shared in the copy
     placed = [_copied_rule(module, applied, clones) for module, rules in state.places[old] for applied in rules]
-    attach_idle(root, new, state.adapters[old], placed, [old])
+    rules = [rule for rule in state.adapters[old] if not isinstance(rule, StructureRule)]
+    attach_idle(root, new, rules, placed, [old])
     return model
 
 
@@ -156,7 +161,10 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Jo
     """Rename an adapter in all records and containers."""
     keep_model(journal, model, state)
     keys = transformers_hooks.keys_of(model, state, [old])
-    for module, rules in state.places[old]:
+    journal.keep(*[record.__dict__ for record in state.structure])
+    for record in state.structure:
+        record.adapter = new if record.adapter == old else record.adapter
+    for module, rules in (*state.places[old], *set_aside_rules(model, state, old)):
         record, boxes = site_state(module), module._modules.get(RESERVED)
         assert record is not None
         keep_site(journal, module)

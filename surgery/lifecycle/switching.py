@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.lifecycle.gradient_reducers import watch_gradients
+from surgery.rewritten_model.structural_adapters import boxes_with_set_aside, check_not_structural, set_aside_rules
 from surgery.state.adapter_tensors import AdapterTensors, box_of
 from surgery.state.merged_tensors import merged_error
 from surgery.state.records import _SITE, Applied, ModelState, SiteState, require_state
@@ -32,18 +33,30 @@ SettledSites = list[tuple[nn.Module, SiteState, type[nn.Module]]]  # sites with 
 
 
 def switch(model: nn.Module, live: Mapping[str, float]) -> None:
-    """Make these adapters live with these weights, and all others idle. All or nothing."""
+    """Make these adapters live with these weights, and all others idle. All or nothing.
+
+    Adapters that have structural rules alone are always live.
+    """
     state = require_state(model)
+    if structural := state.structural:
+        weighted = [name for name in structural if live.get(name, 1.0) != 1.0]
+        check_not_structural(state, weighted, "have a weight", "make it live with weight 1")
+        live = dict.fromkeys(structural, 1.0) | dict(live)
+    boxes = {name: boxes_with_set_aside(model, state, name) for name in state.adapters} if state.structure else None
     before = weights_now(state)
     changed = [name for name in state.adapters if before.get(name) != live.get(name)]
     modules = dict.fromkeys(itertools.chain.from_iterable(state.places[name].modules for name in changed))
     settled, bound = _settled(modules)
     for name in changed:
         _check_change(state, name, live.get(name))
+
+    def boxes_of(name: str) -> Sequence[AdapterTensors]:
+        return state.places[name].boxes if boxes is None else boxes[name]
+
     with Journal() as journal:
         journal.undo(_note, state, changed, before)
         for name in changed:
-            journal.undo(_restore_flags, _flags_of(state.places[name].boxes))
+            journal.undo(_restore_flags, _flags_of(boxes_of(name)))
         _note(state, changed, live)
         journal.undo(_swap_back, settled)
         _install(settled, bound, _key(state, live), lambda: state.rules_at(live))
@@ -56,10 +69,10 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
             exchange(state.moving, journal, not freezes)
         for name in changed:
             if name not in live:
-                _rest(state.places[name].boxes)
+                _rest(boxes_of(name))
             elif name not in before:
-                _train(state.places[name].boxes)
-                watch_gradients(name, _parameters(state.places[name].boxes))
+                _train(boxes_of(name))
+                watch_gradients(name, _parameters(boxes_of(name)))
 
 
 def weights_now(state: ModelState) -> dict[str, float]:
@@ -220,12 +233,13 @@ def _parameters(boxes: Sequence[AdapterTensors]) -> Iterator[Tensor]:
     return (tensor for box in boxes for tensor in box._parameters.values() if tensor is not None)
 
 
-def set_trained(state: ModelState, adapters: Iterable[str], train: bool) -> None:
+def set_trained(model: nn.Module, adapters: Iterable[str], train: bool) -> None:
     """Set whether the tensors that these adapters' rules train do train while the adapters are live."""
+    state = require_state(model)
     with Journal() as journal:
         for name in adapters:
-            journal.undo(_restore_flags, _flags_of(state.places[name].boxes))
-            for module, rules in state.places[name]:
+            journal.undo(_restore_flags, _flags_of(boxes_with_set_aside(model, state, name)))
+            for module, rules in (*state.places[name], *set_aside_rules(model, state, name)):
                 names = [key for applied in rules for key in applied.trained]
                 if (box := box_of(module, name)) is None:
                     continue

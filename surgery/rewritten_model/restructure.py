@@ -223,8 +223,11 @@ def _move_sites(root: nn.Module, state: ModelState, old: set[int], journal: Jour
         modules = [module for module in places.modules if id(module) in present]
         known = {id(module) for module in modules}
         new = [module for key, (_, module, site) in present.items() if key not in known and site.of((adapter,))]
+        if new:  # in the order of the model
+            order = {key: index for index, key in enumerate(present)}
+            new = sorted(modules + new, key=lambda module: order[id(module)])
         rules = [
-            (module, [applied for _, applied in present[id(module)][2].of((adapter,))]) for module in modules + new
+            (module, [applied for _, applied in present[id(module)][2].of((adapter,))]) for module in new or modules
         ]
         state.places[adapter] = Places.of(adapter, rules)
 

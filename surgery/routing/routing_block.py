@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.lifecycle.switching import check_none_merged, check_settled
+from surgery.rewritten_model.structural_adapters import check_not_structural
 from surgery.routing.batch_layout import check_rows_first
 from surgery.routing.joint_rewrite import routes_itself
 from surgery.routing.rows import RowOwners, RowsError
@@ -38,6 +39,7 @@ class RoutingBlock:
             raise SurgeryError("route needs a name for each row", why=f"it is given {adapters!r}", fix='["a", None, …]')
         names = [name for name in adapters if name is not None]
         adapter_names(state, names)
+        check_not_structural(state, names, "be routed", "leave it out of the rows: it is in force for all of them")
         self.model, self.check = model, check
         self.entries = tuple(_entries(model))
         self.rows = RowOwners(adapters)

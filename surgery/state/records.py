@@ -258,6 +258,8 @@ class ModelState:
     @property
     def structural(self) -> list[str]:
         """The adapters that have structural rules alone: they are in force as long as they are on the model."""
+        if not self.structure:
+            return []
         return [name for name, rules in self.adapters.items() if all(isinstance(r, StructureRule) for r in rules)]
 
     @property

@@ -74,10 +74,20 @@ class Restructuring:
         before = [tensor for module in self.modules_of("before") for tensor in _tensors(module)]
         return [tensor for tensor in before if id(tensor) not in staying]
 
+    @property
+    def set_aside(self) -> list[nn.Module]:
+        """The modules that the edits take out, with those below them."""
+        staying = {id(below) for below in _below(self.modules_of("after"))}
+        return [below for below in _below(self.modules_of("before")) if id(below) not in staying]
+
     def modules_of(self, side: str) -> list[nn.Module]:
         """The modules in the edited tables of children, `before` or `after`."""
         values = [value for edit in self.edits if edit.table == "_modules" for value in getattr(edit, side).values()]
         return list({id(value): value for value in values if value is not None}.values())
+
+
+def _below(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [below for module in modules for _, below in base_modules(module)]
 
 
 def structure_keys(records: Sequence[Restructuring]) -> Iterator[tuple[str, StructureTensor]]:

@@ -20,9 +20,11 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
+from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.forward.tape import Layer
 from surgery.patterns.module_walk import RESERVED, tensor_key
+from surgery.rewritten_model.restructure import structure_undone
 from surgery.rewritten_model.state_dict import rules_of
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.sharded_tensors import copy_into, is_flattened
@@ -145,9 +147,11 @@ def hotswap(
         *stored.problems,
         *([] if trust else map(distrusted_rule_error, (rule for rule in stored.rules if rule.imports))),
     ]
-    plan, doubtful = plan_incoming_rules(
-        model, [rule for rule in stored.rules if trust or not rule.imports], adapter, live
-    )
+    structural = [rule for rule in stored.rules if isinstance(rule, StructureRule)]
+    present = [rule for rule in state.adapters[adapter] if isinstance(rule, StructureRule)]
+    problems += [_other_structure(adapter, structural, present)] if structural and structural != present else []
+    incoming = [rule for rule in stored.rules if (trust or not rule.imports) and rule not in structural]
+    plan, doubtful = plan_incoming_rules(model, incoming, adapter, live)
     values = locate_tensors(plan, stored, report, finite)
     problems += [*plan.problems, *(doubtful if strict and report.unexpected else ())]
     new_values = NewValues(plan, live, values, stored.file, finite)
@@ -156,7 +160,8 @@ def hotswap(
         problems.append(other_vocabulary(model, sizes))
     if problems:
         report.unexpected = []  # of rules that could not be read or matched_sites
-    report.base = differences(model, stored.base)
+    with structure_undone([r for r in state.structure if r.adapter == adapter] if structural else []):
+        report.base = differences(model, stored.base)  # files with a structure are for a model without it
     problems += new_values.problems
     if strict:
         without = "hotswap(…, strict=False) takes the adapter without this setting, so it computes something else"
@@ -175,6 +180,15 @@ def hotswap(
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
     report.idle, report.notes, report.assumed = new_values.idle, new_values.notes, stored.assumed
     return report
+
+
+def _other_structure(adapter: str, structural: Sequence[Rule], present: Sequence[Rule]) -> SurgeryError:
+    texts = [", ".join(rule.label for rule in rules) or "none" for rules in (structural, present)]
+    return SurgeryError(
+        "a hot-swap can't change the structure of the model",
+        why=f"the structural rules of the file ({texts[0]}) are not those of {adapter!r} ({texts[1]})",
+        fix=f"remove(model, {adapter!r}), and load_adapter the new one",
+    )
 
 
 @verb

@@ -18,6 +18,7 @@ from surgery.planning.covered_sites import uncovered
 from surgery.planning.matching import Match, Tree, matches
 from surgery.planning.plan import Plan
 from surgery.planning.planner import with_companions
+from surgery.rewritten_model.structural_adapters import check_none_set_aside
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.merged_tensors import check_adapter_unmerged, merged_error
@@ -57,6 +58,7 @@ def adapter_sites(model: nn.Module, state: ModelState, adapter: str) -> AdapterS
         raise SurgeryError(f"{adapter!r} is not the name of an adapter", fix="give one adapter's name")
     adapter_names(state, adapter)
     check_adapter_unmerged(model, adapter)
+    check_none_set_aside(model, state, [adapter], "be swapped or padded")
     by_kind: AdapterSites = {}
     rules_by_module = state.rules_at((adapter,))
     for path, module, _ in sites(model):
