@@ -143,9 +143,9 @@ class PeftModel(FacadeProperties):
     @whole
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
         check_free(root_of(self._base))
-        state = rewritten(self._base)[1]
+        root, state = rewritten(self._base)
         names = named(state, adapter_names)
-        set_trained(state, names, requires_grad)
+        set_trained(root, names, requires_grad)
         for name in set(names).difference(surgery.active(self._base)):
             require_idle_gradients(self._base, name, requires_grad)
 

@@ -33,7 +33,6 @@ from surgery import (
 )
 from surgery.lifecycle.switching import set_trained
 from surgery.rules import IA3Rule, LoraRule, PrefixRule, SteerRule
-from surgery.state.records import require_state
 from surgery.testing import Snapshot
 from tests.support.written_attention import Plain
 
@@ -162,7 +161,7 @@ def test_adapters_are_live_and_frozen() -> None:
         if ".adapters." in name:
             parameter.requires_grad_(False)
     assert training(activate(model, ["a", "b"], train=True)) == {"a", "b"}
-    set_trained(require_state(activate(model, "a")), ["b"], False)  # b is idle
+    set_trained(activate(model, "a"), ["b"], False)  # b is idle
     assert training(activate(model, "b")) == set() and training(activate(model, "b", train=True)) == {"b"}
     apply_rules(model, SteerRule("0", direction=[1.0] * 8), adapter="steer")  # a rule with a tensor that does not train
     assert training(activate(model, ["a", "steer"], train=True)) == {"a"}
