@@ -11,7 +11,6 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
-from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.switching import check_none_merged, set_trained, switch, weights_now
 from surgery.patterns.module_walk import base_modules
@@ -60,8 +59,7 @@ class Adapter(Displayed):
     def _cells(self) -> list[str]:
         """The texts of a row: rules, sites, parameters and state."""
         weight = f" × {self.weight:g}" if self.weight != 1.0 else ""
-        structural = bool(self.rules) and all(isinstance(rule, StructureRule) for rule in self.rules)
-        state = "structure" if structural else "merged" if self.merged else f"live{weight}" if self.live else "idle"
+        state = "merged" if self.merged else f"live{weight}" if self.live else "idle"
         return [", ".join(rule.label for rule in self.rules), abbreviate(self.sites), f"{self.parameters:,}", state]
 
 

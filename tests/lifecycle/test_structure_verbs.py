@@ -87,11 +87,10 @@ def test_what_is_told() -> None:
     model = three()
     table = adapters(model)
     assert active(model) == ("a", "cut", "mix") and table["cut"].sites == () and table["cut"].live
-    assert "structure" in table._repr_html_()  # type: ignore[attr-defined]
     text = str(summary(model))
-    assert "cut      DropRule      1      0          0  structure" in text and "mix      LoraRule" in text
+    assert "cut      DropRule      1      0          0  live" in text and "mix      LoraRule" in text
     assert summary(model).to_rows()[0] == {
-        "adapter": "cut", "rule": "DropRule", "sites": 1, "added": 0, "trainable": 0, "state": "structure",
+        "adapter": "cut", "rule": "DropRule", "sites": 1, "added": 0, "trainable": 0, "state": "live",
     }  # fmt: skip
     assert "LoraRule" in str(show(model, "model.layers.0.self_attn.q_proj"))
     assert "<svg" in str(draw(model))
