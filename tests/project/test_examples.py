@@ -113,6 +113,17 @@ def test_style(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     assert "the same bits, the same logits" in printed
 
 
+@LONG
+def test_upscale(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ("--steps", "1", "--batch", "1", "--tokens", "24", "--threads", "1")
+    results, printed = run("upscale", tmp_path, packaged, *words)
+    assert results["same"] and results["kept"]["equal"]
+    assert [row["layers"] for row in results["rows"]] == [30, 24, 24, 36, 36]
+    loaded, cut, _, deep, _ = (row["perplexity"] for row in results["rows"])
+    assert loaded == pytest.approx(51.5, abs=0.1) and cut > loaded and deep > loaded
+    assert "the same bits, the same logits" in printed
+
+
 def test_vision(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ("--limit", "40", "--epochs", "1", "--pixels", "32", "--batch", "10", "--out", str(tmp_path / "out"))
     results, printed = run("vision", tmp_path, packaged, *words)

