@@ -20,7 +20,7 @@ def loaded() -> tuple[Any, Any]:
     (file,) = weights.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=file.name)
     read = AutoModelForCausalLM.from_pretrained(weights, gguf_file=file.name)
-    config = read.config
+    config: Any = read.config
     del config.quantization_config  # of the file: save_pretrained would refuse a model that has it
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict())
