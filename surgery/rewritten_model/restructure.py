@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,14 +51,27 @@ def undo_edits(root: nn.Module, state: ModelState, record: Restructuring, journa
     """Undo the edits of a structural rule. `check_undoable` was called."""
 
     def change() -> None:
-        for edit in reversed(record.edits):
-            journal.undo(edit.make)
-            edit.undo()
-        for _, _, old, new in record.resized:
-            _carry_over(old, new, journal)
+        _undo_tables(record, journal)
 
     _follow_place(root, record, journal)
     moved_along(root, state, record, journal, change)
+
+
+def _undo_tables(record: Restructuring, journal: Journal) -> None:
+    """Undo the edits of the tables. Tensors with other rows get the common rows of those that the model has now."""
+    resized = [(old, _present(owner, name)) for owner, name, old, _ in record.resized]
+    for owner, name, *_ in record.resized:  # other code may have put another tensor there
+        journal.keep(owner._parameters if name in owner._parameters else owner._buffers)
+    for edit in reversed(record.edits):
+        journal.undo(edit.make)
+        edit.undo()
+    for old, present in resized:
+        _carry_over(old, present, journal)
+
+
+def _present(owner: nn.Module, name: str) -> torch.Tensor:
+    tensor: Any = owner._parameters.get(name, owner._buffers.get(name))
+    return tensor
 
 
 def _carry_over(old: torch.Tensor, new: torch.Tensor, journal: Journal) -> None:
@@ -80,7 +94,7 @@ def check_undoable(state: ModelState, undone: Sequence[Restructuring], leaving: 
     last: dict[tuple[int, str, str], TableEdit] = {}
     for record in reversed(undone):
         last |= {key: edit for edit in record.edits for key in edit.keys}
-    changed = {id(edit): edit for edit in last.values() if not edit.in_place}
+    changed = {id(edit): edit for edit in last.values() if not (edit.in_place or _is_reloaded(edit))}
     for record in undone:
         later = state.structure[state.structure.index(record) + 1 :]
         above = [other for other in later if other not in undone and other.keys & record.keys]
@@ -123,6 +137,21 @@ def check_exchanged(sites_present: Sequence[nn.Module], record: Restructuring, l
                 )
 
 
+def _is_reloaded(edit: TableEdit) -> bool:
+    """Whether an edit gave tensors other rows, and the model has other tensors of that size now.
+
+    `load_state_dict(assign=True)` puts new tensors into a model. Their rows go back into the former ones.
+    """
+    if edit.table not in ("_parameters", "_buffers") or edit.before.keys() != edit.after.keys():
+        return False
+    table = getattr(edit.owner, edit.table)
+    for name, after in edit.after.items():
+        before, present = edit.before[name], table.get(name)
+        if before is None or after is None or present is None or not before.shape != after.shape == present.shape:
+            return False
+    return True
+
+
 def _check_later_adapters(record: Restructuring, leaving: set[str]) -> None:
     """Raise `SurgeryError` if a later adapter has tensors on a layer that goes when the record is undone."""
     present = {id(module) for module in record.modules_of("before")}
@@ -155,11 +184,7 @@ def structure_undone(records: Sequence[Restructuring]) -> Iterator[None]:
     """Inside the block, these structural rules, the model's last ones, are undone. Records of sites do not follow."""
     with Trial() as journal:
         for record in reversed(records):
-            for edit in reversed(record.edits):
-                journal.undo(edit.make)
-                edit.undo()
-            for _, _, old, new in record.resized:
-                _carry_over(old, new, journal)
+            _undo_tables(record, journal)
         yield
 
 

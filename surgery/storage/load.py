@@ -246,6 +246,19 @@ def _fill_structure(structure: Sequence[tuple[StructureTensor, Entry]], file: Te
         for tensor, entry in structure:
             if not tensor.whole.is_meta:
                 tensor.values().copy_(_value(file, entry))
+            elif tuple(tensor.whole.shape) == tensor.shape:
+                _replace_meta(tensor, _value(file, entry))
+            else:
+                what = f"{tensor.key} can't be filled: the base has no values yet, and files have its new rows alone"
+                raise SurgeryError(what, fix="load the values of the base first")
+
+
+def _replace_meta(tensor: StructureTensor, value: Tensor) -> None:
+    old, value = tensor.whole, value.to(tensor.dtype)
+    if isinstance(old, nn.Parameter):
+        tensor.owner._parameters[tensor.name] = nn.Parameter(value, requires_grad=old.requires_grad)
+    else:
+        tensor.owner._buffers[tensor.name] = value
 
 
 def _realise(step: PlannedRule, adapter: str, unfilled: set[str], duplicates: dict[int, nn.Parameter]) -> None:

@@ -240,3 +240,12 @@ def test_the_summary_counts_the_new_head() -> None:
     counts = summary(model)
     assert counts.rows == (("default", "HeadRule", 1, 24, 24, "live"), ("default", "LoraRule", 1, 24, 24, "live"))
     assert (counts.added, counts.trainable) == (48, 48)
+
+
+def test_a_head_is_loaded_on_a_base_without_values(tmp_path: Path) -> None:
+    model = apply_rules(build("BertForSequenceClassification"), HeadRule(labels=5))
+    save_adapter(model, tmp_path)
+    with torch.device("meta"):
+        base = build("BertForSequenceClassification")
+    load_adapter(base, tmp_path)
+    assert torch.equal(base.classifier.weight, model.classifier.weight) and base.classifier.weight.requires_grad

@@ -341,3 +341,25 @@ def test_what_is_wrong_is_told() -> None:
         assert text in str(plan.problems[0]), str(plan.problems[0])
     with pytest.raises(PlanError, match="does not say which module embeds"):
         apply_rules(nn.Sequential(nn.Embedding(4, 4)), ResizeVocabRule(tokens=5))
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "llama, untied"])
+def test_tensors_that_other_code_assigned_go_back_into_the_former_ones(name: str) -> None:
+    model = build(name)
+    weight, head = model.model.embed_tokens.weight, model.lm_head.weight
+    apply_rules(model, ResizeVocabRule(tokens=45))
+    loaded = {key: tensor + 1 for key, tensor in model.state_dict().items()}
+    model.load_state_dict(loaded, assign=True)
+    remove(model)
+    assert model.model.embed_tokens.weight is weight and model.lm_head.weight is head
+    assert torch.equal(weight, loaded["model.embed_tokens.weight"][:40])
+    assert torch.equal(head, loaded["lm_head.weight"][:40])
+
+
+def test_rows_are_not_loaded_on_a_base_without_values(tmp_path: Path) -> None:
+    save_adapter(apply_rules(build("llama, tied"), ResizeVocabRule(tokens=45)), tmp_path)
+    with torch.device("meta"):
+        model = build("llama, tied")
+    with pytest.raises(SurgeryError, match="the base has no values yet"):
+        load_adapter(model, tmp_path)
+    assert model.lm_head.weight.shape == (40, 16) and not hasattr(model, "_surgery_model")
