@@ -75,7 +75,7 @@ def apply_rules(
 
     Raises:
         PlanError: problems that planning found, all at once.
-        SurgeryError: any other failure. In both cases the model is unchanged.
+        SurgeryError: any other failure. After an error the model is unchanged.
     """
     plan = make_plan(model, rules, adapter, example_inputs, freeze)  # match, trace, rewrite
     plan.warnings += rank_warnings(plan.steps)

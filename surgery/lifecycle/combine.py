@@ -92,8 +92,8 @@ def combine(
     Raises:
         PlanError: rules that can't be combined by this method, or tensors with NaN, each with a site and a fix.
         SurgeryError: an unknown adapter, a name that is taken, a wrong value of an argument, a merged model, or an
-            adapter that changed the base's weights at its start (PiSSA) or has structural rules alone. In both cases
-            the model is unchanged.
+            adapter that changed the base's weights at its start (PiSSA) or has structural rules alone. After an
+            error the model is unchanged.
 
     PEFT: `add_weighted_adapter`. Sources: Yadav et al. 2023 (TIES), arXiv:2306.01708; Yu et al. 2023 (DARE),
     arXiv:2311.03099.

@@ -54,8 +54,8 @@ def forget(model: M) -> M:
     Raises:
         SurgeryError: nothing is merged.
         SurgeryError: a structural rule took a layer of a merged adapter out; `commit` makes both final.
-        MergeError: a remaining adapter changed, at its start (PiSSA), a weight that has a fold. In both cases the model
-            is unchanged.
+        MergeError: a remaining adapter changed, at its start (PiSSA), a weight that has a fold. After an error the
+            model is unchanged.
 
     PEFT: `merge_and_unload`.
     """

@@ -157,7 +157,7 @@ def export_onnx(
 
     Raises:
         SurgeryError: the model can't be exported.
-        ParityError: the file computes something else. In both cases the previous file at `path` stays.
+        ParityError: the file computes something else. After an error the previous file at `path` stays.
 
     Notes:
         The manifest is in the file's metadata and in `<file>.manifest.json`.
