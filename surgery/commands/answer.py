@@ -23,7 +23,7 @@ from surgery.commands.option_words import parameters_of, use_options, with_optio
 from surgery.errors import PlanError, SurgeryError, SurgeryWarning
 from surgery.results import plain, table
 
-__all__ = ["Answer", "Table", "answers", "size_text"]
+__all__ = ["Answer", "Table", "answers", "error_data", "print_json", "size_text"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _print_answer(answer: Answer, as_json: bool, noted: Iterable[str]) -> None:
     noted = list(dict.fromkeys(noted))
     if as_json:
         data = plain(answer.data)
-        _print_json({**data, "warnings": [*data.get("warnings", ()), *noted]})
+        print_json({**data, "warnings": [*data.get("warnings", ()), *noted]})
         return
     for text in noted:
         _print_note(f"warning: {text}")
@@ -155,7 +155,7 @@ def _print_error(error: Exception, as_json: bool, traceback: bool) -> None:
     elif not ours and not isinstance(error, OSError) and not traceback:
         text += "\n  fix:   --traceback shows where it comes from"
     if as_json:
-        _print_json({"error": _error_data(error, text)})
+        print_json({"error": error_data(error, text)})
         return
     if sys.stderr is not None and sys.stderr.isatty():
         from rich.console import Console
@@ -173,7 +173,7 @@ _EXTRAS = {
 }
 
 
-def _print_json(data: Any) -> None:
+def print_json(data: Any) -> None:
     """Prints a document, with escapes for letters that the output's encoding does not have."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
     try:
@@ -208,10 +208,11 @@ def _drop_output() -> None:
         os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
-def _error_data(error: Exception, text: str) -> dict[str, Any]:
+def error_data(error: Exception, text: str) -> dict[str, Any]:
+    """An error as plain data, as `--json` prints it."""
     data: dict[str, Any] = {"type": type(error).__name__, "text": text}
     if isinstance(error, PlanError):
-        data["problems"] = [_error_data(problem, str(problem)) for problem in error.problems]
+        data["problems"] = [error_data(problem, str(problem)) for problem in error.problems]
     elif isinstance(error, SurgeryError):
         data |= {name: getattr(error, name) for name in ("what", "where", "why", "fix")}
     return data

@@ -11,6 +11,7 @@ from surgery import __version__
 from surgery.commands.answer import Answer, answers
 from surgery.commands.apply import apply
 from surgery.commands.bench import bench
+from surgery.commands.command_group import CommandGroup
 from surgery.commands.diff import diff
 from surgery.commands.doctor import doctor
 from surgery.commands.export import export
@@ -23,7 +24,7 @@ __all__ = ["app"]
 
 COMMANDS: tuple[Callable[..., Answer], ...] = (inspect, plan, apply, merge, export, diff, rules, doctor, bench)
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 for command in COMMANDS:
     app.command(no_args_is_help=command not in (rules, doctor))(answers(command))
 

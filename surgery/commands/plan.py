@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from surgery.commands.answer import Answer
+from surgery.commands.answer import Answer, error_data
 from surgery.commands.example_call import model_and_call
 from surgery.commands.option_words import parameters_of, use_options, with_options
 from surgery.commands.options import ClassName, Example, ModelPath, RulesPath, Trust, WithExample
@@ -52,5 +52,12 @@ def answer_of_plan(
     share = 100 * plan.trainable / (base + plan.added) if base else 0.0
     counts = {"base": base, "added": plan.added, "trainable": plan.trainable}
     text = f"{type(model).__name__}: {base:,} parameters; the rules add {plan.added:,} and train {share:.4f} %"
-    data = {**plan.to_dict(), "model": type(model).__name__, "parameters": counts, **(further or {})}
+    problems = [error_data(problem, str(problem)) for problem in plan.problems]
+    data = {
+        **plan.to_dict(),
+        "problems": problems,
+        "model": type(model).__name__,
+        "parameters": counts,
+        **(further or {}),
+    }
     return Answer(data, [str(plan), text], code=0 if plan else 1)

@@ -101,3 +101,23 @@ def test_a_new_folder_is_whole_or_absent(tmp_path: Path) -> None:
     with new_files.new_folder(tmp_path / "empty") as place:
         (place / "file").write_text("whole")
     assert (tmp_path / "empty" / "file").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_wrong_arguments_are_json_as_well() -> None:
+    absent = run("inspect", "--json")
+    assert absent.code == 2 and absent.err == ""
+    assert "Missing argument 'PATH'" in absent.data["error"]["text"]
+    assert "surgery inspect --help" in absent.data["error"]["text"]
+    unknown = run("plan", "a", "b", "--json", "--foo")
+    assert unknown.code == 2 and "No such option: --foo" in unknown.data["error"]["text"]
+    assert run("no-command", "--json").code == 2
+    helped = run("inspect", "--help", "--json")
+    assert helped.code == 0 and "Usage" in helped.out
+
+
+def test_problems_of_a_plan_are_objects(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text("- rule: prefix\n  length: 3\n  targets: attention.self\n")
+    done = run("plan", files.model, tmp_path / "rules.yaml", "--json")
+    (problem,) = done.data["problems"]
+    assert done.code == 1 and problem["type"] == "SiteError" and problem["where"].endswith("attention.self")
+    assert problem["fix"] == "--with-example, or --example FILE.safetensors" and problem["text"]
