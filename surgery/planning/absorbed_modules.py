@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,18 +10,19 @@ from torch import nn
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.site_facts import INLINED, UNCALLED
 from surgery.errors import SiteError, SurgeryError
-from surgery.state.records import sites
+from surgery.patterns.wrappers import submodule
+from surgery.state.records import site_state
 
 __all__ = ["absorbed_problems"]
 
 
-def absorbed_problems(model: nn.Module, steps: Iterable[PlannedRule]) -> list[SurgeryError]:
+def absorbed_problems(model: nn.Module, steps: Sequence[PlannedRule]) -> list[SurgeryError]:
     """Returns a problem for each planned rule on a module that a rule, planned or on the model, no longer calls."""
-    steps = list(steps)
     reasons: dict[int, str] = {}
-    for _, module, state in sites(model):
-        for applied in state.applied:
-            reasons |= _reasons(module, state.path, f"{applied.rule.label} [{applied.adapter}]", applied.facts)
+    for path in dict.fromkeys(owner for step in steps for owner in _owners(step)):
+        module = submodule(model, path)
+        for applied in state.applied if (state := site_state(module)) is not None else ():
+            reasons |= _reasons(module, path, f"{applied.rule.label} [{applied.adapter}]", applied.facts)
     for step in steps:
         reasons |= _reasons(step.module, step.path, step.rule.label, step.facts)
     return [
@@ -34,6 +35,14 @@ def absorbed_problems(model: nn.Module, steps: Iterable[PlannedRule]) -> list[Su
         for step in steps
         if id(step.module) in reasons
     ]
+
+
+def _owners(step: PlannedRule) -> Iterator[str]:
+    """The paths of the modules around a site."""
+    for path in (step.path, *step.aliases):
+        while path:
+            path = path.rpartition(".")[0]
+            yield path
 
 
 def _reasons(module: nn.Module, path: str, label: str, facts: Mapping[str, Any]) -> dict[int, str]:

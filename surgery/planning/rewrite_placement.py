@@ -141,6 +141,8 @@ def join_sites(tree: Tree, placed: Sequence[list[Match]]) -> list[list[Match]]:
 
     All rules at a site then inline the same children, so they see one graph.
     """
+    if not placed:
+        return []
     inlined: dict[str, set[str]] = {path: set(inner) for path, inner in _installed(tree)}
     for match in (match for sites in placed for match in sites):
         inlined.setdefault(match.path, set()).update(_absolute(match.path, match.facts.get(INLINED, ())))
