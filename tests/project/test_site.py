@@ -90,3 +90,12 @@ def test_the_menu_of_the_how_to_pages_has_the_sections_of_their_index(site: Path
     # The page's own section is open; others are a link to their first page.
     assert 'href="save-and-load.html"' in menu and 'href="merge.html"' in menu
     assert 'href="choose-what-trains.html"' in menu and 'href="use-torch-compile.html"' not in menu
+
+
+def test_inline_code_breaks_at_names_and_not_in_options_or_blocks(site: Path) -> None:
+    page = (site / "reference" / "command-line.html").read_text(encoding="utf-8")
+    assert '<code><span class="option">--any-base</span></code>' in page
+    assert "<wbr>" in (site / "explanation" / "peers.html").read_text(encoding="utf-8")
+    for path in site.rglob("*.html"):
+        for block in re.findall(r"<pre\b.*?</pre>", path.read_text(encoding="utf-8"), re.DOTALL):
+            assert "<wbr>" not in block and 'class="option"' not in block, path

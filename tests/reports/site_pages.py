@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 SECTIONED = ("how-to/",)  # folders with more pages than a menu shows at once
-LONG_CODE, BREAK = re.compile(r"(?<=<code>)[^<]{25,}(?=</code>)"), re.compile(r"[_./](?=\w)")
+BLOCK = re.compile(r"(<pre\b.*?</pre>)", re.DOTALL)
+INLINE_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+BREAK, OPTION = re.compile(r"[_./](?=\w)"), re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 FOLDERS = {
     "start": "Start",
     "tutorials": "Tutorials",
@@ -117,5 +119,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Long names in tables may break after an underscore, a dot or a slash, so that no column takes all the width."""
-    return LONG_CODE.sub(lambda match: BREAK.sub(r"\g<0><wbr>", match[0]), html)
+    """Inline code: long names may break after an underscore, a dot or a slash, so that no column takes all the width.
+
+    Options do not break at their hyphens.
+    """
+
+    def wrapped(match: re.Match[str]) -> str:
+        text = BREAK.sub(r"\g<0><wbr>", match[0]) if len(match[0]) >= 25 else match[0]
+        return OPTION.sub(r'<span class="option">\g<0></span>', text)
+
+    parts = BLOCK.split(html)
+    parts[::2] = [INLINE_CODE.sub(wrapped, part) for part in parts[::2]]
+    return "".join(parts)
