@@ -15,6 +15,7 @@ from torch import nn
 
 from surgery.errors import SiteError, abbreviate
 from surgery.model_edits.edit_log import EditLog
+from surgery.model_edits.plain_model import config_problem
 from surgery.model_edits.tied_parts import (
     ALL,
     FLAG,
@@ -211,6 +212,14 @@ def _set_flag(edits: EditLog, path: str, part: Any, value: bool) -> None:
     for present, config in zip(configs_of(part), _configs_in(new), strict=True):
         if hasattr(present, FLAG):
             setattr(config, FLAG, value)
+    problem = config_problem(new, part)
+    if problem is not None and config_problem(old, part) is None:
+        raise SiteError(
+            f"{type(old).__name__} does not take {FLAG}={value}",
+            where=path or "(the model itself)",
+            why=problem,
+            fix="leave this rule out",
+        )
     edits.set_config(old, new, path)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
 from surgery.transaction.undo_log import Journal
 
@@ -26,10 +27,14 @@ def renew_output_hooks(root: nn.Module, before: Collection[int], journal: Journa
     `before`: ids of the modules before the change.
     """
     marked = [module for _, module in base_modules(root) if module.__dict__.get(_MARK)]
+    marked = [part for part in marked if any(id(module) not in before for _, module in base_modules(part))]
     if not marked:
         return
     new = [module for _, module in base_modules(root) if id(module) not in before]
     if not new or any(_hooks(module) for module in new):
+        return
+    collected = {class_of(module) for _, module in base_modules(root) if _hooks(module)}
+    if collected and not any(class_of(module) in collected for module in new):  # such as a new head
         return
     for module in marked:
         journal.keep(module.__dict__)

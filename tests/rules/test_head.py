@@ -28,6 +28,7 @@ from surgery import (
 )
 from surgery.rules import HeadRule, LoraRule, TrainRule
 from surgery.testing import Snapshot
+from tests.support.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -249,3 +250,13 @@ def test_a_head_is_loaded_on_a_base_without_values(tmp_path: Path) -> None:
         base = build("BertForSequenceClassification")
     load_adapter(base, tmp_path)
     assert torch.equal(base.classifier.weight, model.classifier.weight) and base.classifier.weight.requires_grad
+
+
+def test_hooks_of_other_parts_stay() -> None:
+    torch.manual_seed(0)
+    model = transformers.DetrForObjectDetection(FAMILIES["detr"].make().config).eval()
+    before = Snapshot(model)
+    apply_rules(model, HeadRule(labels=7))
+    assert model.class_labels_classifier.out_features == 8  # with "no object"
+    remove(model)
+    assert not before.differences(model)

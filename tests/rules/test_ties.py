@@ -27,6 +27,7 @@ from surgery import (
 )
 from surgery.rules import LoraRule, ResizeVocabRule, TieRule, UntieRule
 from surgery.testing import Snapshot
+from tests.support.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -228,3 +229,12 @@ def test_what_is_wrong_is_told() -> None:
     for model, rule, text in wrong:
         plan = plan_rules(model, rule)
         assert text in str(plan.problems[0]), str(plan.problems[0])
+
+
+def test_a_configuration_that_does_not_take_the_tie_is_refused() -> None:
+    torch.manual_seed(0)
+    model = FAMILIES["dbrx"].make()
+    before = Snapshot(model)
+    with pytest.raises(PlanError, match="DbrxConfig does not take tie_word_embeddings=True"):
+        apply_rules(model, TieRule())
+    assert not before.differences(model)
