@@ -34,8 +34,8 @@ class Place:
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="An adapter or a model: a folder or a safetensors file.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
+    a: Annotated[Path, typer.Argument(metavar="FIRST", help="An adapter or a model: a folder or a safetensors file.")],
+    b: Annotated[Path, typer.Argument(metavar="SECOND", help="The other one.")],
     all: Annotated[
         bool, typer.Option("--all", help=f"List all tensors that differ; default: the first {MOST}.")
     ] = False,
@@ -45,7 +45,8 @@ def diff(
 ) -> Answer:
     """Compare two adapters or two models: settings, tensors, and the norm of each difference.
 
-    Tensors are read one at a time. The relative difference is |B - A| / |A|. Of two adapters, the changes of each
+    Tensors are read one at a time. Equal tensors are counted and not listed. The relative
+    difference is |second - first| / |first|. Of two adapters, the changes of each
     weight are compared, too: ΔW = scale · B A of LoRA, which different A and B can share.
 
         surgery diff adapters/monday adapters/tuesday
@@ -71,7 +72,7 @@ def diff(
     parts += [f"  {name}: {values['a']} and {values['b']}" for name, values in settings.items()]
     shown = differing if all else differing[:MOST]
     if shown:
-        columns = ("tensor", "status", "norm of A", "norm of B", "norm of B - A", "relative")
+        columns = ("tensor", "status", "norm in first", "norm in second", "norm of difference", "relative")
         parts.append(Table(columns, [_cells(row) for row in shown]))
     if len(shown) < len(differing):
         parts.append(f"and {len(differing) - len(shown):,} more that differ: --all lists them")
@@ -86,7 +87,7 @@ def _changes(a: Path, b: Path) -> tuple[list[dict[str, Any]], list[str]]:
     if not all(name and (path.is_dir() or path.name == name[0]) for path, name in zip((a, b), names, strict=True)):
         return [], []
     (first, why_a), (second, why_b) = (changes_of(path, describe_adapter(path)["sites"]) for path in folders)
-    whys = {"A": why_a, "B": why_b}
+    whys = {"the first": why_a, "the second": why_b}
     notes = [f"the changes of weights by {side} are not computed: {why}" for side, why in whys.items() if why]
     return ([] if notes else compare_changes(first, second)), notes
 
@@ -98,7 +99,7 @@ def _change_parts(changes: list[dict[str, Any]], notes: list[str], most: int) ->
     compared = [row for row in changes if row["status"] == "compared"]
     parts += ["", f"ΔW, the change of each weight, from the files: {len(compared):,} of {len(changes):,} are in both"]
     changes = sorted(changes, key=lambda row: -(row["relative"] if row["relative"] is not None else float("inf")))
-    columns = ("weight", "status", "norm of A", "norm of B", "norm of B - A", "relative", "cosine")
+    columns = ("weight", "status", "norm in first", "norm in second", "norm of difference", "relative", "cosine")
     numbers = ("norm_a", "norm_b", "difference", "relative", "cosine")
     rows = [[row["weight"], row["status"], *(_number(row[name]) for name in numbers)] for row in changes[:most]]
     parts.append(Table(columns, rows))
@@ -151,7 +152,7 @@ def _compare(name: str, a: Place | None, b: Place | None) -> dict[str, Any]:
             row |= {f"shape_{side}": list(place.header.shape), f"dtype_{side}": place.header.dtype}
             row[f"norm_{side}"] = float(_read(place).norm())
     if a is None or b is None:
-        return {**row, "status": "only in B" if a is None else "only in A"}
+        return {**row, "status": "only in second" if a is None else "only in first"}
     if a.header.shape != b.header.shape:
         return {**row, "status": "other shape"}
     x, y = _read(a), _read(b)

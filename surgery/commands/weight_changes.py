@@ -183,7 +183,7 @@ def _compare(a: WeightChange | None, b: WeightChange | None) -> dict[str, Any]:
     norm_a, norm_b = (None if change is None else change.norm() for change in (a, b))
     row: dict[str, Any] = {"norm_a": norm_a, "norm_b": norm_b, "difference": None, "relative": None, "cosine": None}
     if a is None or b is None:
-        return {"status": "only in B" if a is None else "only in A", **row}
+        return {"status": "only in second" if a is None else "only in first", **row}
     if a.shape != b.shape:
         return {"status": "other shape", **row}
     difference = b.minus(a).norm()

@@ -53,7 +53,7 @@ def test_settings_and_tensors_on_one_side(files: Files, tmp_path: Path) -> None:
         row["tensor"]: row
         for row in run("diff", tmp_path / "one.safetensors", tmp_path / "two.safetensors", "--json").data["tensors"]
     }
-    assert rows["new"]["status"] == "only in B" and rows[first]["status"] == "other dtype"
+    assert rows["new"]["status"] == "only in second" and rows[first]["status"] == "other dtype"
 
 
 def test_what_can_not_be_compared(files: Files, tmp_path: Path) -> None:

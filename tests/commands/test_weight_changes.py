@@ -94,7 +94,7 @@ def test_weights_of_one_side_alone(files: Files, tmp_path: Path) -> None:
     a = saved(files, tmp_path / "a", LoraRule("query", rank=2))
     b = saved(files, tmp_path / "b", LoraRule("value", rank=2))
     statuses = {name.split(".")[-2]: (row["status"], row["cosine"]) for name, row in rows(a, b).items()}
-    assert statuses == {"query": ("only in A", None), "value": ("only in B", None)}
+    assert statuses == {"query": ("only in first", None), "value": ("only in second", None)}
     assert "0 of 2 are in both" in run("diff", a, b).out
 
 
@@ -111,7 +111,7 @@ def test_weights_of_one_side_alone(files: Files, tmp_path: Path) -> None:
 def test_rules_that_need_the_base_are_named(rule: Rule, files: Files, tmp_path: Path) -> None:
     a, b = saved(files, tmp_path / "a", rule), saved(files, tmp_path / "b", rule, seed=1)
     done = run("diff", a, b)
-    assert done.code == 0 and "the changes of weights by A are not computed: " in done.out and "ΔW" not in done.out
+    assert done.code == 0 and "the changes of weights by the first are not computed: " in done.out and "ΔW" not in done.out
 
 
 @pytest.mark.parametrize("shape", [[], [0, 3], [2, 3, 3, 3, 3, 3], [2]], ids=str)
