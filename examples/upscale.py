@@ -2,7 +2,7 @@
 
 The layers to cut are those that change their input least (block influence of ShortGPT, arXiv:2403.03853). The deeper
 model repeats the middle of the stack (depth up-scaling of SOLAR, arXiv:2312.15166). Both lose quality, and LoRA on
-Shakespeare's plays brings it back in a few steps. The healed model is committed, written, and loaded by transformers
+Shakespeare's plays brings it back in a few steps. The same training of the model as loaded is there to compare. The healed model is committed, written, and loaded by transformers
 alone. In the end all rules are removed: the model then has the same bits as when it was loaded.
 
     python examples/upscale.py                      # about four minutes on two cores
@@ -62,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     passages, held_out = texts(tokenizer, args.steps * args.batch + 1, args.tokens, args.seed)
     before = sha256(model.state_dict()), logits_of(model, held_out)
     rows = [measured("as loaded", model, held_out)]
-
     influence = influences(model, passages[:1])
+
+    clock.heading("as loaded, trained as the others will be")
+    healed(model, passages, args)
+    rows.append(measured("as loaded, trained", model, held_out))
+    remove(model, "heal")
+
     least = sorted(range(1, len(influence) - 1), key=influence.__getitem__)[: args.cut]
     start = (len(influence) - args.again) // 2
     order = [*range(start + args.again), *range(start, len(influence))]
