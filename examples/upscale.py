@@ -2,8 +2,9 @@
 
 The layers to cut are those that change their input least (block influence of ShortGPT, arXiv:2403.03853). The deeper
 model repeats the middle of the stack (depth up-scaling of SOLAR, arXiv:2312.15166). Both lose quality, and LoRA on
-Shakespeare's plays brings it back in a few steps. The same training of the model as loaded is there to compare. The healed model is committed, written, and loaded by transformers
-alone. In the end all rules are removed: the model then has the same bits as when it was loaded.
+Shakespeare's plays brings it back in a few steps. The same training of the model as loaded is there to compare. The
+healed model is committed, written, and loaded by transformers alone. In the end all rules are removed: the model then
+has the same bits as when it was loaded.
 
     python examples/upscale.py                      # about four minutes on two cores
     python examples/upscale.py --steps 2 --batch 1 --tokens 32
