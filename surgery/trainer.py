@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from surgery.adapter_files.entry import PEFT, SURGERY, names_in
+from surgery.adapter_files.entry import MODEL, PEFT, SURGERY, names_in
 from surgery.errors import SurgeryWarning
 from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model import transformers_hooks
-from surgery.rewritten_model.save_pretrained import unsaved_adapters
+from surgery.rewritten_model.save_pretrained import adapters_to_write
 from surgery.sharded_tensors import is_flattened
 from surgery.state.records import ModelState, model_state
 from surgery.storage.checkpoint_folder import save_folder, save_trained, write_adapters
@@ -37,7 +37,8 @@ class AdapterCheckpoints(TrainerCallback):
     Each checkpoint is a folder that `load_adapter` opens; PEFT opens it, too, where its format can store the adapter.
     The same is true of what `trainer.save_model`, `push_to_hub` and the model's own `save_pretrained` write. A single
     adapter, or the adapter named "default", is stored in the folder itself. Other adapters are stored in subfolders of
-    their names (`load_adapters` opens all).
+    their names (`load_adapters` opens all). Structural rules are written, too. If an adapter with tensors changed the
+    structure before another one, the folder has one surgery instead, which `load_surgery` opens.
 
     A checkpoint also has a `model.safetensors` with all tensors that training may change: the tensors of all adapters,
     idle and frozen adapters included, and the trainable tensors of the base. The Trainer loads this file when it
@@ -68,7 +69,7 @@ class AdapterCheckpoints(TrainerCallback):
         for root, _ in _rewritten(model):
             if root is model and hasattr(model, "save_pretrained"):
                 continue
-            if not (state.is_world_process_zero and place.is_dir() and (names := unsaved_adapters(root))):
+            if not (state.is_world_process_zero and place.is_dir() and (names := adapters_to_write(root))):
                 continue
             if any(hasattr(tensor, "full_tensor") or is_flattened(tensor) for tensor in root.parameters()):
                 fix = "gather its state dict on all processes, then save_adapter(…, state_dict=…)"
@@ -83,7 +84,7 @@ class AdapterCheckpoints(TrainerCallback):
             for folder in (place, *(inner for inner in place.iterdir() if inner.is_dir() and names_in(inner))):
                 into = Path(args.output_dir) / folder.relative_to(place)
                 into.mkdir(exist_ok=True)
-                for name in (*PEFT, *SURGERY):
+                for name in (*PEFT, *SURGERY, *MODEL):
                     if (folder / name).is_file():
                         shutil.copy(folder / name, into / name)
 

@@ -26,8 +26,10 @@ from surgery.transaction.undo_log import Trial
 __all__ = [
     "Saver",
     "adapter_keys",
+    "adapters_to_write",
     "forgive_missing",
     "restore_saving",
+    "structure_names",
     "trained_tensor_names",
     "unsaved_adapters",
     "plain_saving",
@@ -52,8 +54,9 @@ class Saver:
         arguments = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
         unsaved = unsaved_adapters(self.module)
         state = model_state(self.module)
-        if unsaved and state is not None and state.adapter_writer is not None:
-            return state.adapter_writer(self.module, Path(save_directory), unsaved, arguments)
+        written = adapters_to_write(self.module)
+        if written and state is not None and state.adapter_writer is not None:
+            return state.adapter_writer(self.module, Path(save_directory), written, arguments)
         if unsaved and arguments.get("is_main_process", True):
             names = ", ".join(repr(name) for name in unsaved)
             lists = hasattr(type(self.module), "_keys_to_ignore_on_save")
@@ -139,6 +142,16 @@ def unsaved_adapters(module: nn.Module) -> list[str]:
     return list(names)
 
 
+def adapters_to_write(module: nn.Module) -> list[str]:
+    """The adapters whose files hold what was done to a model: unmerged ones, and those with structural rules."""
+    state = model_state(module)
+    unsaved = unsaved_adapters(module)
+    structural = state.structural if state is not None else []
+    if state is None or not structural:
+        return unsaved
+    return [name for name in state.adapters if name in structural or name in unsaved]
+
+
 def _with_separate_copies(module: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A state dict in which the copies of layers that share weights have tensors of their own."""
     state = model_state(module)
@@ -162,9 +175,20 @@ def _names_of_trained(model: nn.Module) -> Iterator[str]:
     yield from (name for name, parameter in base_parameters(model) if parameter.requires_grad)
     for path, module in base_modules(model):
         yield from (f"{path}.{name}" if path else name for name in module._buffers.keys())
+    yield from structure_names(model)
     for path, _, site in sites(model):
         for applied in site.applied:
             yield from (f"{path}.{name}" if path else name for name, _ in applied.changed)
+
+
+def structure_names(model: nn.Module) -> Iterator[str]:
+    """The tensors that structural rules made: their values are not those of the base."""
+    state = model_state(model)
+    made = [tensor for record in state.structure for tensor in record.tensors] if state is not None else []
+    paths = {id(module): path for path, module in base_modules(model)} if made else {}
+    for tensor in made:
+        if id(tensor.owner) in paths:
+            yield ".".join(filter(None, (paths[id(tensor.owner)], tensor.name)))
 
 
 def forgive_missing(model: nn.Module, incompatible: Any) -> None:

@@ -14,11 +14,12 @@ from surgery.adapter_files.tensor_files import TensorFile, open_tensors
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import plain_name
-from surgery.rewritten_model.save_pretrained import adapter_keys, trained_tensor_names
+from surgery.rewritten_model.save_pretrained import adapter_keys, structure_names, trained_tensor_names
 from surgery.state.adapter_tensors import first_process, whole
-from surgery.state.records import base_parameters
+from surgery.state.records import base_parameters, require_state
 from surgery.storage.hub_upload import card_of, upload
-from surgery.storage.save import save_adapter
+from surgery.storage.save import later_structure, save_adapter
+from surgery.storage.save_surgery import save_surgery
 
 __all__ = ["is_checkpoint", "save_folder", "save_trained", "trained_file", "write_adapters", "write_trained"]
 
@@ -44,7 +45,9 @@ def write_adapters(model: nn.Module, folder: Path, names: list[str], configs: Ma
     checkpoint = is_checkpoint(folder)
     save_folder(model, folder, names, state if alone else None, trained=checkpoint)
     if main:
-        rest = [] if checkpoint else [name for name, parameter in base_parameters(model) if parameter.requires_grad]
+        written = {*structure_names(model)}
+        base = [] if checkpoint else base_parameters(model)
+        rest = [name for name, parameter in base if parameter.requires_grad and name not in written]
         _warn_of_unsaved(folder, rest + _keys_outside(model, tensors or ()))
     if configs.get("push_to_hub") and main:
         repo = str(configs.get("repo_id") or folder.name)
@@ -58,10 +61,15 @@ def save_folder(
 ) -> None:
     """Writes adapters: a single adapter, or "default", into the folder itself, others into subfolders.
 
+    Adapters that can't be saved alone, because later ones changed the structure, are written as one surgery.
+
     `trained`: also writes `model.safetensors`, from which a Trainer resumes. Without a state dict, all processes of a
     distributed run must call this function, and the first one writes.
     """
-    for name in names:
+    apart = all(later_structure(require_state(model), name) is None for name in names)
+    if not apart:
+        save_surgery(model, folder)
+    for name in names if apart else ():
         place = folder if name == "default" or len(names) == 1 else folder / name
         save_adapter(model, place, name, state_dict=state_dict)
     if trained:

@@ -37,6 +37,7 @@ from surgery.storage.load_errors import completed, mismatch_errors
 from surgery.storage.load_report import LoadReport
 from surgery.storage.matched_tensors import distrusted_rule_error, locate_tensors
 from surgery.storage.model_origin import other_model
+from surgery.storage.save import structure_since
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, sizes_wanted
 from surgery.transaction.neutral_context import verb
@@ -160,7 +161,7 @@ def hotswap(
         problems.append(other_vocabulary(model, sizes))
     if problems:
         report.unexpected = []  # of rules that could not be read or matched_sites
-    with structure_undone([r for r in state.structure if r.adapter == adapter] if structural else []):
+    with structure_undone(structure_since(state, adapter) if structural else []):
         report.base = differences(model, stored.base)  # files with a structure are for a model without it
     problems += new_values.problems
     if strict:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.adapter_files.entry import names_in
+from surgery.adapter_files.entry import SURGERY, names_in
 from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
 from surgery.lifecycle.activation import activate, deactivate
@@ -73,29 +73,44 @@ def load_adapters(
     if unknown := [name for name in wanted or [] if name not in known]:
         why = near_misses(unknown[0], known) or f"there are {', '.join(known)}"
         raise SurgeryError(f"live={unknown[0]!r} is not an adapter on the model or in the folder", why=why)
-    reports, problems = dict[str, LoadReport](), list[SurgeryError]()
-    for name, inner in _structural_first(model, folders).items():
-        if wanted is not None and (reports or before):
-            deactivate(model)
-        try:
-            reports[name] = load_adapter(model, inner, name, **options)
-        except PlanError as error:
-            problems += [SurgeryError(str(problem), where=str(inner)) for problem in error.problems]
-    if problems:
-        raise LoadError(problems)
+    reports = dict[str, LoadReport]()
+    structural, waiting = _structural(model, folders), list(folders)
+    waiting.sort(key=lambda name: name not in structural)
+    while waiting:  # an adapter of a cut model is read again after the adapter that cuts
+        failed, problems = list[str](), list[SurgeryError]()
+        for name in waiting:
+            if wanted is not None and (reports or before):
+                _rest(model)
+            try:
+                reports[name] = load_adapter(model, folders[name], name, **options)
+            except PlanError as error:
+                failed.append(name)
+                problems += [SurgeryError(str(problem), where=str(folders[name])) for problem in error.problems]
+        if problems and (not structural or len(failed) == len(waiting)):
+            raise LoadError(problems)
+        waiting = failed
     if wanted is not None:
         activate(model, wanted)
     return reports
 
 
-def _structural_first(model: nn.Module, folders: Mapping[str, Path]) -> dict[str, Path]:
-    """The folders of adapters with structural rules, and then the others, which may need the structure."""
-    first: list[str] = []
+def _rest(model: nn.Module) -> None:
+    """Make the adapters idle that can be: those with structural rules alone stay live."""
+    state = model_state(model)
+    if state is not None and len(state.structural) < len(state.adapters):
+        deactivate(model)
+
+
+def _structural(model: nn.Module, folders: Mapping[str, Path]) -> list[str]:
+    """The adapters with structural rules. They come first, because the others may need the structure."""
+    structural: list[str] = []
     for name, inner in folders.items():
+        if (names_in(inner) or ("",))[0] != SURGERY[0]:  # PEFT's format does not hold structural rules
+            continue
         try:
             stored = stored_adapter(model, inner, None, None)
         except LoadError:  # `load_adapter` raises it again
             continue
         if any(isinstance(rule, StructureRule) for rule in stored.rules):
-            first.append(name)
-    return {name: folders[name] for name in (*first, *(name for name in folders if name not in first))}
+            structural.append(name)
+    return structural

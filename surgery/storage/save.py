@@ -31,11 +31,12 @@ from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of, whole
 from surgery.state.fingerprint import fingerprint
 from surgery.state.records import ModelState, site_state, sites
+from surgery.state.restructuring import Restructuring
 from surgery.state.running_statistics import changed_modules, changing_buffers, module_names
 from surgery.storage.path_check import check_targets
 from surgery.transaction.neutral_context import neutrally
 
-__all__ = ["save_adapter"]
+__all__ = ["later_structure", "save_adapter", "structure_since"]
 
 
 @neutrally()
@@ -111,7 +112,7 @@ def save_adapter(
     if Path(folder).exists() and not Path(folder).is_dir():
         raise SurgeryError(f"{folder} is not a folder", fix="an adapter is saved into a folder of its own")
     _warn_of_statistics(model, state, adapter)
-    with structure_undone([record for record in state.structure if record.adapter == adapter]):
+    with structure_undone(structure_since(state, adapter)):
         base = fingerprint(model)  # of the model on which the adapter can be loaded
     extra = {"base": base, "licence": licence, "metadata": _data(metadata)}
     alone = state_dict is not None
@@ -145,14 +146,25 @@ def save_adapter(
 
 def _check_structure(state: ModelState, adapter: str) -> None:
     """Raises `SurgeryError` if other adapters changed the structure after this one did: loading would not do so."""
-    own = [index for index, record in enumerate(state.structure) if record.adapter == adapter]
-    later = [record for record in state.structure[own[0] :] if record.adapter != adapter] if own else []
-    if later:
+    if (later := later_structure(state, adapter)) is not None:
         raise SurgeryError(
             f"the adapter {adapter!r} can't be saved alone",
-            why=f"{later[0].rule.label} [{later[0].adapter}] changed the structure after it, and its tensors' names",
+            why=f"{later.rule.label} [{later.adapter}] changed the structure after it, and its tensors' names",
             fix="save_surgery(model, folder) writes all adapters in their order",
         )
+
+
+def later_structure(state: ModelState, adapter: str) -> Restructuring | None:
+    """The first structural rule of another adapter after those of an adapter that is on modules, or None."""
+    if not state.places[adapter].modules:
+        return None
+    return next((record for record in structure_since(state, adapter) if record.adapter != adapter), None)
+
+
+def structure_since(state: ModelState, adapter: str) -> list[Restructuring]:
+    """The structural rules from the first of an adapter on."""
+    own = [index for index, record in enumerate(state.structure) if record.adapter == adapter]
+    return state.structure[own[0] :] if own else []
 
 
 def _warn_of_format(adapter: str, error: SurgeryError, config: Mapping[str, Any]) -> None:

@@ -24,13 +24,17 @@ def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
     """Returns a copy in evaluation mode that shares the model's memory.
 
     Tensors that are written in place are copied: weights of sites that are merged or that an adapter changed at its
-    start, all sites' weights with `folding`, and running statistics, which differ with and without adapters.
+    start, all sites' weights with `folding`, and running statistics, which differ with and without adapters. The copy
+    has the model's structure for good.
     """
     modified = {id(tensor) for tensor in _modified_tensors(model, folding)}
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in modified:
             memo[id(tensor)] = _alias(tensor)
+    for part in records_in(model, nested=True).values():
+        if (state := model_state(part)) is not None:
+            memo[id(state.structure)] = []  # final in the copy: what removes adapters there leaves the structure
     try:
         with torch.no_grad():
             copied_model = copy.deepcopy(model, memo)
