@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from surgery.authoring.forward_values import ForwardValues
 from surgery.authoring.match_effects import ReplacedMatch, active_passages, dropout_probability, write_objection
-from surgery.authoring.site_facts import TOLD, UNCALLED
+from surgery.authoring.site_facts import UNCALLED
 from surgery.errors import SiteError
 from surgery.structures.structure import Occurrence
 from surgery.tracing.inlining import call_objection
@@ -112,11 +112,10 @@ class MatchReplacement(ForwardValues):
             self.replace(root, value)
 
     def warn(self, text: str) -> None:
-        """Warn with a text, once for the site: while planning, or in the first call of a kind that gives the reason."""
-        told = self.facts.setdefault(TOLD, [])
-        if text not in told:
-            told.append(text)
-            self.warnings.append(f"{self.label} at {self.path or 'the model itself'} {text}")
+        """Warn with a text: while planning, or in the first call of a kind, once for all sites of the adapter."""
+        warning = f"{self.label} at {self.path or 'the model itself'} {text}"
+        if warning not in self.warnings:
+            self.warnings.append(warning)
 
     def replace(self, old: Tensor, new: Any, *, only: Sequence[Tensor] = ()) -> None:
         raise NotImplementedError

@@ -12,14 +12,13 @@ from torch import nn
 from surgery.errors import SiteError
 from surgery.tracing.depth import Depth
 
-__all__ = ["INLINED", "LEFT_OUT", "MARK", "THROUGH", "TOLD", "UNCALLED", "SiteFacts", "depth_of"]
+__all__ = ["INLINED", "LEFT_OUT", "MARK", "THROUGH", "UNCALLED", "SiteFacts", "depth_of"]
 
 # Names of facts that the engine itself stores with a site (`Site.fact`).
 MARK = "mark"  # a word that identifies the adapter; copies of the adapter get another word
 THROUGH = "through"  # whether a rule looks into functions from registries
 INLINED = "inlined"  # the paths of the children whose operations a rule sees
 UNCALLED = "uncalled"  # the paths of the modules that the site no longer calls
-TOLD = "told"  # texts that a rule has warned with at the site
 LEFT_OUT = "left out"  # kinds of operations that a rule drops from its matches and has been warned about
 
 

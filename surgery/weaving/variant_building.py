@@ -183,8 +183,12 @@ def layer_at(
             fix="call the model as in the example, or exclude this module",
         )
     claims |= recording.claims
-    for text in recording.warnings:
+    told: set[str] = vars(applied.standing).setdefault("told", set())  # warnings of the adapter, without their places
+    where = f" at {state.path or 'the model itself'}"
+    texts = {text.replace(where, ""): text for text in recording.warnings}
+    for text in [text for key, text in texts.items() if key not in told]:
         warnings.warn(text, SurgeryWarning, stacklevel=2)
+    told.update(texts)
     return Layer(applied.adapter, applied.rule.label, recording.tape, applied.weight)
 
 

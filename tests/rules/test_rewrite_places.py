@@ -240,3 +240,14 @@ def test_writes_in_place(function: Callable[[Tensor], Tensor], why: str) -> None
         return
     apply_rules(model, rule, example_inputs=x)
     assert torch.equal(model(x), before)
+
+
+def test_a_warning_of_training_comes_once_for_alike_sites() -> None:
+    model, example = bert()
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    with pytest.warns(SurgeryWarning, match="in training") as caught:
+        apply_rules(model, FUSED, example_inputs=example)
+        model.train()(**example)
+        with torch.no_grad():
+            model(**example)
+    assert len(caught) == 1
