@@ -45,7 +45,7 @@ def find_objections(
     committed: list[CommittedSite] = []
     for path, module, site in sites(root):
         rules = [applied for _, applied in site.of(names)]
-        if site.merged is not None and not {*site.merged.adapters} <= {*names}:
+        if rules and site.merged is not None and not {*site.merged.adapters} <= {*names}:
             problems.append(already_merged(path, site.merged))
         elif rules:
             committed.append(_site(root, path, module, site, rules, problems))

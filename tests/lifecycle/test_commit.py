@@ -25,6 +25,7 @@ from surgery import (
     merge,
     remove,
     route,
+    unmerge,
     using,
 )
 from surgery.rules import CaptureRule, DropRule, LoraRule, ReorderRule, RepeatRule, ReplaceRule, TrainRule
@@ -266,6 +267,20 @@ def test_one_adapter_of_several() -> None:
     assert not model.lm_head.weight.requires_grad
     remove(model)
     assert model.lm_head.weight.requires_grad and len(model.model.layers) == 3 and not traces(model)
+
+
+def test_a_structure_while_another_adapter_is_merged() -> None:
+    model = llama()
+    apply_rules(model, LoraRule("q_proj", rank=2, init="random"), adapter="lora")
+    apply_rules(model, DropRule("model.layers.1"), adapter="cut")
+    live = model(IDS).logits
+    merge(model, "lora")
+    wanted = model(IDS).logits
+    commit(model, "cut")
+    assert torch.equal(model(IDS).logits, wanted)
+    assert torch.equal(unmerge(model)(IDS).logits, live)
+    remove(model)
+    assert len(model.model.layers) == 3 and not traces(model)
 
 
 def test_what_stays_must_not_need_what_goes() -> None:
