@@ -117,7 +117,8 @@ class EditLog:
         new = copy.deepcopy(old)
         for name, value in values.items():
             setattr(new, name, value)
-        self.set_config(old, new)
+        part = next((path for path, other in base_modules(self.model) if other is module), "")
+        self.set_config(old, new, part)
 
     def copy(self, part: nn.Module, *, share_weights: bool = False) -> nn.Module:
         """Return a copy of a part of the model. What it shares with the rest of the model stays shared."""

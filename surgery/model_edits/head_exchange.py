@@ -57,7 +57,7 @@ def exchange_head(edits: EditLog, paths: Sequence[str], labels: int | Sequence[s
             for name, (was, becomes) in difference.attributes.items():
                 if plain_attributes(target).get(name) == was and difference.path not in built.heads:
                     edits.set_attribute(target, name, copy.copy(becomes))
-        edits.set_config(owner.config, _config(owner.config, labels))
+        edits.set_config(owner.config, _config(owner.config, labels), part or "")
 
 
 class _Built:

@@ -72,7 +72,7 @@ def resize_vocabulary(
     for path, name in use.attributes if size != count else ():
         edits.set_attribute(submodule(edits.model, path), name, size)
     if use.config is not None and size != count:
-        edits.set_config(submodule(edits.model, use.part).config, use.config)
+        edits.set_config(submodule(edits.model, use.part).config, use.config, use.part)
     if use.unplain is not None:
         edits.unplain.append(use.unplain)
     _add_steps(edits, use, names, count, size)

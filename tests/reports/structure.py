@@ -1,6 +1,6 @@
 """`make structure`: structural rules on models of many families, into docs/reference/structure-models.md.
 
-Names of families as arguments run only these, and keep the other rows of the page.
+Names of families and of operations as arguments run only these, and keep the other cells of the page.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def stored_rows(text: str) -> dict[str, list[str]]:
     rows = {}
     for line in text.splitlines()[2:]:
         name, *cells = [part.strip() for part in re.split(r"(?<!\\)\|", line.strip("|"))]
-        rows[name.replace("\\_", "_")] = cells
+        rows[name.replace("\\_", "_")] = [*cells, *[""] * (len(OPERATIONS) - len(cells))]
     return rows
 
 
@@ -77,14 +77,16 @@ def main(names: list[str]) -> None:
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     old, _, after = rest.partition(MARKS[1])
     rows = {name: cells for name, cells in stored_rows(old).items() if name in FAMILIES}
-    for name in names or FAMILIES:
-        rows[name] = []
-        for operation in OPERATIONS:
+    operations = [name for name in names if name in OPERATIONS] or [*OPERATIONS]
+    for name in [name for name in names if name in FAMILIES] or FAMILIES:
+        cells = rows.setdefault(name, [""] * len(OPERATIONS))
+        for operation in operations:
             try:
-                rows[name].append(cell(outcomes(name, operation)))
+                text = cell(outcomes(name, operation))
             except Exception as error:
-                rows[name].append(f"✗ {_text(f'{type(error).__name__}: {error}'.splitlines()[0])}")
-        print(name, rows[name], flush=True)
+                text = f"✗ {_text(f'{type(error).__name__}: {error}'.splitlines()[0])}"
+            cells[list(OPERATIONS).index(operation)] = text
+        print(name, cells, flush=True)
     ordered = {name: rows[name] for name in FAMILIES if name in rows}
     PAGE.write_text(before + MARKS[0] + table(ordered) + MARKS[1] + after, encoding="utf-8")
     cells = [text for texts in ordered.values() for text in texts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import Rule, SurgeryError, apply_rules, commit, remove
-from surgery.rules import DropRule, ReorderRule, RepeatRule
+from surgery.rules import DropRule, ReorderRule, RepeatRule, ReplaceRule, ResizeVocabRule
 from surgery.state.records import model_state
 from surgery.testing import Snapshot
 from tests.support.families import FAMILIES
@@ -41,23 +42,76 @@ def layer_lists(name: str, model: nn.Module) -> tuple[list[str], int]:
     return [path], count
 
 
+Weights = dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Operation:
-    """A structural rule for a list of layers.
+    """A structural rule for a model.
 
     Attributes:
-        rule: makes the rule from the paths of lists and their length.
-        order: the indices of the old layers in the new order.
+        rule: makes the rule for a model of a family.
+        weights: the tensors of a model that is built as the rule changes it, from the original ones and those that the
+            class makes.
     """
 
-    rule: Callable[[Sequence[str], int], Rule]
-    order: Callable[[int], list[int]]
+    rule: Callable[[str, nn.Module], Rule]
+    weights: Callable[[str, nn.Module, Weights], Weights]
+
+
+def _on_layers(rule: Callable[[Sequence[str], int], Rule], order: Callable[[int], list[int]]) -> Operation:
+    """A rule for lists of layers. `order`: the indices of the old layers in the new order."""
+
+    def weights(name: str, original: nn.Module, expected: Weights) -> Weights:
+        paths, count = layer_lists(name, original)
+        return {
+            renumbered: tensor
+            for key, tensor in original.state_dict().items()
+            for renumbered in _renumbered(key, paths, order(count))
+        }
+
+    return Operation(lambda name, model: rule(*layer_lists(name, model)), weights)
+
+
+def _renumbered(key: str, paths: Sequence[str], order: Sequence[int]) -> list[str]:
+    """The names of an original tensor in the changed model."""
+    for path in paths:
+        if key.startswith(f"{path}."):
+            index, _, rest = key.removeprefix(f"{path}.").partition(".")
+            return [f"{path}.{new}.{rest}" for new, old in enumerate(order) if old == int(index)]
+    return [key]
+
+
+def _larger_vocabulary(name: str, model: Any) -> Rule:
+    if "input_ids" not in FAMILIES[name].inputs():
+        raise SurgeryError("no tokens", why="the model does not read token ids")
+    return ResizeVocabRule(tokens=model.get_input_embeddings().weight.shape[0] + 8, init="zeros")
+
+
+def _padded(name: str, original: nn.Module, expected: Weights) -> Weights:
+    """The original tensors with rows of zeros behind them."""
+    padded = {}
+    for key, tensor in original.state_dict().items():
+        padded[key] = torch.zeros_like(expected[key])
+        padded[key][tuple(slice(0, size) for size in tensor.shape)] = tensor
+    return padded
+
+
+def _equal_norm(name: str, model: nn.Module) -> Rule:
+    """A normalisation layer replaced by an equal one."""
+    norms = [(path, module) for path, module in model.named_modules() if type(module).__name__.endswith("Norm")]
+    if not norms:
+        raise SurgeryError("no norm", why="the model does not have a normalisation layer")
+    path, module = norms[-1]
+    return ReplaceRule(path, by=copy.deepcopy(module), trainable=False)
 
 
 OPERATIONS = {
-    "drop": Operation(lambda paths, n: DropRule([f"{path}.{n - 1}" for path in paths]), lambda n: [*range(n - 1)]),
-    "repeat": Operation(lambda paths, n: RepeatRule(paths, times=2), lambda n: [*range(n), *range(n)]),
-    "reorder": Operation(lambda paths, n: ReorderRule(paths, order=[*range(n)][::-1]), lambda n: [*range(n)][::-1]),
+    "drop": _on_layers(lambda paths, n: DropRule([f"{path}.{n - 1}" for path in paths]), lambda n: [*range(n - 1)]),
+    "repeat": _on_layers(lambda paths, n: RepeatRule(paths, times=2), lambda n: [*range(n), *range(n)]),
+    "reorder": _on_layers(lambda paths, n: ReorderRule(paths, order=[*range(n)][::-1]), lambda n: [*range(n)][::-1]),
+    "vocabulary": Operation(_larger_vocabulary, _padded),
+    "replace": Operation(_equal_norm, lambda name, original, expected: dict(original.state_dict())),
 }
 
 
@@ -65,11 +119,9 @@ class Case:
     """A structural rule on a new model of a family."""
 
     def __init__(self, name: str, operation: str):
-        self.name, self.inputs = name, FAMILIES[name].inputs()
+        self.name, self.inputs, self.operation = name, FAMILIES[name].inputs(), OPERATIONS[operation]
         self.original = self.make()
-        self.paths, count = layer_lists(name, self.original)
-        self.order = OPERATIONS[operation].order(count)
-        self.rule = OPERATIONS[operation].rule(self.paths, count)
+        self.rule = self.operation.rule(name, self.original)
 
     def make(self) -> Any:
         torch.manual_seed(0)
@@ -88,7 +140,7 @@ class Case:
     def unplain(self) -> list[str]:
         """Why no plain class can hold the model."""
         state: Any = model_state(self.changed)
-        return state.structure[-1].unplain
+        return [reason for record in state.structure for reason in record.unplain]
 
 
 # Each check returns None if it holds, "–" if it says nothing about this model, or the reason.
@@ -100,23 +152,12 @@ def _is_as_built(case: Case) -> str | None:
         return "–"
     model = case.changed
     plain = type(model)(type(model.config).from_dict(model.config.to_dict())).eval()
-    weights, expected = {}, plain.state_dict()
-    for name, tensor in case.original.state_dict().items():
-        for renumbered in _renumbered(name, case):
-            weights[renumbered] = tensor
+    expected = plain.state_dict()
+    weights = case.operation.weights(case.name, case.original, expected)
     # A layer that is copied from the first has fewer tensors where the first alone has some.
     extra = {name for name in weights if name not in expected and name not in model.state_dict()}
     plain.load_state_dict({name: tensor for name, tensor in weights.items() if name not in extra})
     return _compared(case.outputs, run(plain, case.inputs))
-
-
-def _renumbered(name: str, case: Case) -> list[str]:
-    """The names of an original tensor in the changed model."""
-    for path in case.paths:
-        if name.startswith(f"{path}."):
-            index, _, rest = name.removeprefix(f"{path}.").partition(".")
-            return [f"{path}.{new}.{rest}" for new, old in enumerate(case.order) if old == int(index)]
-    return [name]
 
 
 def _generates(case: Case) -> str | None:
@@ -194,12 +235,12 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
 
 def outcomes(name: str, operation: str) -> dict[str, str | None] | str:
     """The outcome of each check, or the reason why the rule is refused."""
-    case = Case(name, operation)
     try:
+        case = Case(name, operation)
         _ = case.changed
     except SurgeryError as error:
         problem: Any = getattr(error, "problems", [error])[0]
-        return f"{problem.where}: {problem.why}"
+        return ": ".join(filter(None, (problem.where, problem.why or problem.what)))
     results: dict[str, str | None] = {}
     for check, function in CHECKS.items():
         try:
