@@ -6,7 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Place", "counts", "fields_of", "index_lists", "layer_values", "reordered", "suggests_layers"]
+__all__ = [
+    "Place",
+    "counts",
+    "fields_of",
+    "index_lists",
+    "layer_values",
+    "rename_stages",
+    "reordered",
+    "suggests_layers",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,35 @@ def reordered(values: Sequence[Any], order: Sequence[int]) -> Any:
         return [[[_expanded(values)[index] for index in order], 1]]
     taken = [values[index] for index in order]
     return "".join(taken) if isinstance(values, str) else type(values)(taken)  # type: ignore[call-arg]
+
+
+def rename_stages(config: Any, count: int, order: Sequence[int]) -> None:
+    """Adapt the names of the stages of a backbone, and which of them it returns, to another number of layers.
+
+    transformers' backbones name the stem, if there is one, and each layer or stage. An output after the last layer
+    stays the last; others stay with their layer.
+    """
+    for part in _parts(config):
+        fields = vars(part)
+        names, returned = fields.get("stage_names"), fields.get("_out_indices")
+        before = len(names) - count if isinstance(names, (list, tuple)) else -1
+        if before not in (0, 1) or not isinstance(returned, (list, tuple)):
+            continue
+        last = count + before - 1
+        stages = [*names[:before], *(f"stage{number + 1}" for number in range(len(order)))]
+        moved = [
+            len(stages) - 1 if index == last else order.index(index - before) + before if index >= before else index
+            for index in returned
+            if index == last or index < before or index - before in order
+        ]
+        fields |= {"stage_names": stages, "_out_indices": moved, "_out_features": [stages[index] for index in moved]}
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from _parts(value)
 
 
 def suggests_layers(place: Place) -> bool:

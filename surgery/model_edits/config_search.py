@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.model_edits.config_fields import Place, counts, layer_values, reordered, suggests_layers
+from surgery.model_edits.config_fields import Place, counts, layer_values, rename_stages, reordered, suggests_layers
 from surgery.model_edits.layer_config import LayerConfig, NoLayerConfig, blocks
 from surgery.model_edits.layer_placement import place_kinds
 from surgery.model_edits.model_differences import Difference, differences
@@ -138,7 +138,7 @@ class _Search:
             return changed
         done = [path for path in self.containers if _length(after, path) == len(self.order)]
         names = tuple(str(place) for place in (*fields, *lists))
-        return LayerConfig(config, names, self.before, after, tuple(done), self._score(after, done))
+        return LayerConfig(config, names, self.before, after, tuple(done), self._score(after, done, self.order))
 
     def _modes(self, count: int) -> Iterator[tuple[Place, ...]]:
         """Selections of the fields that may have one value a layer, the most likely first."""
@@ -153,7 +153,7 @@ class _Search:
         yield from dict.fromkeys(modes)
 
     def _effect(self, place: Place, count: int) -> bool | None:
-        """Whether a field's values belong to the layers: exchanging them changes the layers and nothing else.
+        """Whether a field's values belong to the layers: exchanging them exchanges the layers and changes nothing else.
 
         None: exchanging them changes nothing that can be compared.
         """
@@ -168,7 +168,10 @@ class _Search:
             return None
         if self._changed_lists(after) or differences(self.before, after, self.containers):
             return False
-        return True if differences(self.before, after) else None
+        unmoved = self._score(after, self.containers, range(count))
+        if unmoved == (0, 0, 0):
+            return None
+        return self._score(after, self.containers, turned) < unmoved
 
     def _changed(self, config: Any, fields: Sequence[Place], lists: Sequence[Place]) -> Any:
         changed = copy.deepcopy(config)
@@ -176,6 +179,8 @@ class _Search:
             place.write(changed, len(self.order))
         for place in lists:
             place.write(changed, reordered(place.read(config), self.order))
+        if len(self.order) != self.count:
+            rename_stages(changed, self.count, self.order)
         return changed
 
     def _changed_lists(self, after: nn.Module) -> set[str]:
@@ -185,12 +190,12 @@ class _Search:
         above = {*changed, *self.containers}
         return {path for path in changed if not any(path.startswith(f"{other}.") for other in above)}
 
-    def _score(self, after: nn.Module, containers: Sequence[str]) -> tuple[int, int, int]:
+    def _score(self, after: nn.Module, containers: Sequence[str], order: Sequence[int]) -> tuple[int, int, int]:
         outside = sum(blocks(difference) for difference in differences(self.before, after, self.containers))
         layers = attributes = 0
         for container in containers:
             old, new = (list(model.get_submodule(container).children()) for model in (self.before, after))
-            for position, index in enumerate(self.order):
+            for position, index in enumerate(order):
                 found = differences(old[index], new[position])
                 layers += any(difference.has_tensors for difference in found)
                 attributes += sum(_counted(difference, position - index) for difference in found)

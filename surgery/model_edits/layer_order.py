@@ -75,7 +75,7 @@ def _reorder_configured(
             where = ".".join(filter(None, (path, str(position))))
             adapt_layer(edits, layer, (old[index], new[position]), (index, position), where, kind, position in copied)
     adapt_outside(edits, module, found, inner, part, kind)
-    pairs = dict(config_pairs(module.config, _with_identity(found.config, module.config)))
+    pairs = dict(config_pairs(module.config, found.config))
     edits.set_configs(pairs | _config_copies(module, found, pairs), part)
 
 
@@ -130,14 +130,6 @@ def _config_copies(module: nn.Module, found: LayerConfig, pairs: Mapping[int, An
 
 def _inside(path: str, lists: Sequence[str]) -> bool:
     return any(path.startswith(f"{container}.") for container in lists)
-
-
-def _with_identity(new: Any, old: Any) -> Any:
-    """The new configuration with the private fields of the old one, such as its attention and its folder."""
-    for name, value in vars(old).items():
-        if name.startswith("_") and name in vars(new) and not hasattr(value, "to_dict"):
-            vars(new)[name] = copy.copy(value)
-    return new
 
 
 # Every model ----------------------------------------------------------------------------------------------------

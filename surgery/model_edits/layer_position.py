@@ -47,6 +47,8 @@ def adapt_layer(
         copied: whether the layer is a copy.
     """
     found = differences(*plain)
+    for difference in found:
+        _check_shapes(difference, where, kind)
     reason = _other_kind(found, plain)
     if reason is not None:
         edits.unplain.append(f"{where} has {reason[0]}, and a {kind} has {reason[1]} there")
@@ -96,18 +98,27 @@ def _other_kind(found: Sequence[Difference], plain: tuple[nn.Module, nn.Module])
     return None
 
 
+def _check_shapes(difference: Difference, where: str, kind: str) -> None:
+    """Raise `SiteError` if tensors have other shapes in the plain model."""
+    shapes = [tensor for tensor in difference.tensors if tensor.first is not None and tensor.second is not None]
+    if shapes:
+        _refuse(difference, where, kind, "; ".join(map(str, shapes[:3])))
+
+
 def _check_missing(difference: Difference, where: str, kind: str) -> None:
     """Raise `SiteError` if the plain model has tensors at the new index that the layer does not have."""
-    shapes = [tensor for tensor in difference.tensors if tensor.second is not None]
-    if not difference.missing and not shapes:
+    if not difference.missing:
         return
-    has = f"there is a {type((difference.modules or (None, None))[1]).__name__}"
-    if shapes:
-        has = "; ".join(map(str, shapes[:3]))
+    absent = "; ".join(map(str, difference.tensors[:3]))
+    second = (difference.modules or (None, None))[1]
+    _refuse(difference, where, kind, absent or f"the layer does not have this {type(second).__name__}")
+
+
+def _refuse(difference: Difference, where: str, kind: str, text: str) -> None:
     raise SiteError(
         "the layers can't be put into this order",
         where=".".join(filter(None, (where, difference.path))),
-        why=f"a {kind} has other tensors there: {has}",
+        why=f"a {kind} has other tensors there: {text}",
         fix="leave the layers in place whose tensors depend on their position, such as the first",
     )
 

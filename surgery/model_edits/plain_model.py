@@ -47,10 +47,16 @@ def call_problem(before: nn.Module, after: nn.Module) -> str | None:
     Both are on the meta device, and are called with the smallest inputs of their kind. Returns None, too, if `before`
     can't be called so, because then the call says nothing.
     """
-    inputs = _small_inputs(before)
-    if inputs is None or _call_error(before, inputs) is not None:
-        return None
-    return _call_error(after, inputs)
+    for inputs in _small_inputs(before):
+        error = _call_error(before, inputs)
+        if error is None:
+            error = _call_error(after, inputs)
+            return _first_line(error) if error is not None else None
+        other = _call_error(after, inputs)
+        # Code that does not run on the meta device raises RuntimeErrors; another error comes from the model's own code.
+        if other is not None and type(other) is not type(error) and isinstance(other, (ValueError, LookupError)):
+            return _first_line(other)
+    return None
 
 
 def config_problem(config: Any, plain: nn.Module) -> str | None:
@@ -73,33 +79,34 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
 
 
-def _call_error(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+def _call_error(model: nn.Module, inputs: dict[str, Any]) -> Exception | None:
     training = model.training
     try:
         with _quiet(), torch.no_grad():
             model.eval()(**inputs)
     except Exception as error:  # whatever the model's code raises
-        return _first_line(error)
+        return error
     finally:
         model.train(training)
     return None
 
 
-def _small_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Inputs of a call on the meta device: token ids, or pixels of the configuration's size."""
+def _small_inputs(model: nn.Module) -> list[dict[str, Any]]:
+    """Inputs of calls on the meta device: token ids with and without a mask, or pixels of the configuration's size."""
     config: Any = model.config
     name = getattr(model, "main_input_name", "input_ids")
     if name == "input_ids":
-        ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
-        return {
-            "input_ids": ids,
-            **({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}),
-        }
+        inputs = []
+        for length in (64, 8):  # long enough for models that shorten the text, else short
+            ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+            more = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+            inputs += [{"input_ids": ids, **more}, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}]
+        return inputs
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if name == "pixel_values" and size is not None and type(channels) is int:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": torch.zeros(1, channels, height, width, device="meta")}
-    return None
+        return [{"pixel_values": torch.zeros(1, channels, height, width, device="meta")}]
+    return []
 
 
 def _prefixes(path: str) -> Iterator[str]:
