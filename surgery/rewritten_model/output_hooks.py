@@ -7,7 +7,7 @@ collected.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,20 +26,23 @@ def renew_output_hooks(root: nn.Module, before: Collection[int], journal: Journa
 
     `before`: ids of the modules before the change.
     """
-    marked = [module for _, module in base_modules(root) if module.__dict__.get(_MARK)]
-    marked = [part for part in marked if any(id(module) not in before for _, module in base_modules(part))]
-    if not marked:
-        return
-    new = [module for _, module in base_modules(root) if id(module) not in before]
-    if not new or any(_hooks(module) for module in new):
-        return
-    collected = {class_of(module) for _, module in base_modules(root) if _hooks(module)}
-    if collected and not any(class_of(module) in collected for module in new):  # such as a new head
-        return
-    for module in marked:
-        journal.keep(module.__dict__)
-        del module.__dict__[_MARK]
-    for _, module in base_modules(root):
+    for _, model in list(base_modules(root)):
+        if not model.__dict__.get(_MARK):
+            continue
+        inside = [module for _, module in base_modules(model)]
+        new = [module for module in inside if id(module) not in before]
+        if not new or any(_hooks(module) for module in new):
+            continue
+        collected = {class_of(module) for module in inside if _hooks(module)}
+        if not collected or any(class_of(module) in collected for module in new):  # not a new head
+            _take_off(inside, journal)
+
+
+def _take_off(modules: Sequence[nn.Module], journal: Journal) -> None:
+    for module in modules:
+        if _MARK in module.__dict__:
+            journal.keep(module.__dict__)
+            del module.__dict__[_MARK]
         if keys := _hooks(module):
             journal.keep(module._forward_hooks)
             for key in keys:

@@ -45,7 +45,7 @@ FAMILIES = [
 def cell(result: Mapping[str, str | None] | str) -> str:
     """One sign a check, with the reasons of those that do not hold; or why the rule is refused."""
     if isinstance(result, str):
-        return f"refused: {_text(result)}"
+        return result if result == "–" else f"refused: {_text(result)}"
     signs = "".join("✓" if why is None else "–" if why == "–" else "✗" for why in result.values())
     reasons = [f"{check}: {_text(why)}" for check, why in result.items() if why not in (None, "–")]
     return " ".join([signs, *reasons])

@@ -59,6 +59,10 @@ class Operation:
     weights: Callable[[str, nn.Module, Weights], Weights]
 
 
+class DoesNotApply(Exception):
+    """The model does not have what the rule changes."""
+
+
 def _on_layers(rule: Callable[[Sequence[str], int], Rule], order: Callable[[int], list[int]]) -> Operation:
     """A rule for lists of layers. `order`: the indices of the old layers in the new order."""
 
@@ -84,8 +88,12 @@ def _renumbered(key: str, paths: Sequence[str], order: Sequence[int]) -> list[st
 
 def _larger_vocabulary(name: str, model: Any) -> Rule:
     if "input_ids" not in FAMILIES[name].inputs():
-        raise SurgeryError("no tokens", why="the model does not read token ids")
-    return ResizeVocabRule(tokens=model.get_input_embeddings().weight.shape[0] + 8, init="zeros")
+        raise DoesNotApply
+    try:
+        tokens = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # a pair of models
+        tokens = model.text_model.get_input_embeddings().weight.shape[0]
+    return ResizeVocabRule(tokens=tokens + 8, init="zeros")
 
 
 def _padded(name: str, original: nn.Module, expected: Weights) -> Weights:
@@ -101,7 +109,7 @@ def _equal_norm(name: str, model: nn.Module) -> Rule:
     """A normalisation layer replaced by an equal one."""
     norms = [(path, module) for path, module in model.named_modules() if type(module).__name__.endswith("Norm")]
     if not norms:
-        raise SurgeryError("no norm", why="the model does not have a normalisation layer")
+        raise DoesNotApply
     path, module = norms[-1]
     return ReplaceRule(path, by=copy.deepcopy(module), trainable=False)
 
@@ -252,10 +260,12 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
 
 
 def outcomes(name: str, operation: str) -> dict[str, str | None] | str:
-    """The outcome of each check, or the reason why the rule is refused."""
+    """The outcome of each check; the reason why the rule is refused; or "–" if there is nothing to change."""
     try:
         case = Case(name, operation)
         _ = case.changed
+    except DoesNotApply:
+        return "–"
     except SurgeryError as error:
         problem: Any = getattr(error, "problems", [error])[0]
         return ": ".join(filter(None, (problem.where, problem.why or problem.what)))
