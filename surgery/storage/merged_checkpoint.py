@@ -19,6 +19,7 @@ from surgery.progress import Progress, steps
 from surgery.rewritten_model.save_pretrained import plain_saving
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.tied_weights import why_not_said
+from surgery.storage.quantised_loading import write_as_ordinary
 from surgery.transaction.created_folder import created_folder
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Trial
@@ -86,6 +87,7 @@ def merge_to(
             "no plain checkpoint can hold this model", why=abbreviate(list(dict.fromkeys(reasons))), fix=_SURGERY
         )
     with created_folder(folder) as folder, _temporary(folder) as place, Trial() as trial:
+        write_as_ordinary(model, trial)
         separate_copies(model, [pair for record in state.structure for pair in record.copies], trial)
         _merge(model, adapter, untie, progress)
         if why := why_not_said(model):
