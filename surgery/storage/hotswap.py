@@ -31,11 +31,12 @@ from surgery.sharded_tensors import copy_into, is_flattened
 from surgery.state.fingerprint import differences
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site
+from surgery.state.restructuring import structure_keys
 from surgery.storage.hotswap_plan import AdapterSite, adapter_sites, plan_incoming_rules, step_for, unmerged_tensors
 from surgery.storage.hotswap_values import NewValues, detached_copy
 from surgery.storage.load_errors import completed, mismatch_errors
 from surgery.storage.load_report import LoadReport
-from surgery.storage.matched_tensors import distrusted_rule_error, locate_tensors
+from surgery.storage.matched_tensors import distrusted_rule_error, locate_structure, locate_tensors
 from surgery.storage.model_origin import other_model
 from surgery.storage.save import structure_since
 from surgery.storage.stored_adapter import Stored, stored_adapter
@@ -149,14 +150,18 @@ def hotswap(
         *([] if trust else map(distrusted_rule_error, (rule for rule in stored.rules if rule.imports))),
     ]
     structural = [rule for rule in stored.rules if isinstance(rule, StructureRule)]
-    present = [rule for rule in state.adapters[adapter] if isinstance(rule, StructureRule)]
+    present = [rule.in_files() for rule in state.adapters[adapter] if isinstance(rule, StructureRule)]
     problems += [_other_structure(adapter, structural, present)] if structural and structural != present else []
     incoming = [rule for rule in stored.rules if (trust or not rule.imports) and rule not in structural]
     plan, doubtful = plan_incoming_rules(model, incoming, adapter, live)
     values = locate_tensors(plan, stored, report, finite)
+    records = [record for record in state.structure if record.adapter == adapter] if structural else []
+    made = locate_structure(records, stored, report, finite) if structural == present else []
+    own = {key for key, _ in structure_keys(records)}
+    report.unexpected = [key for key in report.unexpected if key not in own]
     problems += [*plan.problems, *(doubtful if strict and report.unexpected else ())]
     new_values = NewValues(plan, live, values, stored.file, finite)
-    pairs = [] if problems else new_values.tensors()
+    pairs = [] if problems else [*new_values.tensors(), *((t.values(), _value(stored, entry)) for t, entry in made)]
     if sizes := sizes_wanted(model, plan, stored):
         problems.append(other_vocabulary(model, sizes))
     if problems:
@@ -178,9 +183,13 @@ def hotswap(
         for tensor, new in pairs:
             journal.undo(copy_into, tensor, detached_copy(tensor))
             copy_into(tensor, new)
-    report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
+    report.loaded = [tensor_key(step.path, name) for step, name, _ in values] + [entry.key for _, entry in made]
     report.idle, report.notes, report.assumed = new_values.idle, new_values.notes, stored.assumed
     return report
+
+
+def _value(stored: Stored, entry: Entry) -> Tensor:
+    return entry.read(stored.file.read(entry.key))
 
 
 def _other_structure(adapter: str, structural: Sequence[Rule], present: Sequence[Rule]) -> SurgeryError:

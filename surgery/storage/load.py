@@ -130,7 +130,7 @@ def load_adapter(
     if plan is not None:
         problems += plan.problems
         values = locate_tensors(plan, stored, report, finite, ignore_mismatched_sizes)
-        structure = locate_structure(plan, stored, report, finite)
+        structure = locate_structure(plan.structure, stored, report, finite)
         if problems:
             report.unexpected = []  # they belong to rules that could not be read or matched
         problems += completed(_too_large(plan, values, stored.file), source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from surgery.complex_numbers import is_number
 from surgery.errors import RuleError, SurgeryError
 from surgery.model_edits.structure_tensor import StructureTensor
 from surgery.planning.plan import Plan
-from surgery.state.restructuring import structure_keys
+from surgery.state.restructuring import Restructuring, structure_keys
 from surgery.storage.load_report import LoadReport
 from surgery.storage.stored_adapter import Stored
 
@@ -22,11 +23,11 @@ __all__ = ["distrusted_rule_error", "locate_structure", "locate_tensors", "misfi
 
 
 def locate_structure(
-    plan: Plan, stored: Stored, report: LoadReport, finite: bool
+    records: Sequence[Restructuring], stored: Stored, report: LoadReport, finite: bool
 ) -> list[tuple[StructureTensor, Entry]]:
-    """Returns the tensors that the plan's structural rules make and that fit the file. Lists others in the report."""
+    """Returns the tensors that structural rules make and that fit the file. Lists others in the report."""
     located: list[tuple[StructureTensor, Entry]] = []
-    for key, tensor in structure_keys(plan.structure):
+    for key, tensor in structure_keys(records):
         entry = Entry(key)
         if key not in stored.file.shapes:
             report.missing.append(key)

@@ -17,6 +17,7 @@ from surgery import (
     SurgeryError,
     adapter_state_dict,
     apply_rules,
+    hotswap,
     load_adapter,
     load_adapter_state_dict,
     plan_rules,
@@ -260,3 +261,21 @@ def test_hooks_of_other_parts_stay() -> None:
     assert model.class_labels_classifier.out_features == 8  # with "no object"
     remove(model)
     assert not before.differences(model)
+
+
+def test_a_hot_swap_brings_the_values_of_the_head(tmp_path: Path) -> None:
+    rules = [HeadRule(labels=5), LoraRule("query", rank=2, init="random")]
+    models = [apply_rules(build("BertForSequenceClassification"), rules) for _ in range(2)]
+    for parameter in models[0].parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    save_adapter(models[0], tmp_path)
+    head, expected = models[1].classifier.weight, models[0](IDS).logits
+    assert not torch.equal(models[1](IDS).logits, expected)
+    report = hotswap(models[1], "default", tmp_path)
+    assert models[1].classifier.weight is head and torch.equal(models[1](IDS).logits, expected)
+    assert "structure.0.classifier.weight" in report.loaded
+    hotswap(models[1], "default", adapter_state_dict(models[0]))
+    other = apply_rules(build("BertForSequenceClassification"), HeadRule(labels=4), adapter="other")
+    with pytest.raises(SurgeryError, match="structure"):
+        hotswap(other, "other", tmp_path)
