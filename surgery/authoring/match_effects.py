@@ -10,7 +10,7 @@ from torch import fx, nn
 from surgery.forward.side_effects import writes
 from surgery.structures.op_aliases import arguments_in, canonicalise
 
-__all__ = ["ReplacedMatch", "active_passages", "dropout_probability", "write_objection"]
+__all__ = ["ReplacedMatch", "active_passages", "dropout_probability", "region_objection", "write_objection"]
 
 
 class ReplacedMatch(NamedTuple):
@@ -38,6 +38,15 @@ def write_objection(nodes: Collection[fx.Node], shared: Collection[fx.Node]) -> 
         node = node.next
         if node not in inside and _writes(node) and _memory(_first(node)) in memories:
             return f"{node} writes in place to {_memory(_first(node))} between the operations of the match"
+    return None
+
+
+def region_objection(nodes: Collection[fx.Node]) -> str | None:
+    """Returns why a match can't be replaced if the forward runs it under an autocast of its own, or None."""
+    for node in nodes:
+        region = node.args[0] if "called" in node.meta else None
+        if isinstance(region, tuple) and region[-1] is not False:  # else it is under torch.no_grad alone
+            return f"the forward runs {node} under torch.autocast of its own, and the replacement would not"
     return None
 
 

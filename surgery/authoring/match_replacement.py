@@ -8,7 +8,13 @@ from typing import Any
 from torch import Tensor, fx
 
 from surgery.authoring.forward_values import ForwardValues
-from surgery.authoring.match_effects import ReplacedMatch, active_passages, dropout_probability, write_objection
+from surgery.authoring.match_effects import (
+    ReplacedMatch,
+    active_passages,
+    dropout_probability,
+    region_objection,
+    write_objection,
+)
 from surgery.authoring.site_facts import UNCALLED
 from surgery.errors import SiteError
 from surgery.structures.structure import Occurrence
@@ -40,8 +46,8 @@ class MatchReplacement(ForwardValues):
         """Returns why a match of `find` can't be replaced as a whole, or None.
 
         The reasons: an earlier rule of the adapter replaces a part of it; it writes in place to a value that is used
-        outside; something else writes in place to what it reads, between its operations; or a module has rules or
-        hooks, and the site would no longer call it.
+        outside; something else writes in place to what it reads, between its operations; the forward runs it under an
+        autocast of its own; or a module has rules or hooks, and the site would no longer call it.
 
         Args:
             match: The match.
@@ -51,7 +57,7 @@ class MatchReplacement(ForwardValues):
         taken = next((node for node in nodes if node not in shared and node.name in self.claimed), None)
         if taken is not None:
             return f"{self.claimed[taken.name]} replaces {taken}"
-        if (why := write_objection(nodes, shared)) is not None or not called:
+        if (why := write_objection(nodes, shared) or region_objection(nodes)) is not None or not called:
             return why
         for path in self._uncalled(self._gone(match)):
             if (why := call_objection(self.module.get_submodule(path))) is not None:

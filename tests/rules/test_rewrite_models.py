@@ -17,6 +17,7 @@ from surgery import (
     RuleError,
     SurgeryError,
     apply_rules,
+    export_onnx,
     load_adapter,
     maybe,
     module_of,
@@ -249,3 +250,14 @@ def test_names_that_are_not_functions() -> None:
         RewriteRule(pattern="attention", replacement=fused)
     with pytest.raises(RuleError):
         RewriteRule(pattern=attention)
+
+
+def test_an_exported_file_has_the_replacement(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.GELU()).eval(), torch.randn(2, 4)
+    rule = RewriteRule(pattern=lambda x: F.gelu(x), replacement=lambda x: x * 0.5 * (1 + torch.erf(x * 0.5**0.5)))
+    apply_rules(model, rule, example_inputs=x)
+    export_onnx(model, tmp_path / "model.onnx", x, adapters="constant")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.tensor(output), model(x), atol=1e-6)

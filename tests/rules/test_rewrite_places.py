@@ -211,6 +211,18 @@ def outside(x: Tensor) -> Tensor:
     return doubled.relu() + doubled
 
 
+def autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return (x + 1).relu()
+
+
+def without_gradients(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        doubled = x * 2
+        doubled += 1
+        return doubled.relu()
+
+
 def inside(x: Tensor) -> Tensor:
     doubled = x * 2
     doubled += 1
@@ -222,17 +234,19 @@ def inside(x: Tensor) -> Tensor:
     [
         (between, "add_ writes in place to mul between the operations of the match"),
         (outside, "add_ writes in place to mul, which is used outside of the match"),
+        (autocast, "under torch.autocast of its own"),
         (inside, ""),
+        (without_gradients, ""),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_writes_in_place(function: Callable[[Tensor], Tensor], why: str) -> None:
+def test_writes_in_place_and_regions(function: Callable[[Tensor], Tensor], why: str) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return function(x)
 
-    pattern = (lambda x: torch.relu(x * 2 + 1)) if function is inside else (lambda x: torch.relu(x + 1))
-    replacement = (lambda x: torch.relu(1 + 2 * x)) if function is inside else (lambda x: torch.relu(1 + x))
+    pattern = (lambda x: torch.relu(x * 2 + 1)) if not why else (lambda x: torch.relu(x + 1))
+    replacement = (lambda x: torch.relu(1 + 2 * x)) if not why else (lambda x: torch.relu(1 + x))
     model, x = Model(), torch.randn(5)
     before, rule = model(x), RewriteRule(pattern=pattern, replacement=replacement)
     if why:
