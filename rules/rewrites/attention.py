@@ -47,7 +47,7 @@ def fuse_attention(targets: Any = (), *, weights: bool = True, **fields: Any) ->
 
     Source: Dao et al. 2022, arXiv:2205.14135; the function is torch's.
     """
-    fields = {"where": is_attention, **fields}
+    fields = {"where": is_attention, "omits": not weights, **fields}
     replacement = attention if weights else attention_without_weights
     fields = {**fields, "omits": True} if not weights else fields
     return RewriteRule(targets, pattern=attention_written_out, replacement=replacement, **fields)

@@ -34,7 +34,8 @@ def fuse_linears(targets: Any = (), *, count: int = 3, held: bool = False, **fie
     The modules and their parameters stay, so training, checkpoints and `remove` are as without the rule. By default the
     weights are concatenated at each call. That is a copy of the weights: it pays where many tokens share it. With
     `held`, the adapter has a copy of the concatenated weights. Then each call is one product, and later changes of the
-    base's weights, such as training or a merge, have no effect until the rule is applied again.
+    base's weights, such as a merge, have no effect until the rule is applied again, and the base's weights get no
+    gradients.
 
     The result has the bits of the separate products where the BLAS computes each output feature alike for all sizes of
     the matrix. Else its last bits differ.
@@ -51,7 +52,7 @@ def fuse_linears(targets: Any = (), *, count: int = 3, held: bool = False, **fie
         raise RuleError("fuse_linears fuses 2 or 3 Linears", why=f"count is {count!r}", fix="apply it several times")
     pattern = pair if count == 2 else triple
     replacements = (held_pair, held_triple) if held else (fused_pair, fused_triple)
-    fields = {"where": are_plain, **fields}
+    fields = {"where": are_plain, "equivalent": not held, **fields}  # the copy passes no gradient on to the base
     return RewriteRule(targets, pattern=pattern, replacement=replacements[count - 2], **fields)
 
 
