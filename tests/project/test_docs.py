@@ -24,6 +24,7 @@ import surgery.peft
 import surgery.testing
 import surgery.trainer
 from surgery import rules
+from surgery.rules import rewrites
 from tests.support import ROOT
 from tests.support.pages import TEXT, blocks, runs
 
@@ -70,7 +71,7 @@ def rows(name: str) -> dict[str, str]:
 
 def public_names() -> set[str]:
     """Every public name as the reference lists it: those of `surgery` and the rule library without a module."""
-    named = (surgery.testing, surgery.trainer, surgery.peft, surgery.onnx)
+    named = (surgery.testing, surgery.trainer, surgery.peft, surgery.onnx, rewrites)
     modules: dict[str, Any] = {module.__name__: module for module in named}
     public = {*surgery.__all__, *rules.__all__}
     public |= {f"{path}.{name}" for path, module in modules.items() for name in module.__all__}
@@ -207,7 +208,7 @@ def test_tests_and_files_and_targets_exist(name: str) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{name}: there is no make {target}"
 
 
-GENERATED = {"coverage", "onnx-families", "onnx-models", "peft-checkpoints", "peft-suite"}  # tables of make targets
+GENERATED = {"coverage", "onnx-families", "onnx-models", "peft-checkpoints", "peft-suite", "rewrites-models"}
 
 
 def test_extras_are_installed_in_one_way() -> None:
