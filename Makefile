@@ -93,8 +93,9 @@ states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, 
 programs: $(VENV)/.dev ## Run PROGRAMS random rewrites beside forwards written by hand, of which make test runs 100
 	PROGRAMS=$(PROGRAMS) PROGRAMS_SEED=$(PROGRAMS_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/authoring/test_programs.py -n $(JOBS) $(ARGS)
 
-rewrites: $(VENV)/.dev ## Compile, export and copy every recipe and replaced module, of which make test takes a sample
+rewrites: $(VENV)/.dev ## Compile, export and copy every recipe and replaced module; ready-made rewrites on all families, of which make test takes a sample
 	ALL_REWRITES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/authoring/test_recipes.py tests/rules/test_replace.py tests/weaving/test_kinds.py -n $(JOBS) $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.rewrites
 
 properties: $(VENV)/.dev ## Try EXAMPLES drawn models and rules for each property, of which make test tries 20 to 100
 	SURGERY_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/merging/test_properties.py tests/tracing/test_own_forwards.py tests/lifecycle/test_naming.py -n $(JOBS) $(ARGS)
