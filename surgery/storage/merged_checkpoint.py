@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
-from surgery.merging.merge import ensure_unmerged, merge
+from surgery.merging.merge import merge
 from surgery.model_edits.shared_copies import separate_copies
 from surgery.progress import Progress, steps
 from surgery.rewritten_model.save_pretrained import plain_saving
@@ -45,8 +45,9 @@ def merge_to(
         merge_to(model, "merged")
         AutoModelForCausalLM.from_pretrained("merged")      # without this package
 
-    The model is merged while writing and unmerged afterwards, also after an error: its bits do not change. Config and
-    generation config are written, too. Existing files in the folder are replaced one by one after all are written.
+    The model is merged while writing and unmerged afterwards, also after an error: its bits do not change. A model that
+    was merged before stays merged. Config and generation config are written, too. Existing files in the folder are
+    replaced one by one after all are written.
 
     The structure is written as it is: without layers that a DropRule took out, with those that a RepeatRule made, and a
     configuration that says so. Copies that share weights are written with weights of their own.
@@ -101,7 +102,6 @@ def merge_to(
             step()
         for file in sorted(place.iterdir()):
             os.replace(file, folder / file.name)
-        ensure_unmerged(model)
     return folder
 
 

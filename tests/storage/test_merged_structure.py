@@ -25,8 +25,29 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from surgery import MergeError, PlanError, SurgeryError, SurgeryWarning, active, apply_rules, merge, merge_to, unmerge
-from surgery.rules import DropRule, LoraRule, ReorderRule, RepeatRule, ReplaceRule
+from surgery import (
+    MergeError,
+    PlanError,
+    SurgeryError,
+    SurgeryWarning,
+    active,
+    apply_rules,
+    commit,
+    merge,
+    merge_to,
+    unmerge,
+)
+from surgery.rules import (
+    DropRule,
+    HeadRule,
+    LoraRule,
+    ReorderRule,
+    RepeatRule,
+    ReplaceRule,
+    ResizeVocabRule,
+    TieRule,
+    UntieRule,
+)
 from surgery.testing import Snapshot
 
 IDS = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -171,3 +192,47 @@ def test_a_structure_is_not_merged() -> None:
     assert merge(only).sites == 0
     mixed = apply_rules(llama(), [DropRule("model.layers.1"), LoraRule("q_proj", rank=2, init="random")], adapter="m")
     assert merge(mixed, "m").sites == 3 and len(mixed.model.layers) == 3
+
+
+def test_a_model_that_was_merged_before_stays_merged(tmp_path: Path) -> None:
+    model = apply_rules(llama(), LoraRule("q_proj", rank=2, init="random"))
+    plain = Snapshot(model)
+    merge(model)
+    merged = model.model.layers[0].self_attn.q_proj.weight.clone()
+    with pytest.warns(SurgeryWarning, match="merged already"):
+        merge_to(model, tmp_path)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, merged)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+    unmerge(model)
+    assert not plain.differences(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_another_vocabulary_and_other_ties(tied: bool, tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=tied)
+    rules = [ResizeVocabRule(tokens=53), UntieRule() if tied else TieRule(), LoraRule("q_proj", rank=2, init="random")]
+    apply_rules(model, rules)
+    for parameter in (model.model.embed_tokens.weight, model.lm_head.weight):
+        torch.nn.init.normal_(parameter, std=0.1)
+    new = torch.tensor([[3, 51, 52]])
+    before, expected = Snapshot(model), model(new).logits
+    merge_to(model, tmp_path)
+    assert not before.differences(model)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert plain.config.vocab_size == 53 and plain.config.tie_word_embeddings is not tied
+    assert torch.allclose(plain(new).logits, expected, atol=1e-5)
+    commit(model)
+    assert torch.equal(model(new).logits, plain(new).logits)
+
+
+def test_another_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+    model = SwinForImageClassification(config).eval()
+    apply_rules(model, [HeadRule(labels=["cat", "dog", "owl"]), LoraRule("q_proj", rank=2, init="random")])
+    images = torch.randn(2, 3, 16, 16)
+    expected = model(images).logits
+    merge_to(model, tmp_path)
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert plain.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    assert torch.allclose(plain(images).logits, expected, atol=1e-5)
