@@ -176,17 +176,22 @@ def find_live_conflict(
     claims: dict[Ref, Applied] = {}
     for rule in applied:
         tape = layer_of(rule, module, path, own).tape
+        hidden: list[tuple[Applied, str]] = []  # earlier rules, each with a parameter that both replace
         for ref in tape.state_replacements:
             other = claims.get(ref)
             if other is not None and other.adapter != rule.adapter and _exclusive(tape, ref):
-                first, second = (f"{record.rule.label} [{record.adapter}]" for record in (other, rule))
-                return SiteError(
-                    f"{first} and {second} can't be live together",
-                    where=path,
-                    why=f"both replace {ref.key}: the later would hide the earlier",
-                    fix="make one of them live at a time; combine(model, weights, into) makes one of both",
-                )
-            claims[ref] = rule
+                hidden.append((other, str(ref.key)))
+        if hidden:
+            other = hidden[0][0]
+            keys = [key for earlier, key in hidden if earlier is other]
+            first, second = (f"{record.rule.label} [{record.adapter}]" for record in (other, rule))
+            return SiteError(
+                f"{first} and {second} can't be live together",
+                where=path,
+                why=f"both replace {' and '.join(keys)}: the later would hide the earlier",
+                fix="make one of them live at a time; combine(model, weights, into) makes one of both",
+            )
+        claims |= dict.fromkeys(tape.state_replacements, rule)
     return None
 
 

@@ -363,8 +363,9 @@ def test_a_second_head_hides_no_first() -> None:
             first = model(X)
             deactivate(model)
     second = model(X)
-    with pytest.raises(SurgeryError, match=r"can't be live together(.|\n)*combine"):
+    with pytest.raises(SurgeryError, match=r"can't be live together(.|\n)*combine") as error:
         activate(model, ["a", "b"])
+    assert "both replace weight and bias" in str(error.value)
     assert active(model) == ("b",) and torch.equal(model(X), second)
     assert torch.equal(activate(model, "a")(X), first)
     with pytest.raises(SurgeryError, match="can't be live together"):
