@@ -182,11 +182,8 @@ def _plan_site(
     `recordings`: the rule's recordings so far, by `site_key`. Sites with equal keys share one recording.
     """
     path, module = match.path, match.module
-    refused = reason_against(module)
-    if refused is not None:
-        problem = SiteError(
-            f"{rule.label} can't rewrite this {type(module).__name__}", where=path, why=refused[0], fix=refused[1]
-        )
+    by_structures = type(rule).structures is not Rule.structures
+    if (problem := _class_problem(rule, match, adds_tensors=not by_structures)) is not None:
         plan.problems.append(problem)
         return
     state = site_state(module)
@@ -220,6 +217,9 @@ def _plan_site(
         plan.passed.append(path)
         plan.reasons += skipped.reasons
         return
+    if recording.specs and (problem := _class_problem(rule, match, adds_tensors=True)) is not None:
+        plan.problems.append(problem)
+        return
     plan.warnings += recording.warnings
     plan.claims.setdefault(id(module), {}).update(recording.claims)
     plan.steps.append(
@@ -236,6 +236,15 @@ def _plan_site(
             recording.replaced,
         )
     )
+
+
+def _class_problem(rule: Rule, match: Match, adds_tensors: bool) -> SiteError | None:
+    """The problem if the class of a module can't be changed for a rule."""
+    refused = reason_against(match.module, adds_tensors)
+    if refused is None:
+        return None
+    what = f"{rule.label} can't rewrite this {type(match.module).__name__}"
+    return SiteError(what, where=match.path, why=refused[0], fix=refused[1])
 
 
 def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:

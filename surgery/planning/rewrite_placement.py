@@ -59,16 +59,21 @@ class _Sites:
     def _hosts(self, callers: set[str], layers: set[str]) -> Iterable[str]:
         """Yields the modules that could hold a match, the best first."""
         common = _common(callers)
-        if len(layers) == 1 and self._objection(common):
+        if len(layers) == 1 and (self._objection(common) or self._is_sequential(common)):
             yield from layers  # the layer itself, before its parent is inlined somewhere
-        yield common
+        around = [common]
         while common:
             common = _parent(common)
-            yield common
+            around.append(common)
+        # A Sequential can't have tensors of an adapter, so other modules go first.
+        yield from sorted(around, key=self._is_sequential)
+
+    def _is_sequential(self, path: str) -> bool:
+        return isinstance(self.tree.modules[path], nn.Sequential)
 
     def _objection(self, path: str) -> str | None:
         module = self.tree.modules[path]
-        why = reason_against(module)
+        why = reason_against(module, adds_tensors=False)
         return why[0] if why else None
 
     def _between(self, host: str, caller: str) -> Iterable[str]:

@@ -16,8 +16,12 @@ from surgery.transaction.gradient_flags import lazy_in
 __all__ = ["binds_forward", "reason_against"]
 
 
-def reason_against(module: nn.Module) -> tuple[str, str] | None:
-    """Returns why a new class of a module is impossible or would have no effect (why, what to do), or None."""
+def reason_against(module: nn.Module, adds_tensors: bool | None = None) -> tuple[str, str] | None:
+    """Returns why a new class of a module is impossible or would have no effect (why, what to do), or None.
+
+    `adds_tensors`: whether the module would get an adapter's tensors. Default None: unless it is a site already.
+    """
+    adds_tensors = site_state(module) is None if adds_tensors is None else adds_tensors
     cls = type(module)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
         names = ", ".join(lazy_in(module))
@@ -37,7 +41,7 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
                 f"a forward was set on the instance ({getattr(forward, '__qualname__', forward)!s})",
                 "apply rules before whatever replaces forward (kernels, hooks)",
             )
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or isinstance(module, nn.Sequential) and adds_tensors:
         return f"a {cls.__name__} iterates over its children, adapters included", "target its children, or its parent"
     if cls.forward is nn.Module.forward:
         fix = "target the modules inside it; with_layers(model) makes layers of a graph of torch.export"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import PlanError, SurgeryWarning, apply_rules, maybe, module_of, plan_rules, remove
+from surgery import PlanError, SurgeryWarning, activate, apply_rules, deactivate, maybe, module_of, plan_rules, remove
 from surgery.rules import LoraRule, RewriteRule, SteerRule
 from surgery.state.records import sites
 from surgery.testing import Snapshot
@@ -265,3 +266,24 @@ def test_a_warning_of_training_comes_once_for_alike_sites() -> None:
         with torch.no_grad():
             model(**example)
     assert len(caught) == 1
+
+
+def test_a_sequential_with_nothing_around_it_is_the_site_unless_it_would_get_tensors() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)), torch.randn(2, 4)
+    whole, before = Snapshot(model), model(x)
+    apply_rules(model, JOINT, example_inputs=x)
+    assert places(model) == {"": ()} and len(model) == 3 and [*model] == [model[0], model[1], model[2]]
+    assert torch.allclose(model(x), before) and torch.allclose(copy.deepcopy(model)(x), before)
+    with pytest.raises(PlanError, match="iterates over its children"):
+        apply_rules(model, LoraRule("", rank=2), adapter="lora")
+    deactivate(model)
+    assert torch.equal(model(x), before)
+    activate(model, "default")
+    remove(model)
+    assert not whole.differences(model)
+
+    def scaled(x: Tensor, weight: Tensor, bias: Tensor, site: Any) -> Tensor:
+        return one_line(x, weight, bias) * site.param("scale", (4,), 1.0)
+
+    with pytest.raises(PlanError, match="iterates over its children, adapters included"):
+        apply_rules(model, RewriteRule(pattern=gelu_of_linear, replacement=scaled), example_inputs=x)
