@@ -67,7 +67,7 @@ class TokensRule(Rule):
         if why := complex_weights.why_not(self, module):
             return why
         last = max(self.tokens)
-        fewer = f"it has {len(module.weight)} rows, none of number {last}: resize the embeddings first"
+        fewer = f"it has {len(module.weight)} rows, none of number {last}: resize them first (ResizeVocabRule)"
         return fewer if last >= len(module.weight) else None
 
     def hides(self, other: Any) -> str | None:

@@ -193,6 +193,10 @@ def _check_special_tokens(model: nn.Module, use: VocabularyUse, count: int, size
     """Raise `SiteError` if a configuration names a token that would go."""
     part: Any = submodule(model, use.part)
     lost: list[str] = []
+    for path, _ in use.tensors:
+        padding = getattr(submodule(model, path), "padding_idx", None)
+        if type(padding) is int and size <= padding < count:
+            lost.append(f"{path}.padding_idx = {padding}")
     for title, config in (("config", getattr(part, "config", None)), ("generation_config", _generation_config(part))):
         for name, ids in _token_ids(config) if config is not None else ():
             beyond = sorted({token for token in ids if size <= token < count})
@@ -201,7 +205,7 @@ def _check_special_tokens(model: nn.Module, use: VocabularyUse, count: int, size
         raise SiteError(
             f"the vocabulary can't be cut to {size} tokens",
             why=f"the model uses tokens beyond it: {', '.join(dict.fromkeys(lost))}",
-            fix="keep these tokens, or give them other numbers in the configuration first",
+            fix="keep these tokens, or give them other numbers first",
         )
 
 

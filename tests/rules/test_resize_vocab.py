@@ -363,3 +363,10 @@ def test_rows_are_not_loaded_on_a_base_without_values(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="the base has no values yet"):
         load_adapter(model, tmp_path)
     assert model.lm_head.weight.shape == (40, 16) and not hasattr(model, "_surgery_model")
+
+
+def test_the_padding_of_an_embedding_stays() -> None:
+    model = nn.Sequential(nn.Embedding(40, 4, padding_idx=-1))
+    with pytest.raises(PlanError, match=r"0.padding_idx = 39"):
+        apply_rules(model, ResizeVocabRule("0", tokens=30))
+    assert apply_rules(model, ResizeVocabRule("0", tokens=45))[0].padding_idx == 39
