@@ -10,7 +10,7 @@ import typer
 from surgery.commands.answer import Answer, size_text
 from surgery.commands.example_call import model_and_call
 from surgery.commands.new_files import check_new_folder, new_folder
-from surgery.commands.options import ClassName, DryRun, Example, ModelPath, RulesPath, Trust, Untie, WithExample
+from surgery.commands.options import ClassName, DryRun, ModelPath, PlanningExample, RulesPath, Trust, Untie, WithExample
 from surgery.commands.paths import size_of
 from surgery.commands.plan import answer_of_plan
 from surgery.commands.rules_file import read_rules
@@ -29,7 +29,7 @@ def apply(
         Literal["auto", "peft", "surgery"], typer.Option(help="The adapter's format; auto: PEFT's if it fits.")
     ] = "auto",
     seed: Annotated[int, typer.Option(help="The seed of the starting values.", min=0, max=2**64 - 1)] = 0,
-    example: Example = None,
+    example: PlanningExample = None,
     with_example: WithExample = False,
     class_name: ClassName = None,
     trust: Trust = False,

@@ -45,15 +45,21 @@ def diff(
 ) -> Answer:
     """Compare two adapters or two models: settings, tensors, and the norm of each difference.
 
-    Tensors are read one at a time. Equal tensors are counted and not listed. The relative
-    difference is |second - first| / |first|. Of two adapters, the changes of each
-    weight are compared, too: ΔW = scale · B A of LoRA, which different A and B can share.
+    Tensors are read one at a time. Equal tensors are counted and not listed.
+
+    The relative difference is |second - first| / |first|.
+
+    Of two adapters, the change of each weight is compared, too. For LoRA it is scale · B A.
 
         surgery diff adapters/monday adapters/tuesday
     """
     from surgery.progress import each_step
 
     first, second = _tensors(existing(a)), _tensors(existing(b))
+    if a.is_dir() and b.is_dir() and bool(names_in(a)) != bool(names_in(b)):
+        adapter, other = (a, b) if names_in(a) else (b, a)
+        what, fix = f"{adapter} is an adapter, and {other} is not", "compare two adapters, or two models"
+        raise SurgeryError(what, fix=fix)
     settings = _setting_differences(a, b)
     rows: list[dict[str, Any]] = []
     names = list(dict.fromkeys([*first, *second]))
@@ -87,8 +93,8 @@ def _changes(a: Path, b: Path) -> tuple[list[dict[str, Any]], list[str]]:
     if not all(name and (path.is_dir() or path.name == name[0]) for path, name in zip((a, b), names, strict=True)):
         return [], []
     (first, why_a), (second, why_b) = (changes_of(path, describe_adapter(path)["sites"]) for path in folders)
-    whys = {"the first": why_a, "the second": why_b}
-    notes = [f"the changes of weights by {side} are not computed: {why}" for side, why in whys.items() if why]
+    whys, without = {"the first": why_a, "the second": why_b}, "are not computed without its base"
+    notes = [f"the changes of weights by {side} {without}: {why}" for side, why in whys.items() if why]
     return ([] if notes else compare_changes(first, second)), notes
 
 

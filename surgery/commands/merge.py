@@ -11,7 +11,16 @@ from surgery.commands.adapters import base_class, load_all, names_of
 from surgery.commands.answer import Answer, size_text
 from surgery.commands.example_call import model_and_call
 from surgery.commands.new_files import check_new_folder, new_folder
-from surgery.commands.options import AdapterPaths, ClassName, DryRun, Example, ModelPath, Trust, Untie, WithExample
+from surgery.commands.options import (
+    AdapterPaths,
+    ClassName,
+    DryRun,
+    ModelPath,
+    PlanningExample,
+    Trust,
+    Untie,
+    WithExample,
+)
 from surgery.commands.paths import size_of
 from surgery.errors import SurgeryError
 
@@ -30,7 +39,7 @@ def merge(
     weight: Weights = None,
     untie: Untie = False,
     any_base: AnyBase = False,
-    example: Example = None,
+    example: PlanningExample = None,
     with_example: WithExample = False,
     class_name: ClassName = None,
     trust: Trust = False,

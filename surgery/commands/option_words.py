@@ -31,6 +31,7 @@ _WORDS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (_MERGER + r"untie=True\)(?: and keep this model)?", "untie", "--untie"),
         (r"make one of them live at a time", "weight", "merge one of them at a time"),
         (r"make one of them live at a time", "form", "export one of them at a time, or use --as slots"),
+        (r"keep (?:it|the adapter) unmerged", "form", "--as constant, or --as slots"),
         (r'adapters="constant" or "merged"', "form", "--as constant or --as merged"),
         (r'adapters="(constant|merged|slots)"', "form", r"--as \1"),
         (r"(?:use )?cache=True", "cache", "--cache"),

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AdapterPaths", "ClassName", "DryRun", "Example", "ModelPath", "RulesPath", "Trust", "Untie", "WithExample"]
+__all__ = [
+    "AdapterPaths",
+    "ClassName",
+    "DryRun",
+    "Example",
+    "ModelPath",
+    "PlanningExample",
+    "RulesPath",
+    "Trust",
+    "Untie",
+    "WithExample",
+]
 
 ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A folder with a model of transformers.", show_default=False)
@@ -33,8 +44,12 @@ Example = Annotated[
     Path | None,
     typer.Option(help="A safetensors file with the tensors of one call by name; default: made for the model."),
 ]
+PlanningExample = Annotated[
+    Path | None,
+    typer.Option(help="Call the model with the tensors of a safetensors file, by name, which some rules need."),
+]
 Trust = Annotated[bool, typer.Option("--trust", help="Accept rules that name code to import.")]
 WithExample = Annotated[
-    bool, typer.Option("--with-example", help="Call the model with an example, which some rules need.")
+    bool, typer.Option("--with-example", help="Call the model with an example that is made for it.")
 ]
 Untie = Annotated[bool, typer.Option("--untie", help="Let tied weights become different.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.commands.answer import Answer, error_data
 from surgery.commands.example_call import model_and_call
 from surgery.commands.option_words import parameters_of, use_options, with_options
-from surgery.commands.options import ClassName, Example, ModelPath, RulesPath, Trust, WithExample
+from surgery.commands.options import ClassName, ModelPath, PlanningExample, RulesPath, Trust, WithExample
 from surgery.commands.rules_file import read_rules
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ __all__ = ["answer_of_plan", "plan"]
 def plan(
     model: ModelPath,
     rules: RulesPath,
-    example: Example = None,
+    example: PlanningExample = None,
     with_example: WithExample = False,
     class_name: ClassName = None,
     trust: Trust = False,

@@ -60,6 +60,8 @@ def test_what_can_not_be_compared(files: Files, tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"")
     assert "only safetensors files are read" in run("diff", files.model, tmp_path / "x.bin").err
     assert "holds no safetensors file" in run("diff", files.model, tmp_path).err
+    mixed = run("diff", files.model, files.peft, "--exit-code")
+    assert mixed.code == 2 and f"{files.peft} is an adapter, and {files.model} is not" in mixed.err
 
 
 def test_long_tables_are_cut(tmp_path: Path) -> None:

@@ -154,12 +154,16 @@ def test_errors_name_options(files: Files, tmp_path: Path) -> None:
     assert "--opset 3 can't be written" in done.err and "leave --opset out" in done.err
     done = run("export", files.model, "--out", tmp_path / "x.onnx", "--cache")
     assert "fix:   leave --cache out" in done.err
+    (tmp_path / "prefix.yaml").write_text("- {rule: prefix, targets: [self], length: 2}")
+    assert run("apply", files.model, tmp_path / "prefix.yaml", "--with-example", "--out", tmp_path / "prefix").code == 0
+    done = run("export", files.model, tmp_path / "prefix", "--out", tmp_path / "x.onnx")
+    assert "PrefixRule can't be merged" in done.err and "fix:   --as constant, or --as slots" in done.err
     shutil.copytree(files.peft, tmp_path / "damaged")
     tensors = load_file(files.peft / "adapter_model.safetensors")
     save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, tmp_path / "damaged" / PEFT[0])
     done = run("merge", files.model, tmp_path / "damaged", "--out", tmp_path / "out")
     assert "fix:   take an earlier checkpoint; in Python: load_adapter(…, finite=False)" in done.err
-    assert {file.name for file in tmp_path.iterdir()} == {"damaged"}
+    assert {file.name for file in tmp_path.iterdir()} == {"damaged", "prefix", "prefix.yaml"}
 
 
 def test_an_absent_package_is_named_with_its_extra(
