@@ -43,7 +43,7 @@ def make_edits(root: nn.Module, state: ModelState | None, record: Restructuring,
             journal.undo(edit.undo)
             edit.make()
 
-    record.place = place_of(root)
+    record.place, record.training = place_of(root), root.training
     moved_along(root, state, record, journal, change)
 
 
@@ -54,6 +54,7 @@ def undo_edits(root: nn.Module, state: ModelState, record: Restructuring, journa
         _undo_tables(record, journal)
 
     _follow_place(root, record, journal)
+    _follow_mode(root, record, journal)
     moved_along(root, state, record, journal, change)
 
 
@@ -299,6 +300,16 @@ def _follow_place(root: nn.Module, record: Restructuring, journal: Journal) -> N
         target = device if device != old_device and tensor.device == old_device else tensor.device
         journal.undo(_set_data, tensor, tensor.data)
         tensor.data = tensor.data.to(target, cast)
+
+
+def _follow_mode(root: nn.Module, record: Restructuring, journal: Journal) -> None:
+    """Put what comes back into the mode that the model went to in the meantime, by `train()` or `eval()`."""
+    if record.training is None or root.training == record.training:
+        return
+    for module in set_aside_modules(root, [record]):
+        if module.training == record.training:
+            journal.attribute(module, "training")
+            module.training = root.training
 
 
 def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ class Restructuring:
     `tensors`: what it made; adapter files have their values.
     `flags`: `requires_grad` of parameters that it set aside while the base was frozen, from before the freeze.
     `place`: device and dtype of the model then, because modules that are set aside do not move with it.
+    `training`: the mode of the model then.
     """
 
     adapter: str
@@ -35,6 +36,7 @@ class Restructuring:
     unplain: list[str] = field(default_factory=list)
     flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     place: tuple[torch.device, torch.dtype] | None = None
+    training: bool | None = None
     tensors: list[StructureTensor] = field(default_factory=list)
 
     @property

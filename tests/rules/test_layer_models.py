@@ -168,6 +168,15 @@ def test_a_layer_comes_back_in_the_dtype_of_the_model() -> None:
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
 
 
+def test_a_layer_comes_back_in_the_mode_of_the_model() -> None:
+    model = apply_rules(llama(), [DropRule("model.layers.1")])
+    remove(model.train())
+    assert all(module.training for module in model.modules())
+    apply_rules(model, [DropRule("model.layers.1")])
+    remove(model)
+    assert all(module.training for module in model.modules())
+
+
 def test_flags_follow_a_frozen_base() -> None:
     model = llama()
     model.model.layers[1].mlp.requires_grad_(False)
