@@ -105,7 +105,8 @@ def test_layers_in_checkpoint_wrappers() -> None:
 
 
 def test_a_compiled_model_and_a_host() -> None:
-    model, host = llama(), nn.Module()
+    model: Any = llama()
+    host: Any = nn.Module()
     host.inner = torch.compile(model, backend="eager")
     apply_rules(host, [DropRule("inner.model.layers.0")])
     assert model.config.num_hidden_layers == 3 and model.model.layers[0].self_attn.layer_idx == 0
