@@ -22,7 +22,7 @@
     where a rule goes   Targets, Pattern, Structure, ANY, Const, having, maybe, module_of, one_of, Found, Occurrence,
                         MatchedModule
     writing a rule      rule, Rule, SlotRule, Site, LiveSite, SiteModule, Value, Member, Combination, Share, LowRank,
-                        Rows, Equivalence, call_own, hidden_of, takes_functions, with_layers
+                        Rows, Equivalence, StructureRule, ModelEdits, call_own, hidden_of, takes_functions, with_layers
     PEFT's files        peft_method, PeftMethod, PeftPart, PeftConfig, PeftPlace, PeftEntry
     errors              SurgeryError, PlanError, LoadError, RuleError, MatchError, SiteError, MergeError, TraceError,
                         ParityError, SurgeryWarning
