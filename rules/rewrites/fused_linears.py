@@ -92,7 +92,7 @@ def _fused(x: Tensor, linears: list[Any]) -> Sequence[Tensor]:
     weight = torch.cat([linear.weight for linear in linears])
     biases = [_bias(linear) for linear in linears]
     bias = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
-    return F.linear(x, weight, bias).split([linear.out_features for linear in linears], -1)
+    return _parts(F.linear(x, weight, bias), [linear.out_features for linear in linears])
 
 
 def _bias(linear: Any) -> Tensor:
@@ -108,7 +108,13 @@ def _held(x: Tensor, linears: list[Any], site: Any) -> Sequence[Tensor]:
     bias = None
     if any(module.bias is not None for module in modules):
         bias = site.buffer("bias", shape[:1], _concatenated(modules, "bias"), dtype=dtype)
-    return F.linear(x, weight, bias).split(sizes, -1)
+    return _parts(F.linear(x, weight, bias), sizes)
+
+
+def _parts(y: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Returns the parts as single views: a forward may write in place to these, and not to those of `split`."""
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    return [y.narrow(-1, start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def _concatenated(modules: list[nn.Linear], name: str) -> Callable[[Tensor], Any]:

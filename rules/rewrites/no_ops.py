@@ -36,12 +36,15 @@ class _GraphRule(Rule):
         return [] if plain or type(module).forward is nn.Module.forward else [(path, module)]
 
     def rewrite(self, site: Site) -> Tensor | None:
+        if site.unreached and self.targets == (EVERYWHERE,):
+            return NotImplemented
         try:
             site.find(_DROPOUT, leaves=False)  # so that the graph has the operations of functions from registries
-            replaced = dict(self.replacements(site, site.graph))
+            pairs = self.replacements(site, site.graph)
+            replaced = {old: new for old, new in pairs if _is_tensor(old) and _is_tensor(new)}
         except TraceError:
             return NotImplemented
-        for old, new in replaced.items():
+        for old, new in replaced.items():  # both are single tensors
             while new in replaced:
                 new = replaced[new]
             site.replace(site.at(old), site.at(new))
@@ -87,12 +90,14 @@ class NoOpsRule(_GraphRule):
         decided: set[fx.Node] = set()  # nodes whose dtypes follow from those of the arguments
         for node in graph.nodes:
             sources = node.all_input_nodes
+            source = next(iter(call_of(node)[0]), None)
             if node.op == "placeholder" or sources and node.op[:6] == "call_f" and decided.issuperset(sources):
                 decided.add(node)
             elif sources and node.op == "call_method" and decided.issuperset(sources):
                 decided.add(node)
-            if sources and (_is_idle_layer(site, node) or _is_idle_dropout(node) or _is_idle_cast(node, decided)):
-                yield node, sources[0]
+            idle = _is_idle_layer(site, node) or _is_idle_dropout(node) or _is_idle_cast(node, decided)
+            if idle and isinstance(source, fx.Node):
+                yield node, source
 
 
 @rule("share")
@@ -135,6 +140,10 @@ class ShareRule(_GraphRule):
             if earlier is not node:
                 same[node] = earlier
                 yield node, earlier
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("dtype"), torch.dtype)
 
 
 def _is_idle_layer(site: Site, node: fx.Node) -> bool:

@@ -118,9 +118,9 @@ def _largest(before: list[Tensor], after: list[Tensor]) -> float:
     return max((float((x - y).nan_to_num(0, 0, 0).abs().max()) for x, y in pairs), default=0.0) / top
 
 
-def page(rows: list[Row]) -> str:
+def page(rows: list[Row], measured: int) -> str:
     lines = [INTRO, f"transformers {metadata.version('transformers')}, torch {torch.__version__.split('+')[0]}, "
-             f"{len(FAMILIES)} families.", ""]  # fmt: skip
+             f"{measured} of {len(FAMILIES)} families.", ""]  # fmt: skip
     lines += [
         "| rewrite | families | modules | largest difference of outputs | of gradients |",
         "|---|--:|--:|--:|--:|",
@@ -159,7 +159,7 @@ def main() -> None:
             new = [Row("", name, refused=f"{type(error).__name__}: {error}")]
         print(name, *new, sep="\n  ", flush=True)
     if len(sys.argv) == 1:
-        PAGE.write_text(page(rows), encoding="utf-8")
+        PAGE.write_text(page(rows, len(FAMILIES)), encoding="utf-8")
         print(f"written to {PAGE}")
 
 

@@ -89,3 +89,24 @@ def test_a_linear_with_an_adapter_stays() -> None:
     with pytest.raises(PlanError):
         apply_rules(model, fuse_linears(), example_inputs=x, adapter="fused")
     assert type(model) is Attention
+
+
+class InPlace(nn.Module):
+    """Longformer and others write in place to the queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x), self.k(x)
+        q /= 2
+        return q @ k.mT
+
+
+def test_a_part_may_be_written_in_place() -> None:
+    model, x = InPlace(), torch.randn(3, 8)
+    before = model(x)
+    apply_rules(model, fuse_linears(count=2), example_inputs=x)
+    assert torch.allclose(model(x), before, atol=1e-6)
+    model(x).sum().backward()

@@ -146,3 +146,23 @@ def test_a_kind_of_call_without_anything_to_do_runs_as_it_is() -> None:
     model, x = Several(), torch.randn(3)
     apply_rules(model, NoOpsRule(), example_inputs=x)
     assert torch.equal(model(x, 2.0), x * 2) and torch.equal(model(x.double()), x.double().float())
+
+
+class Unused(nn.Module):
+    """A child that the call does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.other = Idle(), Idle()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_modules_that_a_call_does_not_reach_stay() -> None:
+    model, x = Unused().eval(), torch.randn(3, 4)
+    before = model(x)
+    apply_rules(model, NoOpsRule(), example_inputs=x)
+    assert torch.equal(model(x), before) and type(model.other) is Idle
+    with pytest.raises(PlanError, match="never reaches"):
+        apply_rules(Unused().eval(), NoOpsRule("other"), example_inputs=x)
