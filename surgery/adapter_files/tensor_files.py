@@ -49,6 +49,9 @@ def write_safetensors(
         if tensor.dtype not in names:
             fix = f"convert it to one of {', '.join(str(dtype).removeprefix('torch.') for dtype in names)}"
             raise SurgeryError(f"the tensor {key!r} can't be saved", why=f"safetensors has no {tensor.dtype}", fix=fix)
+        if tensor.is_meta:
+            why, fix = "it is on the meta device", "give the model memory and load the adapter's values first"
+            raise SurgeryError(f"the tensor {key!r} has no values yet", why=why, fix=fix)
         header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

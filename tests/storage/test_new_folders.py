@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgery import apply_rules, export_onnx, merge_to, report, save_adapter
+from surgery import SurgeryError, apply_rules, export_onnx, merge_to, report, save_adapter
 from surgery.rules import LoraRule, PrefixRule
 from surgery.transaction.created_folder import created_folder
 
@@ -59,6 +59,16 @@ def test_no_folder_is_left_after_an_error_of_the_disk(
 def test_a_rule_that_can_not_be_merged_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="PrefixRule"):
         merge_to(bert(PrefixRule("self", length=2)), tmp_path / "deep" / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["peft", "surgery"])
+def test_tensors_without_values_leave_no_folder(format: Any, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    apply_rules(model, LoraRule("0", rank=2))
+    with pytest.raises(SurgeryError, match=r"has no values yet(.|\n)*it is on the meta device"):
+        save_adapter(model, tmp_path / "deep" / "new", format=format)
     assert list(tmp_path.iterdir()) == []
 
 
