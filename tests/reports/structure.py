@@ -38,7 +38,7 @@ FAMILIES = [
     *("gemma2", "gemma3", "phi3", "falcon", "mpt", "cohere2", "olmo3", "smollm3", "lfm2", "t5", "umt5", "bart"),
     *("pegasus", "marian", "m2m_100", "prophetnet", "mixtral", "qwen2_moe", "deepseek_v3", "ernie4_5_moe", "nllb_moe"),
     *("mamba", "mamba2", "bamba", "rwkv", "recurrent_gemma", "vit", "beit", "dinov2", "swin", "convnext", "sam_vision"),
-    *("detr", "whisper", "wav2vec2", "hubert", "wavlm", "clip", "llava", "paligemma", "blip"),
+    *("detr", "whisper", "wav2vec2", "hubert", "wavlm", "clip", "llava", "paligemma"),
 ]
 
 
