@@ -7,7 +7,9 @@ differ in their last bit; what its results change by says how much the module ma
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +21,10 @@ from torch.utils._pytree import tree_map_only
 
 from surgery.authoring.equivalence import Equivalence
 from surgery.authoring.planned_rule import PlannedRule
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.forward.parameter_view import make_view
 from surgery.planning.plan import Plan
 from surgery.state.records import site_state
-from surgery.tracing.example_call import Observation
 from surgery.tracing.verification import restore_state
 from surgery.transaction.gradient_flags import set_flag
 from surgery.transaction.neutral_context import ambient
@@ -53,7 +54,11 @@ def check_equivalence(plan: Plan) -> None:
             if not observation.reached(module) or (words != "the example" and (kind, words) in checked):
                 continue
             checked.add((kind, words))
-            _compare(steps, module, words, observation)
+            args, kwargs, _ = observation.calls[id(module)]
+            _compare(steps, module, words, args, kwargs)
+            if words == "the example" and (kind, "float32") not in checked:
+                checked.add((kind, "float32"))
+                _compare_in_float32(steps, module, args, kwargs)
 
 
 def _comparable(plan: Plan) -> Iterator[list[PlannedRule]]:
@@ -68,8 +73,29 @@ def _comparable(plan: Plan) -> Iterator[list[PlannedRule]]:
             yield steps
 
 
-def _compare(steps: Sequence[PlannedRule], module: nn.Module, words: str, observation: Observation) -> None:
-    args, kwargs, _ = observation.calls[id(module)]
+def _compare_in_float32(steps: Sequence[PlannedRule], module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Compare a copy of a half-precision module in float32, where rounding hides less."""
+    tensors = [*module.parameters(), *module.buffers()]
+    halves = {tensor.dtype for tensor in (*tensors, *contents((args, kwargs), Tensor))} & {
+        torch.float16,
+        torch.bfloat16,
+    }
+    if not halves or sum(tensor.numel() for tensor in tensors) > _MOST:
+        return
+    try:
+        wide = copy.deepcopy(module).float()
+    except Exception:  # a module that can't be copied or converted, such as one with packed weights
+        return
+    args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SurgeryWarning)  # the module itself has warned
+        _compare(steps, wide, "the example, in a copy in float32", args, kwargs)
+
+
+_MOST = 50_000_000  # numbers in a module that is copied
+
+
+def _compare(steps: Sequence[PlannedRule], module: nn.Module, words: str, args: Any, kwargs: Any) -> None:
     demands = [demand for step in steps if (demand := step.rule.equivalence()) is not None]
     demand = Equivalence(
         any(demand.exact for demand in demands),

@@ -82,6 +82,18 @@ def test_other_results_are_an_error(replacement: Any, words: str, dtype: torch.d
     apply_rules(model, rule(replacement, equivalent=False), example_inputs=x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_half_precision_hides_nothing(dtype: torch.dtype) -> None:
+    model, x = Layer().to(dtype), torch.randn(2, 5, 6, dtype=dtype)
+    with pytest.raises(SurgeryError, match="in a copy in float32"):
+        apply_rules(model, rule(tanh_gelu), example_inputs=x)
+    assert not list(sites(model))
+    apply_rules(model, rule(tanh_gelu, tolerance=0.01), example_inputs=x)
+    without_tensors = nn.Sequential(nn.Linear(6, 6), nn.GELU()).to(dtype)
+    with pytest.raises(SurgeryError, match="in a copy in float32"):
+        apply_rules(without_tensors, rule(tanh_gelu), example_inputs=x)
+
+
 def test_bits_may_be_asked_for_and_a_tolerance_given() -> None:
     x = torch.randn(2, 5, 6)
     with pytest.raises(SurgeryError, match="the rule asks for the same bits"):
