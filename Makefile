@@ -88,7 +88,7 @@ failures: $(VENV)/.dev ## Break every verb off at FAILURES calls and lines of it
 	FAILURES=$(FAILURES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_failures.py $(ARGS)
 
 states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 60; STATES_SEED=1, 2, …
-	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_state_machine.py -s $(ARGS)
+	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_state_machine.py tests/lifecycle/test_structure_machine.py -s $(ARGS)
 
 programs: $(VENV)/.dev ## Run PROGRAMS random rewrites beside forwards written by hand, of which make test runs 100
 	PROGRAMS=$(PROGRAMS) PROGRAMS_SEED=$(PROGRAMS_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/authoring/test_programs.py -n $(JOBS) $(ARGS)

@@ -70,8 +70,9 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     keys = transformers_hooks.keys_of(root, state, names)
     with Journal() as journal:
         shared, going = ClassChange(journal), frozenset(names)
+        aside = {id(module) for module in set_aside_sites(root, state)}
         for _, module, site in affected:
-            _take_out(module, site, going, check, shared)
+            _take_out(module, site, going, check, shared, id(module) in aside)
         keep_model(journal, model, state)
         for name in names:
             state.forget(name)
@@ -141,11 +142,16 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
     verify_records([(tensor_at(module, name), record) for a in removed for name, record in a.changed], path, check)
 
 
-def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: bool, shared: ClassChange) -> None:
-    """Take the adapters out of a site: their tensors, records and changes of the base."""
+def _take_out(
+    module: nn.Module, site: SiteState, names: frozenset[str], check: bool, shared: ClassChange, aside: bool
+) -> None:
+    """Take the adapters out of a site: their tensors, records and changes of the base.
+
+    `aside`: a structural rule took the module out, so its class did not follow switches.
+    """
     keep_site(shared.journal, module)
     removed = [applied for _, applied in site.take_out(names)]
-    if any([applied.live for applied in removed]):
+    if aside or any([applied.live for applied in removed]):
         shared.install(module, names)
     else:
         site.classes.clear()  # a later adapter may have the same name

@@ -107,7 +107,7 @@ def check_undoable(state: ModelState, undone: Sequence[Restructuring], leaving: 
                 why=f"{names} changed it since" if names else "other code changed the modules or the config since",
                 fix=f"remove {above[-1].adapter!r} first" if above else "put back what was there",
             )
-        _check_later_adapters(record, leaving)
+        _check_later_adapters(state, record, leaving)
         check_exchanged(state.sites(), record, leaving)
         names = list(state.adapters)
         after = [name for name in names[names.index(record.adapter) + 1 :] if name not in leaving]
@@ -153,17 +153,18 @@ def _is_reloaded(edit: TableEdit) -> bool:
     return True
 
 
-def _check_later_adapters(record: Restructuring, leaving: set[str]) -> None:
+def _check_later_adapters(state: ModelState, record: Restructuring, leaving: set[str]) -> None:
     """Raise `SurgeryError` if a later adapter has tensors on a layer that goes when the record is undone."""
     present = {id(module) for module in record.modules_of("before")}
     gone = [module for module in record.modules_of("after") if id(module) not in present]
-    inherited = {id(standing) for standing in _standings_of([source for source, _ in record.copies])}
+    order = list(state.adapters)
+    inherited = {*order[: order.index(record.adapter)]}  # those that the layers had when they were copied
     adapters: dict[str, str] = {}
     for module in gone:
         for _, below in base_modules(module):
             if (site := site_state(below)) is not None:
                 for applied in site.applied:
-                    if id(applied.standing) not in inherited and applied.adapter not in leaving:
+                    if applied.adapter not in inherited and applied.adapter not in leaving:
                         adapters.setdefault(applied.adapter, site.path)
     if adapters:
         name, path = next(iter(adapters.items()))
@@ -173,11 +174,6 @@ def _check_later_adapters(record: Restructuring, leaving: set[str]) -> None:
             why=f"the adapter {name!r} has tensors on a layer that would go",
             fix=f"save and remove {name!r} first",
         )
-
-
-def _standings_of(modules: list[nn.Module]) -> list[object]:
-    below = [part for module in modules for _, part in base_modules(module)]
-    return [applied.standing for part in below if (site := site_state(part)) is not None for applied in site.applied]
 
 
 @contextmanager
