@@ -14,6 +14,7 @@ from surgery.forward.parameter_view import tensor_at
 from surgery.model_edits.table_edit import TableEdit
 from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model import transformers_hooks
+from surgery.rewritten_model.config_changes import carry_config_changes, note_configs
 from surgery.rewritten_model.output_hooks import renew_output_hooks
 from surgery.rewritten_model.resized_embeddings import check_resizable, grow_site
 from surgery.state.record_undo import keep_model, keep_site
@@ -45,6 +46,7 @@ def make_edits(root: nn.Module, state: ModelState | None, record: Restructuring,
 
     record.place, record.training = place_of(root), root.training
     moved_along(root, state, record, journal, change)
+    note_configs(record)
 
 
 def undo_edits(root: nn.Module, state: ModelState, record: Restructuring, journal: Journal) -> None:
@@ -53,6 +55,7 @@ def undo_edits(root: nn.Module, state: ModelState, record: Restructuring, journa
     def change() -> None:
         _undo_tables(record, journal)
 
+    carry_config_changes(record, journal)
     _follow_place(root, record, journal)
     _follow_mode(root, record, journal)
     moved_along(root, state, record, journal, change)

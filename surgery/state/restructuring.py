@@ -25,7 +25,7 @@ class Restructuring:
     `tensors`: what it made; adapter files have their values.
     `flags`: `requires_grad` of parameters that it set aside while the base was frozen, from before the freeze.
     `place`: device and dtype of the model then, because modules that are set aside do not move with it.
-    `training`: the mode of the model then.
+    `training`: the mode of the model then. `configs`: configurations, their copies, and the copies' fields then.
     """
 
     adapter: str
@@ -38,6 +38,7 @@ class Restructuring:
     place: tuple[torch.device, torch.dtype] | None = None
     training: bool | None = None
     tensors: list[StructureTensor] = field(default_factory=list)
+    configs: list[tuple[Any, Any, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def exchanged(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:

@@ -151,6 +151,20 @@ def test_a_refusal_leaves_the_model_as_it_was(case: str) -> None:
     assert model.config is config
 
 
+def test_fields_of_the_configuration_that_are_set_meanwhile_stay_set() -> None:
+    model = llama()
+    config = model.config
+    apply_rules(model, DropRule("model.layers.1"), adapter="cut")
+    model.config.pad_token_id = 3
+    apply_rules(model, RepeatRule("model.layers", times=2), adapter="deep")
+    model.config.use_cache = False
+    remove(copy.deepcopy(model))
+    assert config.pad_token_id is None and config.use_cache
+    remove(model)
+    assert model.config is config and (config.pad_token_id, config.use_cache) == (3, False)
+    assert config.num_hidden_layers == 4
+
+
 def test_planning_touches_nothing() -> None:
     model = llama()
     snapshot = Snapshot(model)
