@@ -87,8 +87,7 @@ class RewriteMatch(Mapping[str, Any]):
         value = self[name]
         if self.is_constant(name):
             return None, None
-        node = self.site.node_of(value)
-        return node.meta.get("shape"), node.meta.get("dtype")
+        return self.site.facts_of(value)
 
 
 def disjoint(matches: list[RewriteMatch]) -> list[RewriteMatch]:

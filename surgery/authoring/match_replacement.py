@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, fx
 
 from surgery.authoring.forward_values import ForwardValues
@@ -17,6 +18,8 @@ from surgery.authoring.match_effects import (
 )
 from surgery.authoring.site_facts import UNCALLED
 from surgery.errors import SiteError
+from surgery.forward.parameter_view import find_tensor
+from surgery.forward.values import Value, ref_of
 from surgery.structures.structure import Occurrence
 from surgery.tracing.inlining import call_objection
 
@@ -116,6 +119,15 @@ class MatchReplacement(ForwardValues):
             self.facts[UNCALLED] = tuple(sorted(uncalled))
         for root, value in zip(match.roots, new, strict=True):
             self.replace(root, value)
+
+    def facts_of(self, value: Tensor) -> tuple[tuple[int, ...] | None, torch.dtype | None]:
+        """Returns the shape and dtype of a value from `find` in the example; None if they are unknown."""
+        ref = ref_of(cast(Value, value))
+        tensor = find_tensor(self.module, str(ref.key)) if ref.kind == "state" else None
+        if tensor is not None:
+            return tuple(tensor.shape), tensor.dtype
+        node = self.node_of(value)
+        return node.meta.get("shape"), node.meta.get("dtype")
 
     def warn(self, text: str) -> None:
         """Warn with a text: while planning, or in the first call of a kind, once for all sites of the adapter."""

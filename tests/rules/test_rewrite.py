@@ -164,3 +164,14 @@ def test_parameters_and_modules_of_the_replacement_belong_to_the_adapter() -> No
         gate = F.linear(expected, own[f"gate{end}_weight"], own[f"gate{end}_bias"])
         expected = expected * torch.sigmoid(gate) * own[f"scale{end}"] - shift
     assert torch.allclose(model(x), expected)
+
+
+def test_shapes_of_parameters_of_a_layer_that_is_one_operation() -> None:
+    def sized(x: Tensor, weight: Tensor, bias: Tensor, match: Any) -> Tensor:
+        shapes.append((match.shape("x"), match.shape("weight"), match.dtype("bias")))
+        return F.gelu(F.linear(x, weight, bias))
+
+    shapes: list[Any] = []
+    rule = RewriteRule(pattern=lambda x, weight, bias: F.gelu(F.linear(x, weight, bias)), replacement=sized)
+    apply_rules(nn.Sequential(nn.Linear(4, 3), nn.GELU()), rule, example_inputs=torch.randn(2, 4))
+    assert set(shapes) == {((2, 4), (3, 4), torch.float32)}
