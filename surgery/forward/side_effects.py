@@ -50,7 +50,7 @@ def draws(op: str, target: Any, args: Sequence[Any] = (), kwargs: Mapping[str, A
     if name == "scaled_dot_product_attention":
         dropped = args[4] if len(args) > 4 else (kwargs or {}).get("dropout_p", 0.0)
         return not isinstance(dropped, (int, float)) or dropped > 0
-    return name.rstrip("_") in _DRAWS or "dropout" in name
+    return name in _DRAWS or "dropout" in name
 
 
 def is_foreign(op: str, target: Any) -> bool:
@@ -90,7 +90,7 @@ _WRITES = frozenset({"setitem", "delitem", "iadd", "isub", "imul", "itruediv", "
 _KNOWN = frozenset({"torch", "_operator", "operator", "builtins", "math", "surgery", "rules", "einops"})
 _READS = frozenset({"get", "keys", "values", "items", "to_tuple"})
 _STATISTICS = frozenset({"batch_norm", "instance_norm"})
-_DRAWS = frozenset({"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal",
-                    "bernoulli", "multinomial", "poisson", "gumbel_softmax", "rrelu", "uniform", "exponential",
-                    "geometric", "log_normal", "cauchy", "random", "fractional_max_pool2d",
-                    "fractional_max_pool3d"})  # fmt: skip
+_DRAWING = ("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli",
+            "multinomial", "poisson", "gumbel_softmax", "rrelu", "uniform", "exponential", "geometric", "log_normal",
+            "cauchy", "random", "fractional_max_pool2d", "fractional_max_pool3d")  # fmt: skip
+_DRAWS = frozenset(name + end for name in _DRAWING for end in ("", "_"))  # compilers can't strip names while tracing

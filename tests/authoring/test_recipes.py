@@ -462,6 +462,9 @@ INSIDE: dict[str, Case] = {
         lambda p: llama(p, **EAGER), lambda p: p.TemperatureRule("self_attn"), {"*": same}, TOKENS,
         lambda: attention_by_hand(cooled),
     ),
+    "recorded scores": Case(
+        lambda p: llama(p, **EAGER), lambda p: p.RecordScores("self_attn"), {"*": same}, TOKENS
+    ),
     "temperature, t5": Case(
         lambda p: p.T5EncoderModel(p.T5Config(**T5, **EAGER)), lambda p: p.TemperatureRule("SelfAttention"),
         {"*": same}, TOKENS, lambda: attention_by_hand(cooled),

@@ -275,7 +275,7 @@ def test_starts_that_are_unknown() -> None:
         torch.testing.assert_close(run(model.eval(), x), run(plain(), x), **CLOSE)
     with pytest.warns(surgery.SurgeryWarning, match="PEFT would train B, too"):
         ours.get_peft_model(plain(), ours.LoraConfig(r=2, target_modules=["0"], init_lora_weights="MiCA"))
-    with pytest.raises(surgery.SurgeryError, match="masks by functions"):
+    with pytest.raises(surgery.SurgeryError, match="a mask by a function"):
         ours.get_peft_model(plain(), ours.ShiraConfig(r=2, target_modules=["0"], mask_type="mine"))
 
 
