@@ -28,7 +28,7 @@ class ModelEdits(EditLog):
     ...         for path, _ in matched:
     ...             edits.reorder(path, [0, 1])
     >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
-    >>> len(apply_rules(model, [FirstTwoRule("0")])[0])
+    >>> len(apply_rules(model, [FirstTwoRule("re:0")])[0])
     2
 
     Attributes:

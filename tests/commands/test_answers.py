@@ -62,7 +62,8 @@ def test_the_script_is_declared() -> None:
 
 def test_all_rules_and_their_fields_are_listed() -> None:
     listed = {rule["class"]: rule for rule in run("rules", "--json").data["rules"]}
-    kinds = {name: getattr(library, name) for name in library.__all__ if name.endswith("Rule")}
+    packages = (library, library.rewrites)
+    kinds = {name: getattr(package, name) for package in packages for name in package.__all__ if name.endswith("Rule")}
     assert listed.keys() == kinds.keys()
     for name, kind in kinds.items():
         fields = {field["name"]: field for field in listed[name]["fields"]}
