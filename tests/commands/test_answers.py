@@ -10,6 +10,7 @@ import pytest
 
 import surgery
 from surgery import rules as library
+from surgery.rules import rewrites
 from surgery.commands import new_files
 from surgery.commands.app import COMMANDS
 from tests.support.command_line import Files, run
@@ -62,7 +63,7 @@ def test_the_script_is_declared() -> None:
 
 def test_all_rules_and_their_fields_are_listed() -> None:
     listed = {rule["class"]: rule for rule in run("rules", "--json").data["rules"]}
-    packages = (library, library.rewrites)
+    packages = (library, rewrites)
     kinds = {name: getattr(package, name) for package in packages for name in package.__all__ if name.endswith("Rule")}
     assert listed.keys() == kinds.keys()
     for name, kind in kinds.items():
