@@ -10,9 +10,9 @@ import pytest
 
 import surgery
 from surgery import rules as library
-from surgery.rules import rewrites
 from surgery.commands import new_files
 from surgery.commands.app import COMMANDS
+from surgery.rules import rewrites
 from tests.support.command_line import Files, run
 
 
