@@ -19,6 +19,7 @@ fields of `RewriteRule`.
 
 from surgery.rules.rewrites.activations import fuse_gelu, fuse_silu
 from surgery.rules.rewrites.attention import fuse_attention
+from surgery.rules.rewrites.centring import CentreNormRule, centre_layer_norm
 from surgery.rules.rewrites.folding import FoldNormRule, fold_batch_norm
 from surgery.rules.rewrites.fused_linears import fuse_linears
 from surgery.rules.rewrites.layer_norm import fuse_layer_norm
@@ -28,12 +29,14 @@ from surgery.rules.rewrites.quantise import Int8Linear, QuantiseRule
 from surgery.rules.rewrites.rms_norm import fuse_rms_norm
 
 __all__ = [
+    "CentreNormRule",
     "FoldNormRule",
     "Int8Linear",
     "JoinLinearsRule",
     "NoOpsRule",
     "QuantiseRule",
     "ShareRule",
+    "centre_layer_norm",
     "fold_batch_norm",
     "fuse_attention",
     "fuse_gelu",

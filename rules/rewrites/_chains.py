@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery import class_of, graph_of
 
-__all__ = ["Chain", "find_chains"]
+__all__ = ["Chain", "find_chains", "has_hooks"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,15 @@ class Chain:
 def find_chains(
     model: nn.Module, example_inputs: Any, first: tuple[type, ...], second: tuple[type, ...]
 ) -> list[Chain]:
-    """Find pairs of modules of these exact classes. Each is called once in the example, and its tensors are its own."""
+    """Find pairs of modules of these exact classes, without hooks. Each is called once, and only it has its tensors.
+
+    A pair is left out if a forward reads its tensors, too, such as the weight of an embedding for a tied head.
+    """
     graph = graph_of(model, example_inputs)
     data = dict(graph.nodes(data=True))
     calls = Counter(node["path"] for node in data.values() if node["op"] == "call_module")
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    reads = {".".join(filter(None, (n["path"], str(n["target"])))) for n in data.values() if n["op"] == "get_attr"}
     chains = []
     for name, node in data.items():
         if node["op"] != "call_module" or node["type"] not in second or calls[node["path"]] != 1:
@@ -45,8 +49,17 @@ def find_chains(
             continue
         if calls[source["path"]] != 1 or [*graph.successors(before)] != [name]:
             continue
-        pair = [model.get_submodule(path) for path in (source["path"], node["path"])]
+        paths = source["path"], node["path"]
+        pair = [model.get_submodule(path) for path in paths]
         single = all(owners[id(p)] == 1 for module in pair for p in module._parameters.values() if p is not None)
-        if single and [class_of(module) for module in pair] == [source["type"], node["type"]]:
+        read = {f"{path}.{name}" for path in paths for name in ("weight", "bias")} & reads
+        if not single or read or any(map(has_hooks, pair)):
+            continue
+        if [class_of(module) for module in pair] == [source["type"], node["type"]]:
             chains.append(Chain(source["path"], node["path"], source["shape"]))
     return chains
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of any kind."""
+    return any(bool(getattr(module, name)) for name in vars(module) if name.endswith("_hooks"))

@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from surgery import Rule, Site, Structure, TraceError, rule
 from surgery.rules.rewrite import EVERYWHERE
+from surgery.rules.rewrites._chains import has_hooks
 from surgery.rules.rewrites._conditions import call_of, name_of_call
 
 __all__ = ["NoOpsRule", "ShareRule"]
@@ -150,13 +151,9 @@ def _is_idle_layer(site: Site, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
     module: Any = site.module.get_submodule(str(node.target))
-    if type(module) not in (nn.Identity, *_LAYERS) or _has_hooks(module):
+    if type(module) not in (nn.Identity, *_LAYERS) or has_hooks(module):
         return False
     return type(module) is nn.Identity or module.p == 0 or not (site.training or module.training)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(bool(getattr(module, name)) for name in vars(module) if name.endswith("_hooks"))
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:
