@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ LEFT_OUT = tuple(f"{ROOTS[0]}/{name}.py" for name in ("transaction/undo_log", "t
 assert all(map(os.path.isfile, LEFT_OUT)), LEFT_OUT
 
 
+_GUARD = re.compile(r"with (_lock|torch\.no_grad)")
+
+
 class Broken(Exception):
     """An error that nobody expects."""
 
@@ -36,8 +40,8 @@ class Broken(Exception):
 def broken(step: int, error: type[BaseException] = Broken, lines: bool = False) -> Iterator[list[int]]:
     """Raise at this step of the engine's code; yield a list with the number of steps.
 
-    Lines that take a lock are skipped: Python reports them again when the block ends, where no interrupt comes, and a
-    lock that is not released would stop another test.
+    Lines that take a lock or switch gradients off are skipped: Python reports them again when the block ends, where no
+    interrupt comes, and a lock that is not released, or a mode that stays, would spoil another test.
     """
     count = [0]
     wanted = "line" if lines else "call"
@@ -46,7 +50,7 @@ def broken(step: int, error: type[BaseException] = Broken, lines: bool = False) 
         name = frame.f_code.co_filename
         if not name.startswith(ROOTS) or name.startswith(LEFT_OUT):
             return None
-        if event == wanted and not (lines and "with _lock" in linecache.getline(name, frame.f_lineno)):
+        if event == wanted and not (lines and _GUARD.search(linecache.getline(name, frame.f_lineno))):
             count[0] += 1
             if count[0] == step:
                 sys.settrace(None)
