@@ -8,7 +8,7 @@ from typing import Any
 
 from surgery.model_edits.module_copy import is_config
 from surgery.state.restructuring import Restructuring
-from surgery.transaction.undo_log import Journal
+from surgery.transaction.undo_log import ABSENT, Journal
 
 __all__ = ["carry_config_changes", "note_configs"]
 
@@ -21,14 +21,20 @@ def note_configs(record: Restructuring) -> None:
 
 
 def carry_config_changes(record: Restructuring, journal: Journal) -> None:
-    """Set fields of the former configurations that were set on the present ones since."""
+    """Set fields of the former configurations that were set on the present ones since.
+
+    Fields that the rule itself changed are its own: a call may have set them for the new structure.
+    """
     for old, new, noted in record.configs:
-        present = _fields(new)
-        changed = {name: value for name, value in present.items() if name not in noted or noted[name] != value}
-        if changed or noted.keys() - present.keys():
+        former, present = _fields(old), _fields(new)
+        for name in present.keys() | noted.keys():
+            own = former.get(name, ABSENT) != noted.get(name, ABSENT)
+            if own or present.get(name, ABSENT) == noted.get(name, ABSENT):
+                continue
             journal.keep(old.__dict__)
-            old.__dict__.update(changed)
-            for name in noted.keys() - present.keys():
+            if name in present:
+                old.__dict__[name] = present[name]
+            else:
                 old.__dict__.pop(name, None)
 
 

@@ -14,7 +14,7 @@ from transformers import BartConfig, BartForConditionalGeneration, XLMConfig, XL
 from surgery import SurgeryError, apply_rules, remove
 from surgery.rules import DropRule, LoraRule, ReorderRule, RepeatRule
 from surgery.testing import Snapshot
-from tests.rules.test_layers import IDS, llama
+from tests.support.layers import IDS, llama
 
 
 class Block(nn.Module):

@@ -9,19 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery import SurgeryError, apply_rules, plan_rules, remove
 from surgery.rules import DropRule, LoraRule, ReorderRule, RepeatRule
 from surgery.testing import Snapshot
-
-IDS = torch.arange(12).reshape(2, 6)
-
-
-def llama(layers: int = 4, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=32, num_attention_heads=4, intermediate_size=48)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes, **fields)).eval()
+from tests.support.layers import IDS, llama
 
 
 def built(model: Any, order: list[int], original: Any) -> Any:
