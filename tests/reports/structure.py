@@ -21,20 +21,8 @@ MARKS = ("<!-- made by make structure -->\n", "<!-- end of make structure -->\n"
 
 FAMILIES = [
     *("bert", "roberta", "distilbert", "electra", "deberta_v2", "mpnet", "modernbert", "xlnet", "xlm", "longformer"),
-    *(
-        "funnel",
-        "roformer",
-        "gpt2",
-        "gpt_neo",
-        "gptj",
-        "gpt_neox",
-        "opt",
-        "bloom",
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-    ),
+    *("funnel", "roformer", "gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "llama", "mistral"),
+    *("qwen2", "qwen3"),
     *("gemma2", "gemma3", "phi3", "falcon", "mpt", "cohere2", "olmo3", "smollm3", "lfm2", "t5", "umt5", "bart"),
     *("pegasus", "marian", "m2m_100", "prophetnet", "mixtral", "qwen2_moe", "deepseek_v3", "ernie4_5_moe", "nllb_moe"),
     *("mamba", "mamba2", "bamba", "rwkv", "recurrent_gemma", "vit", "beit", "dinov2", "swin", "convnext", "sam_vision"),
@@ -56,16 +44,28 @@ def _text(why: str | None) -> str:
 
 
 def table(rows: Mapping[str, list[str]]) -> str:
+    """The table, and below it the reasons, by number."""
+    notes: dict[str, int] = {}
     lines = [f"| family | {' | '.join(OPERATIONS)} |", "|---" * (len(OPERATIONS) + 1) + "|"]
-    lines += [f"| {_text(name)} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    return "\n".join(lines) + "\n"
+    for name, cells in rows.items():
+        lines.append(f"| {_text(name)} | {' | '.join(_short(text, notes) for text in cells)} |")
+    return "\n".join([*lines, "", *(f"{number}. {note}" for note, number in notes.items())]) + "\n"
+
+
+def _short(text: str, notes: dict[str, int]) -> str:
+    """A cell without its reason, which gets a number."""
+    head, _, note = text.partition(" ")
+    return f"{head.rstrip(':')} ({notes.setdefault(note, len(notes) + 1)})" if note else head
 
 
 def stored_rows(text: str) -> dict[str, list[str]]:
-    """The rows of the page, by family."""
+    """The rows of the page, by family, with their reasons."""
+    notes = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
     rows = {}
-    for line in text.splitlines()[2:]:
+    for line in [line for line in text.splitlines()[2:] if line.startswith("|")]:
         name, *cells = [part.strip() for part in re.split(r"(?<!\\)\|", line.strip("|"))]
+        cells = [re.sub(r" \((\d+)\)$", lambda match: f" {notes[match[1]]}", cell) for cell in cells]
+        cells = [cell.replace("refused ", "refused: ", 1) if "refused: " not in cell else cell for cell in cells]
         rows[name.replace("\\_", "_")] = [*cells, *[""] * (len(OPERATIONS) - len(cells))]
     return rows
 
