@@ -21,8 +21,8 @@ _SYMBOLS = {
     "magnitude": "m", "lora_bias": "b",
 }  # fmt: skip
 _CASTS = {
-    "to", "type_as", "float", "double", "half", "bfloat16", "same_dtype", "in_dtype", "in_dtype_of", "cast_like", "detach",
-    "detached", "hidden_of", "contiguous",
+    "to", "type_as", "float", "double", "half", "bfloat16", "same_dtype", "in_dtype", "in_dtype_of", "cast_like",
+    "detach", "detached", "hidden_of", "contiguous",
 }  # fmt: skip
 _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "expand", "expand_as", "unsqueeze", "squeeze", "view_as", "reshape_as",
