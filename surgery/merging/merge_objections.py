@@ -42,7 +42,10 @@ def objections_to_merge(
         why = f"{remaining} is on the same site, and its effect depends on the order"
         problems.append(
             MergeError(
-                "part of a stack can't be merged here", where=path, why=why, fix="merge all adapters: merge(model)"
+                "part of a stack can't be merged here",
+                where=path,
+                why=why,
+                fix="make the adapters to merge live alone: activate(model, …); or merge all live ones: merge(model)",
             )
         )
     if not problems and len(chosen) > 1:
