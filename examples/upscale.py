@@ -6,7 +6,7 @@ Shakespeare's plays brings it back in a few steps. The same training of the mode
 healed model is committed, written, and loaded by transformers alone. In the end all rules are removed: the model then
 has the same bits as when it was loaded.
 
-    python examples/upscale.py                      # about four minutes on two cores
+    python examples/upscale.py                      # some minutes on two cores
     python examples/upscale.py --steps 2 --batch 1 --tokens 32
 """
 
