@@ -52,7 +52,7 @@ ORDER: dict[str, int] = {
                 "sharded_tensors",
                 "transaction",
             ),
-            *("arithmetic", "patterns", "model_edits", "forward", "tracing", "structures"),
+            *("arithmetic", "packed", "patterns", "model_edits", "forward", "tracing", "structures"),
             *("authoring", "state", "weaving", "rewritten_model", "planning", "merging"),
             *(
                 "lifecycle",
