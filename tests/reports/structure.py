@@ -1,15 +1,18 @@
 """`make structure`: structural rules on models of many families, into docs/reference/structure-models.md.
 
 Names of families and of operations as arguments run only these, and keep the other cells of the page.
+`--results FILE` appends each cell to a file of JSON lines. A later run with the same file skips the cells that it has.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -26,7 +29,7 @@ FAMILIES = [
     *("gemma2", "gemma3", "phi3", "falcon", "mpt", "cohere2", "olmo3", "smollm3", "lfm2", "t5", "umt5", "bart"),
     *("pegasus", "marian", "m2m_100", "prophetnet", "mixtral", "qwen2_moe", "deepseek_v3", "ernie4_5_moe", "nllb_moe"),
     *("mamba", "mamba2", "bamba", "rwkv", "recurrent_gemma", "vit", "beit", "dinov2", "swin", "convnext", "sam_vision"),
-    *("detr", "whisper", "wav2vec2", "hubert", "wavlm", "clip", "llava", "paligemma"),
+    *("detr", "whisper", "wav2vec2", "hubert", "wavlm", "clip", "llava", "paligemma", "blip"),
 ]
 
 
@@ -70,21 +73,55 @@ def stored_rows(text: str) -> dict[str, list[str]]:
     return rows
 
 
-def main(names: list[str]) -> None:
+def run(name: str, operation: str) -> str:
+    """The cell of a family and an operation."""
+    try:
+        return cell(outcomes(name, operation))
+    except Exception as error:
+        return f"✗ {_text(f'{type(error).__name__}: {error}'.splitlines()[0])}"
+
+
+def stored_results(file: Path | None) -> dict[tuple[str, str], str]:
+    """The cells of a file of JSON lines. A last line that is cut off is left out."""
+    if file is None or not file.exists():
+        return {}
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {(entry["family"], entry["operation"]): entry["cell"] for entry in entries}
+
+
+def append_result(file: Path, name: str, operation: str, text: str) -> None:
+    """Write a cell as a line of its own, also behind a line that is cut off."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.read_text(encoding="utf-8") if file.exists() else ""
+    if whole and not whole.endswith("\n"):
+        file.write_text(whole[: whole.rfind("\n") + 1], encoding="utf-8")
+    with file.open("a", encoding="utf-8") as stream:
+        entry = {"family": name, "operation": operation, "cell": text}
+        stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Structural rules on models of many families.")
+    parser.add_argument("names", nargs="*", choices=[*FAMILIES, *OPERATIONS, []], metavar="family or operation")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="JSON lines, from which a later run goes on")
+    options = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     old, _, after = rest.partition(MARKS[1])
     rows = {name: cells for name, cells in stored_rows(old).items() if name in FAMILIES}
-    operations = [name for name in names if name in OPERATIONS] or [*OPERATIONS]
-    for name in [name for name in names if name in FAMILIES] or FAMILIES:
+    operations = [name for name in OPERATIONS if name in options.names] or [*OPERATIONS]
+    results = stored_results(options.results)
+    for name in [name for name in FAMILIES if name in options.names] or FAMILIES:
         cells = rows.setdefault(name, [""] * len(OPERATIONS))
         for operation in operations:
-            try:
-                text = cell(outcomes(name, operation))
-            except Exception as error:
-                text = f"✗ {_text(f'{type(error).__name__}: {error}'.splitlines()[0])}"
+            text = results.get((name, operation))
+            if text is None:
+                text = run(name, operation)
+                if options.results is not None:
+                    append_result(options.results, name, operation, text)
             cells[list(OPERATIONS).index(operation)] = text
         print(name, cells, flush=True)
     ordered = {name: rows[name] for name in FAMILIES if name in rows}
@@ -96,4 +133,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

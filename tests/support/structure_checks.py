@@ -127,11 +127,17 @@ class Case:
     """A structural rule on a new model of a family."""
 
     def __init__(self, name: str, operation: str):
-        self.name, self.inputs, self.operation = name, FAMILIES[name].inputs(), OPERATIONS[operation]
+        torch.manual_seed(0)
+        self.name, self._inputs, self.operation = name, FAMILIES[name].inputs(), OPERATIONS[operation]
         if name == "funnel":  # each block halves the text
-            self.inputs = {key: value.repeat(1, 4) for key, value in self.inputs.items()}
+            self._inputs = {key: value.repeat(1, 4) for key, value in self._inputs.items()}
         self.original = self.make()
         self.rule = self.operation.rule(name, self.original)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """A copy of the inputs for each call: BLIP's generate writes into the token ids that it is given."""
+        return copy.deepcopy(self._inputs)
 
     def make(self) -> Any:
         torch.manual_seed(0)
