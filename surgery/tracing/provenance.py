@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
+from surgery.forward.empty_graph import empty_graph
 from surgery.tracing.guards import check_parts, parts_of, require
 from surgery.tracing.proxies import RecordedList, RecordedObject, is_setting
 from surgery.tracing.tracked_numbers import Number, Real, untracked
@@ -30,7 +31,7 @@ class Ledger:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.graph = fx.Graph()
+        self.graph = empty_graph()
         self.entries: dict[int, tuple[Any, Any]] = {}  # id → (the object, kept alive; its node, or a function for it)
         self.constants: dict[str, Any] = {}  # name of a get_attr → an object that belongs to the graph
         self.clones: dict[int, Any] = {}  # id of an object that the forward created → the copy for real functions

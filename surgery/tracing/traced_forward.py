@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.forward.empty_graph import empty_graph
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.parameter_view import make_view
 from surgery.tracing.call_kind import kind_of_call
@@ -113,7 +114,7 @@ def _by_itself() -> Iterator[None]:
 
 def _settled(traced: fx.GraphModule, training: bool) -> TracedForward:
     """Returns the graph without its checks of the call kind and settings, and with its decisions moved to the start."""
-    graph = fx.Graph()
+    graph = empty_graph()
     output = graph.graph_copy(traced.graph, {})
     graph.output(output)
     settings: tuple = ()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, fx
 
 from surgery.errors import SiteError
+from surgery.forward.empty_graph import empty_graph
 from surgery.forward.parameter_view import base_forward
 from surgery.forward.repeated_runs import RunCount, check_skipped_forward, repeat_forward, repeat_method, repeat_module
 from surgery.forward.side_effects import draws, is_foreign
@@ -20,7 +21,7 @@ __all__ = ["write_graph"]
 
 def write_graph(terms: TermGraph) -> fx.Graph:
     """Returns the graph of a forward. Raises `SiteError` if an edit needs a value before it is computed."""
-    graph = fx.Graph()
+    graph = empty_graph()
     _write_inputs(terms, graph)
     output = terms.current[Ref("output", "")]
     needed = {id(term): term for term in sources_of((output, terms.effects))}

@@ -1,19 +1,24 @@
 """The report part of `make rewrites`: each ready-made rewrite on a model of each of transformers' families.
 
 `python -m tests.reports.rewrites` writes docs/reference/rewrites-models.md. With names of families, it prints their
-rows.
+rows. `--results FILE` appends the rows of each family to a file of JSON lines as soon as they are there, and a later
+run with the same file goes on with the families that are not in it.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import gc
+import json
 import logging
-import sys
+import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,18 +152,51 @@ def page(rows: list[Row], measured: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def measure(family: Family) -> list[Row]:
+    """Returns the rows of a family; a family whose model can't be called has one row that says why."""
+    try:
+        return list(rows_of(family))
+    except Exception as error:  # the other families follow
+        return [Row("", family.name, refused=f"{type(error).__name__}: {error}"[:200])]
+
+
+def read_results(path: Path | None) -> dict[str, list[Row]]:
+    """Returns the rows in a file of results by family. A last line that an interrupt cut off is left out."""
+    results: dict[str, list[Row]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            results[record["family"]] = [Row(**row) for row in record["rows"]]
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="default: all, and the page is written")
+    parser.add_argument(
+        "--results", type=Path, help="a file of JSON lines: a run adds to it, and leaves out its families"
+    )
+    parser.add_argument("--again", action="store_true", help="measure the named families although they are in the file")
+    options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    rows: list[Row] = []
-    for name in sys.argv[1:] or FAMILIES:
-        try:
-            rows += (new := list(rows_of(FAMILIES[name])))
-        except Exception as error:  # a family whose call fails is told, and the others follow
-            new = [Row("", name, refused=f"{type(error).__name__}: {error}")]
-        print(name, *new, sep="\n  ", flush=True)
-    if len(sys.argv) == 1:
+    results = read_results(options.results)
+    names = options.families or list(FAMILIES)
+    for name in names:
+        if name in results and not options.again:
+            continue
+        start = time.process_time()
+        results[name] = measure(FAMILIES[name])
+        seconds = round(time.process_time() - start, 1)
+        print(f"{name}, {seconds} s of CPU", *results[name], sep="\n  ", flush=True)
+        if options.results is not None:
+            record = {"family": name, "seconds": seconds, "rows": [asdict(row) for row in results[name]]}
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        gc.collect()
+    if not options.families:
+        rows = [row for name in FAMILIES for row in results[name]]
         PAGE.write_text(page(rows, len(FAMILIES)), encoding="utf-8")
         print(f"written to {PAGE}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from surgery import PlanError, apply_rules, remove
+from surgery import PlanError, apply_rules, remove, trace
 from surgery.rules.rewrites import NoOpsRule, ShareRule
 from tests.support.tiny import bert, gpt2, llama
 
@@ -166,3 +167,23 @@ def test_modules_that_a_call_does_not_reach_stay() -> None:
     assert torch.equal(model(x), before) and type(model.other) is Idle
     with pytest.raises(PlanError, match="never reaches"):
         apply_rules(Unused().eval(), NoOpsRule("other"), example_inputs=x)
+
+
+class ChildCalledSelf(nn.Module):
+    """As attention modules of BERT: a child has the name `self`, and other children are called after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self, self.output = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.self(x) + self.self(x.exp())) + x.exp().sin()
+
+
+def test_a_child_called_self_does_not_hide_the_module() -> None:
+    model, x = ChildCalledSelf(), torch.randn(3, 4)
+    before = model(x)
+    graph = trace(model, x)
+    assert torch.equal(graph(x), before) and torch.equal(copy.deepcopy(graph)(x), before)
+    apply_rules(model, ShareRule(), example_inputs=x)
+    assert torch.equal(model(x), before) and calls_of(model, x).count("exp") == 1
