@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,15 +13,26 @@ from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule
 
-__all__ = ["ALL", "FLAG", "KEYS", "computes_by_flag", "configs_of", "declared_ties", "tensor_named", "tied_parts"]
+__all__ = [
+    "ALL",
+    "FLAG",
+    "KEYS",
+    "class_ties",
+    "computes_by_flag",
+    "configs_of",
+    "declared_ties",
+    "tensor_named",
+    "tied_parts",
+]
 
 FLAG, KEYS, ALL = "tie_word_embeddings", "_tied_weights_keys", "all_tied_weights_keys"
 
 
 def tied_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The model and its parts whose classes declare ties, with their paths."""
+    """The model and its parts that declare ties, in their class or, as Zamba, in `__init__`; with their paths."""
     for path, module in base_modules(model):
-        if getattr(type(module), KEYS, None) and hasattr(module, "config"):
+        declares = getattr(type(module), KEYS, None) or module.__dict__.get(KEYS)
+        if declares and hasattr(module, "config"):
             yield path, module
 
 
@@ -36,6 +48,14 @@ def declared_ties(part: Any) -> dict[str, str]:
     if head is None or embedding is None or not {id(head), id(embedding)} <= names.keys():
         return {}
     return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+
+
+def class_ties(part: Any) -> dict[str, str]:
+    """The ties that a part's class declares, whatever its flag says; patterns only while the flag is set."""
+    keys = getattr(class_of(part), KEYS, None)
+    if isinstance(keys, dict) and all(re.fullmatch(r"[\w.]+", name) for pair in keys.items() for name in pair):
+        return {a: b for a, b in keys.items() if tensor_named(part, a) is not None}
+    return declared_ties(part)
 
 
 def configs_of(part: Any) -> list[Any]:

@@ -7,7 +7,6 @@ the model declares changes together with its parameters.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from surgery.model_edits.tied_parts import (
     ALL,
     FLAG,
     KEYS,
+    class_ties,
     computes_by_flag,
     configs_of,
     declared_ties,
@@ -153,7 +153,7 @@ def _declare_tie(edits: EditLog, target: str, source: str) -> None:
     owner: tuple[str, Any] | None = None
     for path, part in tied_parts(edits.model):
         prefix = f"{path}." if path else ""
-        ties = _class_ties(part)
+        ties = class_ties(part)
         if any({f"{prefix}{a}", f"{prefix}{b}"} == {target, source} for a, b in ties.items()):
             same = {a: b for a, b in ties.items() if _same(part, a, b)}
             if not getattr(part.config, FLAG, False) and same == ties:
@@ -176,14 +176,6 @@ def _declare_tie(edits: EditLog, target: str, source: str) -> None:
         edits.set_attribute(part, KEYS, {**(getattr(part, KEYS, None) or {}), own: other})
         edits.unplain.append(f"{class_of(part).__name__} does not tie {own} to {other}")
         _list_ties(edits)
-
-
-def _class_ties(part: Any) -> dict[str, str]:
-    """The ties that a part's class declares, whatever its flag says; patterns only while the flag is set."""
-    keys = getattr(class_of(part), KEYS, None)
-    if isinstance(keys, dict) and all(re.fullmatch(r"[\w.]+", name) for pair in keys.items() for name in pair):
-        return {a: b for a, b in keys.items() if tensor_named(part, a) is not None}
-    return declared_ties(part)
 
 
 def _list_ties(edits: EditLog) -> None:

@@ -15,6 +15,7 @@ from surgery.model_edits.tied_parts import (
     ALL,
     FLAG,
     KEYS,
+    class_ties,
     computes_by_flag,
     configs_of,
     declared_ties,
@@ -74,16 +75,11 @@ def say_untied(model: nn.Module, journal: Journal) -> Untied:
 def why_not_said(model: nn.Module) -> str | None:
     """Returns why a checkpoint can't mark weights as untied (a forward depends on the flag), or None."""
     for _, part in tied_parts(model):
-        broken = any(tensor_named(part, a) is not tensor_named(part, b) for a, b in _declared(part).items())
+        ties = class_ties(part) if getattr(part.config, FLAG, False) else {}
+        broken = any(tensor_named(part, a) is not tensor_named(part, b) for a, b in ties.items())
         if broken and computes_by_flag(part):
             return f"{type(part).__name__}.forward computes something else if {FLAG} is False"
     return None
-
-
-def _declared(part: Any) -> dict[str, str]:
-    """Returns the ties that a part's class declares, whatever the part says at present."""
-    keys = getattr(type(part), KEYS, None)
-    return keys if isinstance(keys, dict) and getattr(part.config, FLAG, False) else {}
 
 
 def retie(model: nn.Module, untied: Untied, journal: Journal) -> None:

@@ -98,6 +98,22 @@ def test_an_untied_head_trains_stays_and_is_saved(name: str, tmp_path: Path) -> 
     assert not before.differences(model) and model.config is config
 
 
+def test_ties_that_a_part_declares_while_it_is_built_stay(tmp_path: Path) -> None:
+    """Zamba's class says in `__init__` which layers share their weights, under the flag that ties the head."""
+    torch.manual_seed(0)
+    model: Any = FAMILIES["zamba"].make().eval()
+    apply_rules(model, UntieRule(), freeze=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    commit(model).save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loaded.model.layers[4].shared_transf is not loaded.model.layers[2].shared_transf
+    first, second = (dict(loaded.model.layers[index].shared_transf.named_parameters()) for index in (2, 4))
+    assert all(parameter is second[name] for name, parameter in first.items())
+
+
 @pytest.mark.parametrize("name", sorted({*TIED} - {*OTHER_TIES}))
 def test_untied_it_is_the_model_that_is_built_untied(name: str) -> None:
     model, plain = build(name), build(name, tie_word_embeddings=False)

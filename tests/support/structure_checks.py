@@ -29,6 +29,10 @@ PARALLEL = {
 }
 
 
+class DoesNotApply(Exception):
+    """The model does not have what the rule changes."""
+
+
 def layer_lists(name: str, model: nn.Module) -> tuple[list[str], int]:
     """The paths of the list of layers with the most weights, and of those that change with it, and their length."""
     if name in PARALLEL:
@@ -38,6 +42,8 @@ def layer_lists(name: str, model: nn.Module) -> tuple[list[str], int]:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(layer) for layer in module}) == 1
     ]
+    if not lists:
+        raise DoesNotApply
     _, path, count = max(lists)
     return [path], count
 
@@ -57,10 +63,6 @@ class Operation:
 
     rule: Callable[[str, nn.Module], Rule]
     weights: Callable[[str, nn.Module, Weights], Weights]
-
-
-class DoesNotApply(Exception):
-    """The model does not have what the rule changes."""
 
 
 def _on_layers(rule: Callable[[Sequence[str], int], Rule], order: Callable[[int], list[int]]) -> Operation:
