@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast families coverage lint bench docs docs-serve docs-test gallery structure peers peft-suite libraries onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
+.PHONY: help demo test test-fast slow families coverage lint bench docs docs-serve docs-test gallery structure peers peft-suite libraries onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ demo: $(VENV)/.demo ## Fine-tune MiniLM on BBC News: train, merge, export, remov
 test: $(VENV)/.dev ## Run the tests, and the code in docstrings and docs
 	-@$(MAKE) --no-print-directory $(WEB)/.installed  # without npm's registry its test is skipped
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests surgery --doctest-modules -n $(JOBS) --dist worksteal $(ARGS)
+
+slow: $(VENV)/.dev ## Run the tests that `make test` leaves out, each with a reason in its mark
+	SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow -n $(JOBS) $(ARGS)
 
 test-fast: $(VENV)/.dev ## Run a chosen part of the tests, about a minute: for each change, before `make test`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix tests/,$(FAST)) -n $(JOBS) $(ARGS)

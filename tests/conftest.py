@@ -16,11 +16,22 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.support.exporter import keep_signatures
+from tests.support.exporter import keep_tables
 
 # Read by transformers when it is imported: no test asks a hub for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked `slow`, but with SLOW=1 (`make slow`), and with ALL_ONNX=1 those of exports."""
+    if os.environ.get("SLOW"):
+        return
+    exports = bool(os.environ.get("ALL_ONNX"))
+    slow = [item for item in items if item.get_closest_marker("slow") and not (exports and "onnx" in item.path.parts)]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in {*slow}]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,8 +57,8 @@ def seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
-def signatures() -> None:
-    keep_signatures()
+def exporter_tables() -> None:
+    keep_tables()
 
 
 @pytest.fixture

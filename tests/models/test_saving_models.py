@@ -359,6 +359,7 @@ assert any("leaves out its adapters" in str(warning.message) for warning in issu
 """
 
 
+@pytest.mark.slow("tests/storage/test_hub.py pushes and loads")
 def test_pushed_to_the_hub(tmp_path: Path) -> None:
     with hub() as (endpoint, uploads):
         settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",

@@ -84,6 +84,7 @@ def test_a_file_decodes_as_generate_or_says_why_not(name: str, tmp_path: Path) -
     assert actual == expected
 
 
+@pytest.mark.slow("the greedy texts of a Llama read a cache")
 def test_a_cache_is_read_again_where_the_rotations_change(tmp_path: Path) -> None:
     model: Any = decoder("phi3")
     text = torch.randint(3, 90, (2, TEXT))

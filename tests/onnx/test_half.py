@@ -34,6 +34,7 @@ CASES: dict[str, tuple[Any, list[Rule], dict[str, Any]]] = {
         [("bert", "slots"), ("gpt2", "constant"), ("llama", "slots"), ("llama, a prompt", "slots")],
         ("gpt2", "constant"),
         ("llama", "slots"),
+        ("llama, a prompt", "slots"),
     ),
 )
 def test_float16(name: str, adapters: Any, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_attention_that_takes_its_function_from_a_registry(name: str, tmp_path: 
     check_slots(exported, base, [longer(inputs)])
 
 
+@pytest.mark.slow("GPT-2 goes on from its cache after a prompt")
 def test_a_decoder_that_goes_on_from_its_cache(tmp_path: Path) -> None:
     transformers: Any = pytest.importorskip("transformers")
     model, inputs = moved(tiny.llama())

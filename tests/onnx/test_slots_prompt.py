@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers
 SIZES |= {"intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.2}
 
 
-@pytest.mark.parametrize("name", onnx_cases(["bert", "llama", "t5"], "bert"))
+@pytest.mark.parametrize("name", onnx_cases(["bert", "llama", "t5"], "bert", "t5"))
 def test_prompts_of_any_length(name: str, tmp_path: Path) -> None:
     model, inputs = moved(getattr(tiny, name)(LAYERS))
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -154,6 +154,7 @@ def test_what_a_rule_notes_on_a_cache_is_not_an_output(how: Any, tmp_path: Path)
     same(list(outputs.values()), [wanted.logits.numpy(), *(tensor.numpy() for tensor in layers)])
 
 
+@pytest.mark.slow("GPT-2 goes on from its cache after a prompt")
 def test_examples_with_a_cache(tmp_path: Path) -> None:
     """One that holds virtual tokens is refused; one without is traced, with more padding than new text, too."""
     model, inputs = llama_with_a_prompt()
@@ -250,6 +251,7 @@ def test_prompts_of_pefts_checkpoints(method: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(runner.run(feeds, "a")["logits"], wanted, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow("other prompts of PEFT's checkpoints, and classifiers' heads, are exported")
 @pytest.mark.filterwarnings("ignore")
 def test_a_classifiers_prompt_of_pefts(tmp_path: Path) -> None:
     """PEFT's classifiers see the virtual tokens, and its checkpoint has their head."""

@@ -332,6 +332,7 @@ def test_copies_and_pickles() -> None:
     assert copy.copy(model).get_base_model() is model.get_base_model()
 
 
+@pytest.mark.slow("the façade is the model itself, which is compiled elsewhere")
 @quiet
 def test_compiled() -> None:
     model, example, _ = two(ours)

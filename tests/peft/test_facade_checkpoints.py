@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,14 @@ def base(library: Any) -> Any:
 
 
 CASES: dict[str, Callable[[Any], Any]] = {f.__name__: f for f in (one, named, second, together, head, base)}
+
+
+def some(*names: str, of: Sequence[str] = tuple(CASES)) -> list[Any]:
+    """The cases; `make slow` runs those that are not named."""
+    slow = pytest.mark.slow("an adapter that is added second, and one with a head, take the same steps")
+    return [name if name in names else pytest.param(name, marks=slow) for name in of]
+
+
 PEFT_LOSES = ("named", "second", "together", "base")  # what was trained, where it takes the best checkpoint back
 
 
@@ -123,7 +131,7 @@ def put(model: Any, states: dict[str, dict[str, Tensor]]) -> Any:
     return model
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some("second", "head"))
 def test_the_trainer_trains_saves_resumes_and_takes_the_best_back(case: str, tmp_path: Path) -> None:
     make = CASES[case]
     theirs = make(peft)
@@ -141,7 +149,7 @@ def test_the_trainer_trains_saves_resumes_and_takes_the_best_back(case: str, tmp
     assert at_end(again) == highest(trainer)
 
 
-@pytest.mark.parametrize("case", ["one", "named", "second", "head"])
+@pytest.mark.parametrize("case", some("second", "head", of=("one", "named", "second", "head")))
 def test_a_run_of_pefts_is_resumed(case: str, tmp_path: Path) -> None:
     """A checkpoint that PEFT wrote has the optimizer's state in the same order."""
     theirs = CASES[case](peft)

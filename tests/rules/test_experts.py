@@ -257,7 +257,7 @@ def test_generate(name: str) -> None:
     assert torch.equal(model.generate(ids, **settings), cached)
 
 
-@pytest.mark.parametrize("code", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("code", ["grouped_mm", pytest.param("batched_mm", marks=pytest.mark.slow("as grouped_mm"))])
 def test_compiles_as_one_graph(code: str) -> None:
     model, inputs = build("mixtral")
     add_expert_lora(model)

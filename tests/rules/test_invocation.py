@@ -233,6 +233,7 @@ def test_calls_whose_text_is_unknown() -> None:
     assert torch.equal(result, base().model.layers[0].mlp(x))
 
 
+@pytest.mark.slow("prompts and prefixes are compiled, and read positions, too")
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, at a graph break
 def test_compiled() -> None:
     model = adapted()

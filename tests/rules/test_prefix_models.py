@@ -126,6 +126,11 @@ KINDS = {
 CASES = [(name, targets) for name, kind in KINDS.items() for targets in (None, *kind.targets)]
 named = pytest.mark.parametrize("name", KINDS)
 cases = pytest.mark.parametrize(("name", "targets"), CASES, ids=[f"{name} {targets or ''}" for name, targets in CASES])
+TRAINED = {("llama", None), ("t5", None), ("vit", None)}
+trained = pytest.mark.parametrize(
+    ("name", "targets"),
+    [c if c in TRAINED else pytest.param(*c, marks=pytest.mark.slow("a model of each kind is trained")) for c in CASES],
+)
 generating = [(name, targets) for name, targets in CASES if name not in ("vit", "distilbert")]
 
 
@@ -252,7 +257,7 @@ def train(model: Any, name: str, folder: Path, checkpointing: bool) -> list[floa
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the settings have new names in the latest transformers
-@cases
+@trained
 def test_trainer_with_and_without_gradient_checkpointing(name: str, targets: str | None, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     base = KINDS[name].make().eval()

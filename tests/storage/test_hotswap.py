@@ -368,9 +368,17 @@ def test_a_backward_across_a_swap_is_an_error_of_torchs() -> None:
 
 # Compiled -----------------------------------------------------------------------------------------------------
 
+MORE_CALLS: list[tuple[str, bool | None]] = [("llama", None), ("llama", False), ("bert", False), ("bert", True)]
 
-@pytest.mark.parametrize("dynamic", [None, False, True])
-@pytest.mark.parametrize("family", ["llama", "bert"])
+
+@pytest.mark.parametrize(
+    ("family", "dynamic"),
+    [
+        ("llama", True),
+        ("bert", None),
+        *(pytest.param(*case, marks=pytest.mark.slow("one family is compiled in each way")) for case in MORE_CALLS),
+    ],
+)
 def test_nothing_is_compiled_anew(family: str, dynamic: bool | None, tmp_path: Path) -> None:
     make, targets = MODELS[family]
     base, inputs = make()

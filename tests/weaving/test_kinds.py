@@ -175,7 +175,7 @@ def run(model: Any, *args: Any, training: bool = False, gradients: bool = True) 
 CALLS = list(itertools.product((False, True), (False, True), (None, MASK)))
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("fullgraph", [True, pytest.param(False, marks=pytest.mark.slow("fullgraph=True is stricter"))])
 def test_compiled_at_any_kind_of_call(fullgraph: bool) -> None:
     tower = tempered(apply_rules(Tower(), RULES, example_inputs=X))
     compiled = torch.compile(tower, backend="eager", fullgraph=fullgraph)
@@ -191,6 +191,7 @@ def temper(tower: nn.Module) -> list[Tensor]:
     return [parameter for name, parameter in tower.named_parameters() if name.endswith("temper")]
 
 
+@pytest.mark.slow("a tower is compiled with fullgraph=True")
 def test_a_model_compiled_at_once_meets_no_break() -> None:
     tower = tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval()
     surgery.tracing.traced_forward._known.clear()
