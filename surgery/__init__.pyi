@@ -47,6 +47,7 @@ from .merging.merge import MergeReport, merge, unmerge
 from .model_edits.model_edits import ModelEdits
 from .onnx.checking.parity import ParityReport, verify_onnx
 from .onnx.export import ExportReport, export_onnx
+from .packed.packed_weight import PackedWeight, packed_weight_of, register_packed
 from .patterns.module_class import class_of
 from .patterns.pattern import Pattern
 from .patterns.targets import Targets
@@ -97,6 +98,7 @@ __all__ = [
     "MergeReport",
     "ModelEdits",
     "Occurrence",
+    "PackedWeight",
     "ParityError",
     "ParityReport",
     "Pattern",
@@ -156,10 +158,12 @@ __all__ = [
     "merge_to",
     "module_of",
     "one_of",
+    "packed_weight_of",
     "pad_rank",
     "peft_method",
     "plan_rules",
     "push_adapter",
+    "register_packed",
     "remove",
     "rename_adapter",
     "report",

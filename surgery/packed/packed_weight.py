@@ -8,22 +8,24 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BACKENDS", "PackedWeight", "packed_weight_of", "register_packed"]
+__all__ = ["BACKENDS", "PackedWeight", "class_names", "packed_weight_of", "plain_view", "register_packed"]
 
 W = TypeVar("W", bound="type[PackedWeight]")
 
 # Module of the backend's class by the first part of a module's or a weight's class name. A file is imported when a
 # model has such a class, and imports the backend's package then.
-BACKENDS: dict[str, str] = {}
+BACKENDS: dict[str, str] = {"bitsandbytes": "surgery.packed.bitsandbytes", "torchao": "surgery.packed.torchao"}
 _registered: list[type[PackedWeight]] = []
 
 
 class PackedWeight(ABC):
     """The packed weight of one module, such as the 4-bit weight of bitsandbytes' `Linear4bit`.
 
-    An object of this class reads the module each time; it does not keep tensors. A subclass implements one backend.
+    An object of this class reads the module each time; it does not keep tensors. A subclass implements one backend, and
+    `register_packed` makes it known.
 
     Attributes:
         backend: the name of the backend, such as "bitsandbytes".
@@ -56,6 +58,15 @@ class PackedWeight(ABC):
         """The dtype of the dequantised weight, as the module's kernel computes it."""
 
     @property
+    def activations(self) -> str | None:
+        """How the module's forward quantises its input, such as "int8, one scale for each row"; None if it does not.
+
+        The dequantised weight is exact also then. The module's output differs from the plain map by the rounding of the
+        input.
+        """
+        return None
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.tensors().values())).device
 
@@ -85,6 +96,10 @@ class PackedWeight(ABC):
             New tensors by the names of `tensors`, for `write`.
         """
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The module's map with a plain weight (out, in) in place of its own, in the dtype of `x`."""
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies values into the stored tensors, in place: the module's objects stay."""
         with torch.no_grad():
@@ -93,13 +108,43 @@ class PackedWeight(ABC):
 
 
 def register_packed(cls: W) -> W:
-    """Makes a class of packed weights known to the engine, before those that the engine brings. Use as a decorator."""
+    """Makes a class of packed weights known to the engine. Use it as a decorator.
+
+    The engine asks the class registered last first, so a class of yours goes before those that the engine brings.
+
+    Args:
+        cls: a subclass of `PackedWeight` with `accepts`, `layout`, `shape`, `dtype`, `tensors`, `dequantise` and
+            `requantise`.
+
+    Returns:
+        The class itself.
+    """
     _registered.insert(0, cls)
     return cls
 
 
+def plain_view(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor subclass or parameter as a plain tensor of the same memory, with the same version."""
+    return tensor.detach().as_subclass(Tensor)
+
+
+def class_names(module: nn.Module) -> set[str]:
+    """The full names of a module's class and its base classes, without the class that the engine generated."""
+    base = getattr(type(module), "_surgery_base", type(module))
+    return {f"{cls.__module__}.{cls.__qualname__}" for cls in base.__mro__}
+
+
 def packed_weight_of(module: nn.Module) -> PackedWeight | None:
-    """The packed weight of a module; None for a module that is not quantised, or in a layout that is not known."""
+    """The packed weight of a module; None for a module that is not quantised, or in a layout that is not known.
+
+    >>> from torch import nn
+    >>> from surgery import packed_weight_of
+    >>> packed_weight_of(nn.Linear(2, 2)) is None
+    True
+
+    Args:
+        module: the module, with or without adapters.
+    """
     base = getattr(type(module), "_surgery_base", type(module))
     weight = module._parameters.get("weight")
     packages = {cls.__module__.partition(".")[0] for cls in (*base.__mro__, type(weight))}
