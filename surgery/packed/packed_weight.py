@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, ClassVar, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,13 @@ __all__ = ["BACKENDS", "PackedWeight", "class_names", "packed_weight_of", "plain
 
 W = TypeVar("W", bound="type[PackedWeight]")
 
-# Module of the backend's class by the first part of a module's or a weight's class name. A file is imported when a
-# model has such a class, and imports the backend's package then.
-BACKENDS: dict[str, str] = {"bitsandbytes": "surgery.packed.bitsandbytes", "torchao": "surgery.packed.torchao"}
+# The file of a backend by the name of a class, or by the package that defines a class, of a module or of its weight.
+# A file is imported when a model has such a class, and imports the backend's package then.
+BACKENDS: dict[str, str] = {
+    **{package: f"surgery.packed.{package}" for package in ("bitsandbytes", "torchao")},
+    **dict.fromkeys(("auto_gptq", "QuantLinear", "TorchLinear", "TorchQuantLinear"), "surgery.packed.gptq"),
+    **dict.fromkeys(("awq", "AwqTorchLinear", "AwqGEMMLinear", "WQLinear_GEMM"), "surgery.packed.awq"),
+}
 _registered: list[type[PackedWeight]] = []
 
 
@@ -119,7 +124,7 @@ def register_packed(cls: W) -> W:
     Returns:
         The class itself.
     """
-    _registered.insert(0, cls)
+    _registered.insert(len(_registered) if cls.__module__ in BACKENDS.values() else 0, cls)
     return cls
 
 
@@ -146,9 +151,22 @@ def packed_weight_of(module: nn.Module) -> PackedWeight | None:
         module: the module, with or without adapters.
     """
     base = getattr(type(module), "_surgery_base", type(module))
-    weight = module._parameters.get("weight")
-    packages = {cls.__module__.partition(".")[0] for cls in (*base.__mro__, type(weight))}
-    for package, file in BACKENDS.items():
-        if package in packages:
-            import_module(file)
-    return next((cls(module) for cls in _registered if cls.accepts(module)), None)
+    weight = module._parameters["weight"] if "weight" in module._parameters else None
+    files = _files_of(base) | _files_of(type(weight))
+    for file in files:
+        import_module(file)
+    for cls in _registered:
+        if (cls.__module__ in files or cls.__module__ not in BACKENDS.values()) and cls.accepts(module):
+            return cls(module)
+    return None
+
+
+def _files_of(cls: type) -> frozenset[str]:
+    """The files of backends that may know a class of modules or weights."""
+    if cls not in _files:
+        names = {name for base in cls.__mro__ for name in (base.__name__, base.__module__.partition(".")[0])}
+        _files[cls] = frozenset(BACKENDS[name] for name in names & BACKENDS.keys())
+    return _files[cls]
+
+
+_files: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()

@@ -1,0 +1,22 @@
+"""Reads the class of a quantised module, without importing the package that defines it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["base_of", "runs_more", "short_names"]
+
+
+def base_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without the class that the engine generated."""
+    return getattr(type(module), "_surgery_base", type(module))
+
+
+def short_names(module: nn.Module) -> set[str]:
+    """The names of a module's class and its base classes, without the modules that define them."""
+    return {cls.__name__ for cls in base_of(module).__mro__}
+
+
+def runs_more(module: nn.Module) -> bool:
+    """Whether the forward of a module of gptqmodel does more than the map: an adapter, or a rotation of its input."""
+    return any(getattr(module, name, False) for name in ("adapter", "online_full_had", "online_partial_had"))
