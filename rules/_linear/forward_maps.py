@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from surgery import packed_weight_of
 from surgery.rules._linear.signatures import PLAIN, adds_to_supers, takes_one_input
 from surgery.rules._linear.weight_flow import Form, prove_form, tensors_of
 
@@ -26,7 +27,9 @@ def torchs_own(module: nn.Module) -> bool:
 
 
 def packed(module: nn.Module) -> bool:
-    """Whether the weight is packed: a tensor subclass, or a dtype that the forward unpacks."""
+    """Whether the weight is packed: in buffers, as a tensor subclass, or in a dtype that the forward unpacks."""
+    if packed_weight_of(module) is not None:
+        return True
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter:
         return True
@@ -43,9 +46,10 @@ def why_not_packed(module: nn.Module) -> str | None:
         if cls in PLAIN:
             break
         if "forward" in vars(cls):
-            kind = type(module._parameters.get("weight")).__name__
+            weight = module._parameters.get("weight")
+            kind = "in packed buffers" if weight is None else f"a {type(weight).__name__}"
             more = adds_to_supers(vars(cls)["forward"])
-            return f"its forward does more than its base class's, and its weight is a {kind}" if more else None
+            return f"its forward does more than its base class's, and its weight is {kind}" if more else None
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import LowRank, Site
+from surgery import LowRank, Site, packed_weight_of
 from surgery.rules._linear import forward_maps
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -138,11 +138,24 @@ class Layout:
 
     def without_bias(self, site: Site) -> Tensor:
         """Returns W x without the bias: the module's output minus its bias if possible."""
-        if site.module._parameters.get("bias") is None:
+        bias = bias_of(site)
+        if bias is None:
             return site.base_output
         if self.scaled:
             return site.call(site.input, bias=None)
-        return site.base_output - self.on_output(site.bias)
+        return site.base_output - self.on_output(bias)
+
+
+def bias_of(site: Site) -> Tensor | None:
+    """Returns the bias as a value: a parameter, a buffer, or an attribute as in HQQ's modules. None without a bias."""
+    module = site.module
+    if any(tensors.get("bias") is not None for tensors in (module._parameters, module._buffers)):
+        return site.bias
+    return site.apply(bias_attribute, site.this) if isinstance(module.__dict__.get("bias"), Tensor) else None
+
+
+def bias_attribute(module: Any) -> Tensor:
+    return module.bias
 
 
 def layout_of(module: nn.Module, rank: int) -> Layout | str:
@@ -160,8 +173,7 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
             return why
         if kind != "linear":
             return f"its weight is a {type(weight).__name__} of {getattr(weight, 'dtype', None)}"
-        linear: Any = module  # quantised layers have Linear's sizes
-        size = (linear.out_features, linear.in_features)
+        size = packed_sizes(module)
         return Layout(kind, (WeightPart("weight", "", size, (rank, size[1]), (size[0], rank)),), packed=True)
     assert weight is not None
     shape = tuple(weight.shape)
@@ -197,8 +209,14 @@ def _attention(module: Any, rank: int) -> Iterator[WeightPart]:
             yield WeightPart(name, prefix, (out, inner), (rank, inner), (out, rank))
 
 
+def packed_sizes(module: Any) -> tuple[int, int]:
+    """Returns (out, in) of a quantised layer. One in a layout that is not known has Linear's attributes."""
+    packed = packed_weight_of(module)
+    return (module.out_features, module.in_features) if packed is None else packed.shape
+
+
 def _kind(module: nn.Module) -> str | None:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or packed_weight_of(module) is not None:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"

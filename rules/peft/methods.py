@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
-from surgery.rules._linear import maps
+from surgery.rules._linear import delta, maps
 from surgery.rules.boft import BoftRule
 from surgery.rules.c3a import C3aRule
 from surgery.rules.fourier import FourierRule
@@ -221,9 +221,8 @@ class Shira(PeftMethod):
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         import torch
 
-        weight: Any = place.module.weight
-        turned = not isinstance(place.module, nn.Linear)
-        inner = weight.shape[0] if turned else weight.shape[1]
+        turned = delta.turned(place.module)
+        _, inner = delta.sizes(place.module)
 
         def read(pairs: Any) -> Any:
             rows, columns = pairs.flip(0) if turned else pairs

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from surgery.errors import SiteError
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.tracing.depth import Depth
 
 __all__ = ["INLINED", "LEFT_OUT", "MARK", "THROUGH", "UNCALLED", "SiteFacts", "depth_of"]
@@ -81,6 +82,9 @@ class SiteFacts:
         shape = getattr(self.module, "normalized_shape", None)
         if shape:
             return int(shape[-1])
+        packed = packed_weight_of(self.module)
+        if packed is not None:
+            return packed.shape["in_features" in names]
         weight = self.module._parameters.get("weight")
         if weight is not None and weight.dim() == 1:
             return weight.shape[0]

@@ -1,4 +1,4 @@
-"""AWQ in the layout "gemm": weights of a few bits in the buffers qweight, qzeros and scales, of AutoAWQ and gptqmodel."""
+"""AWQ in the layout "gemm": weights of a few bits in the buffers of AutoAWQ's and gptqmodel's modules."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ class AwqWeight(PackedWeight):
 
     def dequantise(self) -> Tensor:
         module, size = self.module, self._group_size
-        steps = self._unpack("qweight").to(torch.int16) - self._unpack("qzeros").to(torch.int16).repeat_interleave(size, 0)
+        steps = self._unpack("qweight").to(torch.int16) - self._unpack("qzeros").to(torch.int16).repeat_interleave(
+            size, 0
+        )
         return (steps * module.scales.repeat_interleave(size, 0)).t().contiguous()
 
     def requantise(self, weight: Tensor, *, scales: Literal["refit", "keep"] = "refit") -> dict[str, Tensor]:

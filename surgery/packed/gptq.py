@@ -41,12 +41,17 @@ class GptqWeight(PackedWeight):
         if not names & _KERNELS or names & _OTHERS or any(name not in module._buffers for name in _BUFFERS):
             return False
         kernel = next(base for base in base_of(module).__mro__ if base.__name__ in _KERNELS)
-        if any(word in kernel.__module__ for word in _REARRANGING) or getattr(module, "planar", False) or runs_more(module):
+        if (
+            any(word in kernel.__module__ for word in _REARRANGING)
+            or getattr(module, "planar", False)
+            or runs_more(module)
+        ):
             return False
         weight, g_idx = module._buffers["qweight"], module._buffers["g_idx"]
         bits = getattr(module, "bits", None)
-        words = type(bits) is int and weight is not None and g_idx is not None and weight.dtype is torch.int32
-        return bool(words and bits in (2, 3, 4, 8) and weight.shape[0] == -(-g_idx.numel() * bits // 32))
+        if type(bits) is not int or weight is None or g_idx is None or weight.dtype is not torch.int32:
+            return False
+        return bits in (2, 3, 4, 8) and weight.shape[0] == -(-g_idx.numel() * bits // 32)
 
     @property
     def layout(self) -> str:
@@ -65,13 +70,13 @@ class GptqWeight(PackedWeight):
         return {name: getattr(self.module, name) for name in _BUFFERS}
 
     def dequantise(self) -> Tensor:
-        module, groups = self.module, self.module.g_idx.long()
+        module, groups = self.module, self._groups()
         out, inner = self.shape
         steps = unpack_words(module.qweight, module.bits, inner).to(torch.int16) - self._zeros()[groups]
         return (module.scales[groups] * steps).t().contiguous()
 
     def requantise(self, weight: Tensor, *, scales: Literal["refit", "keep"] = "refit") -> dict[str, Tensor]:
-        module, bits, groups = self.module, self.module.bits, self.module.g_idx.long()
+        module, bits, groups = self.module, self.module.bits, self._groups()
         rows = weight.detach().float().t()
         if scales == "keep":
             steps, zeros = module.scales.clone(), self._zeros().long()
@@ -103,14 +108,24 @@ class GptqWeight(PackedWeight):
         version = module.qzero_format() if hasattr(module, "qzero_format") else 1
         return 1 if version == 1 else 0
 
+    @property
+    def _is_old(self) -> bool:
+        """Whether the older kernel of auto-gptq runs, which does not read `g_idx` and cuts zero points."""
+        return any(cls.__module__.endswith("qlinear_cuda_old") for cls in base_of(self.module).__mro__)
+
+    def _groups(self) -> Tensor:
+        """The group of each input, in int64."""
+        g_idx = self.module.g_idx
+        if self._is_old:
+            return torch.arange(g_idx.numel(), device=g_idx.device) // self.module.group_size
+        return g_idx.long()
+
     def _zeros(self) -> Tensor:
         """The zero points (groups, out) in int16, as the kernel subtracts them."""
         module = self.module
         stored = unpack_words(module.qzeros.t(), module.bits, module.scales.shape[1]).t()
         zeros = stored.to(torch.int16) + self._offset
-        # The older kernel of auto-gptq cuts the sum to the bits of a code.
-        cut = module.bits != 3 and any(cls.__module__.endswith("qlinear_cuda_old") for cls in base_of(module).__mro__)
-        return zeros & (2**module.bits - 1) if cut else zeros
+        return zeros & (2**module.bits - 1) if self._is_old and module.bits != 3 else zeros
 
     @property
     def _symmetric(self) -> bool:
@@ -121,8 +136,8 @@ class GptqWeight(PackedWeight):
 
     @property
     def _shuffled(self) -> bool:
-        g_idx = self.module.g_idx
-        return not g_idx.is_meta and bool((g_idx.diff() < 0).any())
+        groups = self._groups()
+        return not groups.is_meta and bool((groups.diff() < 0).any())
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         super().write(tensors)

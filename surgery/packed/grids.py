@@ -9,7 +9,14 @@ __all__ = ["fit_grid", "nearest_codes"]
 
 
 def fit_grid(
-    weight: Tensor, groups: Tensor, count: int, *, bits: int, symmetric: bool, zeros: tuple[int, int], dtype: torch.dtype
+    weight: Tensor,
+    groups: Tensor,
+    count: int,
+    *,
+    bits: int,
+    symmetric: bool,
+    zeros: tuple[int, int],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Returns scales in `dtype` and zero points in int64, both (groups, out): those of the least and greatest weight.
 

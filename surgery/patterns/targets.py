@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import RuleError, qualified_name
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.pattern import Candidate, Pattern, Verdict
 
 __all__ = ["Target", "Targets", "as_pattern", "normalise_targets"]
@@ -22,14 +23,14 @@ Targets = Target | Iterable[Target]
 class AllLinear(Pattern):
     """The target `"all-linear"`, as in PEFT: every linear layer except the output head.
 
-    Linear layers are Linear and transformers' Conv1D, as in PEFT. nn.MultiheadAttention is one target for its four
-    projections, because the forward of its inner `out_proj` never runs.
+    Linear layers are Linear, transformers' Conv1D and quantised linear layers, as in PEFT. nn.MultiheadAttention is one
+    target for its four projections, because the forward of its inner `out_proj` never runs.
     """
 
     def verdict(self, candidate: Candidate) -> Verdict:
         module = candidate.module
         names = {qualified_name(cls) for cls in type(module).__mro__}
-        if not names & _LINEAR:
+        if not names & _LINEAR and packed_weight_of(module) is None:
             return Verdict(False, "all-linear", f"{type(module).__name__} is not a linear layer")
         if id(module) in candidate.heads:
             return Verdict(False, "all-linear", "it is the output head")

@@ -13,6 +13,7 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import abbreviate
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.own_entries import own_parameter
 
 __all__ = ["rank_notes", "rank_warnings"]
@@ -76,6 +77,9 @@ def _sizes(module: Any) -> tuple[int, int] | None:
     """The sizes of a module's weight as a matrix; for packed weights, those of the unpacked matrix."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
+    packed = packed_weight_of(module)
+    if packed is not None:
+        return packed.shape
     weight = own_parameter(module, "weight")
     if weight is None or weight.dim() < 2 or not weight.is_floating_point():
         return None

@@ -72,7 +72,12 @@ class QuantLinear(_GroupedLinear):
     stored_offset = 1
 
     def __init__(
-        self, linear: nn.Linear, bits: int = 4, group_size: int = 16, order: Tensor | None = None, symmetric: bool = False
+        self,
+        linear: nn.Linear,
+        bits: int = 4,
+        group_size: int = 16,
+        order: Tensor | None = None,
+        symmetric: bool = False,
     ):
         super().__init__()
         self.infeatures, self.outfeatures = linear.in_features, linear.out_features
