@@ -18,7 +18,7 @@ from surgery.rules._low_rank.rule import LowRankRule, TensorSource, sure
 from surgery.rules._shared import fields
 from surgery.rules.bias import EVERYWHERE, BiasesOf, BiasRule
 from surgery.rules.invocation import InvocationRule, within_invocation
-from surgery.rules.slots.low_rank import low_rank_tensors
+from surgery.rules.slots.low_rank import LowRankSlotRule, low_rank_tensors
 
 
 @rule("lora")
@@ -233,6 +233,19 @@ class LoraRule(LowRankMethod):
         A, B, magnitude = (site.params[part.prefix + name].detach() for name in ("A", "B", "magnitude"))
         changed = self._starting(site, part, A) + part.delta(A, B) * self.scale_at(site.path)
         return gain_of(part, magnitude, changed)
+
+    def weights_at(self, module: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Returns the weights that LoRA can change on a module: name → (shape, groups); empty if there are none."""
+        groups = getattr(module, "groups", 1)
+        layout = layout_of(module, groups if isinstance(groups, int) else 1)
+        return {part.weight: (part.shape, part.groups) for part in layout.parts} if isinstance(layout, Layout) else {}
+
+    def tensors_of(
+        self, site: LiveSite, changes: Mapping[str, LowRank], bias: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Returns the tensors of a rule with the scale 1 that makes these changes of weights, in the module's dtype."""
+        slot = LowRankSlotRule(rank=self.rank_at(site.path), bias=self.lora_bias, dtype=self.dtype)
+        return low_rank_tensors(slot, site, changes, bias)
 
     def neutral(self, site: LiveSite) -> dict[str, Tensor]:
         zeros = {name: tensor.zero_() for name, tensor in site.params.items() if not name.endswith("magnitude")}

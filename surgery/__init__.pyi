@@ -43,6 +43,8 @@ from .lifecycle.commit import commit
 from .lifecycle.forget import forget
 from .lifecycle.remove import remove
 from .lifecycle.rename_copy import copy_adapter, rename_adapter
+from .lora_conversion.as_lora import as_lora
+from .lora_conversion.report import LoraReport, LoraSite
 from .merging.merge import MergeReport, merge, unmerge
 from .model_edits.model_edits import ModelEdits
 from .onnx.checking.parity import ParityReport, verify_onnx
@@ -90,6 +92,8 @@ __all__ = [
     "LiveSite",
     "LoadError",
     "LoadReport",
+    "LoraReport",
+    "LoraSite",
     "LowRank",
     "MatchError",
     "MatchedModule",
@@ -132,6 +136,7 @@ __all__ = [
     "adapters",
     "apply_rules",
     "as_digraph",
+    "as_lora",
     "base_state_dict",
     "call_own",
     "class_of",

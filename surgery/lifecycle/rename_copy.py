@@ -25,7 +25,7 @@ from surgery.transaction.undo_log import Journal
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.site_class import install_live
 
-__all__ = ["check_whole", "copy_adapter", "rename_adapter"]
+__all__ = ["check_whole", "copied_rule", "copy_adapter", "rename_adapter"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -117,7 +117,7 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
     check_not_structural(state, [old], "be copied", "apply its rules to another model")
     check_whole(state, old, "be copied")
     clones: dict[int, Tensor] = {}  # by id: tensors that sites share stay shared in the copy
-    placed = [_copied_rule(module, applied, clones) for module, rules in state.places[old] for applied in rules]
+    placed = [copied_rule(module, applied, clones) for module, rules in state.places[old] for applied in rules]
     rules = [rule for rule in state.adapters[old] if not isinstance(rule, StructureRule)]
     attach_idle(root, new, rules, placed, [old])
     return model
@@ -203,7 +203,7 @@ def _rekey(mapping: dict[str, Any], old: str, new: str) -> None:
 # Copying ------------------------------------------------------------------------------------------------------
 
 
-def _copied_rule(module: nn.Module, applied: Applied, clones: dict[int, Tensor]) -> PlacedRule:
+def copied_rule(module: nn.Module, applied: Applied, clones: dict[int, Tensor]) -> PlacedRule:
     """A rule of the copy, with clones of its tensors and their flags."""
     box = box_of(module, applied.adapter)
     source = box.tensors() if box is not None else {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from surgery.state.records import Applied, Merged, SiteState
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.rewrite_recording import layer_of
 
-__all__ = ["NotFiniteError", "check_finite", "merge_site", "owner_of"]
+__all__ = ["Folding", "NotFiniteError", "changes_of_rules", "check_finite", "merge_site", "owner_of"]
 
 
 class NotFiniteError(MergeError):
@@ -45,7 +45,7 @@ def merge_site(
     keep_site(journal, module)
     merged = Merged(tuple(names))
     folding = SiteFolding(module, path, keep, journal)
-    for changes in _changes(module, site, chosen, folding):
+    for _, changes in changes_of_rules(module, site, chosen, folding):
         for name, change in changes.items():
             check_foldable(owners, module, name, change, path, untie)
             if untie and name not in merged.tied:
@@ -60,7 +60,7 @@ def check_finite(
 ) -> None:
     """Fold into copies, and raise `NotFiniteError` if a result is not finite (`safe=True`)."""
     folding = SiteFolding(module, path, "copy", Journal(), dry=True)
-    for changes in _changes(module, site, chosen, folding):
+    for _, changes in changes_of_rules(module, site, chosen, folding):
         for name, change in changes.items():
             check_foldable(owners, module, name, change, path, untie)
             folding.add(name, change)
@@ -74,13 +74,28 @@ def check_finite(
         )
 
 
-def _changes(
-    module: nn.Module, site: SiteState, chosen: list[Applied], folding: SiteFolding
-) -> Iterator[dict[str, Change]]:
-    """The changes of each rule at a site, in the order of the graph.
+class Folding(Protocol):
+    """The tensors of a site while the changes of its rules are added to them, one rule after another."""
+
+    def source(self, name: str, base: bool) -> Tensor:
+        """Returns a tensor as the present rule sees it, or (`base`) as it was before any rule added to it."""
+        ...
+
+    def mark_base(self) -> None:
+        """Note that the changes so far replaced the base's parameters; the following changes add to them."""
+
+
+def changes_of_rules(
+    module: nn.Module,
+    site: SiteState,
+    chosen: list[Applied],
+    folding: Folding,
+    weight_of: Callable[[Applied], float] = lambda applied: applied.weight,
+) -> Iterator[tuple[Applied, dict[str, Change]]]:
+    """Yields each rule at a site with its changes, in the order of the graph. The caller adds them to `folding`.
 
     Rules that replace a parameter act before rules that add to the output. Rules that change the input act on both, the
-    last applied first.
+    last applied first. `weight_of`: the factor of a rule's change.
     """
     own = own_forward(module, site.base) if len(chosen) > 1 else None  # a single rule needs no order
     replacing, adding, on_input = [], [], []
@@ -97,11 +112,9 @@ def _changes(
             for name, change in changes.items():
                 if not isinstance(change, (LowRank, Rows, Tensor)):
                     raise TypeError(f"{name} is given a {type(change).__name__}, not a tensor, LowRank or Rows")
-        if applied.weight != 1.0:
-            changes = {
-                name: scale_change(change, live.tensor(name), applied.weight) for name, change in changes.items()
-            }
-        yield changes
+        if (weight := weight_of(applied)) != 1.0:
+            changes = {name: scale_change(change, live.tensor(name), weight) for name, change in changes.items()}
+        yield applied, changes
 
 
 def _untie(owners: Owners, module: nn.Module, name: str, merged: Merged, journal: Journal) -> None:

@@ -62,6 +62,7 @@ ORDER: dict[str, int] = {
                 "adapter_files",
                 "peft_format",
                 "storage",
+                "lora_conversion",
                 "trainer",
                 "testing",
             ),

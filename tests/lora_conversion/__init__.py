@@ -1,0 +1,1 @@
+"""Tests of conversions of changes of weights to LoRA."""
