@@ -99,8 +99,7 @@ class _WideTensors:
     def add(self, name: str, change: Change) -> None:
         first = name not in self.changed
         self.changed[name] = None
-        plain = isinstance(change, LowRank) and change.gain is None
-        if plain and (first or name in self._added):
+        if isinstance(change, LowRank) and change.gain is None and (first or name in self._added):
             self._added.setdefault(name, []).append(change)
             self._low_rank.setdefault(name, []).append(change)
             return

@@ -61,7 +61,7 @@ X = torch.arange(10).view(2, 5)
 MAPS = ["embed", "up", "down", "grouped", "depth"]
 
 
-def adapted(rules: Any, adapter: str = "default", model: nn.Module | None = None) -> nn.Module:
+def adapted(rules: Any, adapter: str = "default", model: nn.Module | None = None) -> Any:
     """A model in evaluation mode with rules whose tensors are random."""
     model = apply_rules(model or Net().eval(), rules, adapter=adapter, example_inputs=X)
     with torch.no_grad():
@@ -184,7 +184,14 @@ def test_rules_without_a_change_of_weights_are_refused_by_name() -> None:
 
 def test_arguments_that_do_not_fit() -> None:
     model = adapted(LoraRule("up", rank=2))
-    for arguments in ({"rank": 0}, {"tolerance": 1.0}, {"adapter": "other"}, {"adapter": []}, {"into": "default"}):
+    wrong: tuple[dict[str, Any], ...] = (
+        {"rank": 0},
+        {"tolerance": 1.0},
+        {"adapter": "other"},
+        {"adapter": []},
+        {"into": "default"},
+    )
+    for arguments in wrong:
         with pytest.raises(SurgeryError):
             as_lora(model, **arguments)
     adapted(OftRule("up", block_size=4), "turn", model)
