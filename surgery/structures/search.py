@@ -149,13 +149,21 @@ class Search:
         while starts:
             index, node = starts.pop()
             if index == root:
-                candidates.add(node)
+                if self.computes(root, node):
+                    candidates.add(node)
                 continue
             for pair in self.up(index, node):
                 if pair not in visited:
                     visited.add(pair)
                     starts.append(pair)
         return sorted((node for node in candidates if not isinstance(node, Implied)), key=self.order.__getitem__)
+
+    def computes(self, root: int, node: Any) -> bool:
+        """Whether a node is an operation of the result itself, and not one that only passes the result on."""
+        part = self.parts[root]
+        if part.kind == "either":
+            return any(self.computes(below, node) for below in part.operands)
+        return part.kind != "operation" or self.named(part, node)
 
     def up(self, index: int, node: Any) -> Iterator[tuple[int, Any]]:
         for above in self.above[index]:

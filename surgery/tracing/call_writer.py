@@ -54,7 +54,7 @@ class CallWriter:
             op, target, nodes = "call_function", in_region, ((region, function, *nodes[0]), nodes[1])
         if value is NotImplemented:
             return value
-        node = self.ledger.graph.create_node(op, target, *nodes, name="self_1" if target == "self" else None)
+        node = self.ledger.graph.create_node(op, target, *nodes)
         if target is in_region:
             node.meta["called"] = called_target
         if region[2] is False and self.region[2] is True:
