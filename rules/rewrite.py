@@ -60,6 +60,8 @@ class RewriteRule(Rule):
         tolerance: The largest difference that the check allows, relative to the largest value of a tensor. Default
             None: computed from the dtype.
         omits: Whether a tensor of the module's output, such as attention weights, may become None. Default False.
+        across_modules: Whether a match may have operations of several modules. The children between them are then a
+            part of the forward that is rewritten. Default True. False: operations and layers of one forward.
 
     Raises:
         RuleError: The pattern can't be read, it has a parameter that it does not use, or the replacement has a
@@ -74,6 +76,7 @@ class RewriteRule(Rule):
     exact: bool = False
     tolerance: float | None = None
     omits: bool = False
+    across_modules: bool = True
 
     imports = repeatable = skips_calls = True
     why_not_merged = "it puts other operations in the place of operations, which no weight holds"
@@ -87,7 +90,7 @@ class RewriteRule(Rule):
                 raise self.bad(field, "a function, or its qualified name")
         if self.training not in ("both", "eval"):
             raise self.bad("training", "'both' or 'eval'")
-        for field in ("equivalent", "exact", "omits"):
+        for field in ("equivalent", "exact", "omits", "across_modules"):
             if not isinstance(getattr(self, field), bool):
                 raise self.bad(field, "true or false")
         if self.tolerance is not None and not (isinstance(self.tolerance, (int, float)) and self.tolerance >= 0):
@@ -144,6 +147,9 @@ class RewriteRule(Rule):
     def structures(self) -> Sequence[Structure]:
         return (self._structure(),)
 
+    def spans_modules(self) -> bool:
+        return self.across_modules
+
     def rewrite(self, site: Site) -> Tensor | None:
         structure = self._structure()
         found = site.find(structure, leaves=False)
@@ -190,6 +196,8 @@ class RewriteRule(Rule):
         return tuple(results)
 
     def _fits(self, match: RewriteMatch) -> bool:
+        if not self.across_modules and len(match.modules) > 1:
+            return False
         return self.where is None or bool(resolve(self.where)(match))
 
 

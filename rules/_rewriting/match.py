@@ -46,6 +46,12 @@ class RewriteMatch(Mapping[str, Any]):
         return tuple(self.site.node_of(value) for value in self.found.nodes)
 
     @property
+    def modules(self) -> set[str]:
+        """The paths, from the site, of the modules whose forwards have the operations, as far as they are inlined."""
+        nodes = [node for node in self.nodes if node.op != "get_attr"]
+        return {node.meta.get("inlined", _caller(node)) for node in nodes}
+
+    @property
     def results(self) -> set[fx.Node]:
         """The nodes that the replacement's results take the place of."""
         roots = getattr(self.found, "roots", None) or (self.found.root,)
@@ -102,6 +108,10 @@ def disjoint(matches: list[RewriteMatch]) -> list[RewriteMatch]:
 
 def _overlap(match: RewriteMatch, other: RewriteMatch) -> bool:
     return match.results & other.inner != set() or other.results & match.inner != set()
+
+
+def _caller(node: fx.Node) -> str:
+    return str(node.target).rpartition(".")[0] if node.op == "call_module" else ""
 
 
 class MatchSite:

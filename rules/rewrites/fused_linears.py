@@ -40,7 +40,8 @@ def fuse_linears(targets: Any = (), *, count: int = 3, held: bool = False, **fie
     The result has the bits of the separate products where the BLAS computes each output feature alike for all sizes of
     the matrix. Else its last bits differ.
 
-    A Linear with hooks or with another adapter stays as it is.
+    A Linear with hooks or with another adapter stays as it is. The Linears are layers of one module: those of a
+    decoder's layers that all read the encoder's output stay apart. `across_modules=True` joins Linears of several modules.
 
     Args:
         targets: Where the rule goes; default: everywhere.
@@ -52,7 +53,8 @@ def fuse_linears(targets: Any = (), *, count: int = 3, held: bool = False, **fie
         raise RuleError("fuse_linears fuses 2 or 3 Linears", why=f"count is {count!r}", fix="apply it several times")
     pattern = pair if count == 2 else triple
     replacements = (held_pair, held_triple) if held else (fused_pair, fused_triple)
-    fields = {"where": are_plain, "equivalent": not held, **fields}  # the copy passes no gradient on to the base
+    # The copy passes no gradient on to the base. Keys and values of several layers may have one input: not across them.
+    fields = {"where": are_plain, "equivalent": not held, "across_modules": False, **fields}
     return RewriteRule(targets, pattern=pattern, replacement=replacements[count - 2], **fields)
 
 

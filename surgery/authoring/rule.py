@@ -46,6 +46,10 @@ class Placement(Declaration):
         """
         return ()
 
+    def spans_modules(self) -> bool:
+        """Whether a match of `structures` may have operations of several modules. Default True."""
+        return True
+
     def equivalence(self) -> Equivalence | None:
         """Returns how equal a rewritten module's results must be to those of its own forward, for `apply_rules`.
 

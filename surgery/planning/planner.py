@@ -17,8 +17,9 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.authoring.rule_arguments import model_problem, rules_in
+from surgery.authoring.site_facts import INLINED
 from surgery.authoring.structure_rule import StructureRule
-from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, abbreviate, collapse_similar
+from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, TraceError, abbreviate, collapse_similar
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
 from surgery.patterns.wrappers import submodule, unwrap
@@ -210,6 +211,13 @@ def _plan_site(
             recording = record_rewrite(rule, module, path, plan.adapter, own, example, owners, facts, claims)
             if key is not None and not recording.inside and not facts:
                 recordings[key] = recording
+    except TraceError as error:
+        if not by_structures:
+            plan.problems.append(error)
+            return
+        plan.passed.append(path)
+        plan.reasons.append(_untraceable(rule, path, facts, error))
+        return
     except SurgeryError as error:
         plan.problems.append(error)
         return
@@ -236,6 +244,14 @@ def _plan_site(
             recording.replaced,
         )
     )
+
+
+def _untraceable(rule: Rule, path: str, facts: dict[str, Any], error: TraceError) -> str:
+    """Why a rule leaves out a site that it found in the call of the model: the site's forward can't be traced."""
+    inlined = facts.get(INLINED, ())
+    inside = f" with the operations of {abbreviate(list(inlined))} in it" if inlined else ""
+    reason = "; ".join(filter(None, (error.what, error.why, error.where)))
+    return f"{rule.label} leaves out a match at {path or 'the model itself'}{inside}: {reason}"
 
 
 def _class_problem(rule: Rule, match: Match, adds_tensors: bool) -> SiteError | None:

@@ -8,6 +8,7 @@ inlined there: the site's graph has their operations. Every other child stays on
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from surgery.planning.matching import Match, Tree, matches
 from surgery.planning.plan import Plan
 from surgery.state.records import site_state
 from surgery.structures.fx_digraph import whole_graph
-from surgery.structures.structure import Structure
+from surgery.structures.structure import Found, Occurrence, Structure
 from surgery.tracing.example_call import evaluating
 from surgery.tracing.inlining import inlining_objection
 from surgery.weaving.class_objections import reason_against
@@ -118,7 +119,7 @@ def _place(
     inside, out = frozenset(regions), frozenset(excluded)
     for graph in _graphs(plan):
         for structure in structures:
-            found = structure.find(graph)
+            found = structure.find(graph) if rule.spans_modules() else _find_in_modules(graph, structure)
             reasons += [found.reason] if found.reason else []
             for match in found:
                 owners, layers = _owners(graph, match.nodes)
@@ -189,6 +190,37 @@ def _graphs(plan: Plan) -> list[Any]:
         with evaluating(plan.model):
             plan.whole_graphs.append(whole_graph(plan.model, plan.examples[index]))
     return plan.whole_graphs
+
+
+def _find_in_modules(graph: Any, structure: Structure) -> Found:
+    """Find a structure among the operations of each module alone."""
+    import networkx
+
+    members: dict[str, dict[Any, Any]] = {}
+    for node, data in graph.nodes(data=True):
+        if data["op"] != "get_attr":
+            path = data["path"] or ""
+            members.setdefault(_parent(path) if data["op"] == "call_module" else path, {})[node] = data
+    found, reason, order = list[Occurrence](), "", {node: index for index, node in enumerate(graph)}
+    for nodes in members.values():
+        own = networkx.DiGraph()
+        sources = {source for node in nodes for source in graph.predecessors(node)}
+        for node in sorted({*nodes, *sources}, key=order.__getitem__):
+            own.add_node(node, **(nodes[node] if node in nodes else {**graph.nodes[node], **_INPUT}))
+        own.add_edges_from(graph.in_edges(nodes, data=True))
+        matches = structure.find(own)
+        found += matches
+        reason = max(reason, matches.reason, key=_closeness)
+    return Found(found, "" if found else reason)
+
+
+def _closeness(reason: str) -> int:
+    """How many operations of a pattern are in a nearest miss."""
+    count = re.match(r"nearest miss, (\d+)", reason)
+    return int(count[1]) if count is not None else 0
+
+
+_INPUT: dict[str, Any] = {"op": "placeholder", "operation": "placeholder", "operands": (), "keywords": {}, "type": None}
 
 
 def _owners(graph: Any, nodes: Iterable[Any]) -> tuple[set[str], set[str]]:

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 EXPECTED = {
     "llama": {"fuse_attention", "fuse_rms_norm", "fuse_linears (3)", "fuse_linears (2)", "NoOpsRule"},
     "gpt2": {"fuse_attention", "fuse_gelu (tanh)", "NoOpsRule"},
-    "t5": {"fuse_attention", "fuse_rms_norm", "fuse_linears (2)", "NoOpsRule"},
+    "t5": {"fuse_attention", "fuse_rms_norm", "fuse_linears (3)", "fuse_linears (2)", "NoOpsRule"},
     "vit": {"fuse_attention", "fuse_linears (3)", "fuse_linears (2)", "NoOpsRule"},
     "cohere": {"fuse_attention", "fuse_layer_norm", "fuse_linears (3)", "fuse_linears (2)", "NoOpsRule", "ShareRule"},
 }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import PlanError, RuleError, adapter_state_dict, apply_rules, remove
+from surgery import PlanError, RuleError, SurgeryWarning, adapter_state_dict, apply_rules, remove
 from surgery.rules import LoraRule
 from surgery.rules.rewrites import fuse_linears
 from tests.support.tiny import bert, llama
@@ -110,3 +110,48 @@ def test_a_part_may_be_written_in_place() -> None:
     apply_rules(model, fuse_linears(count=2), example_inputs=x)
     assert torch.allclose(model(x), before, atol=1e-6)
     model(x).sum().backward()
+
+
+class Cross(nn.Module):
+    """Attends to the states of an encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.key, self.value = Attention(), nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return (self.attention(x) @ self.key(memory).mT).softmax(-1) @ self.value(memory)
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Cross(), Cross()
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return torch.cat([self.first(x, memory), self.second(x, memory)], -1)
+
+
+def test_linears_of_several_layers_with_one_input_stay_apart() -> None:
+    model, example = Decoder(), (torch.randn(2, 5, 8), torch.randn(2, 3, 8))
+    before = model(*example)
+    sites = {path for path, module in apply_rules(model, fuse_linears(), example_inputs=example).named_modules()
+             if hasattr(type(module), "_surgery_base")}  # fmt: skip
+    assert sites == {"first.attention", "second.attention"}
+    assert torch.allclose(model(*example), before, atol=1e-6)  # one BLAS call sums in another order than three
+    remove(model)
+    apply_rules(model, fuse_linears(across_modules=True), example_inputs=example)
+    assert hasattr(type(model), "_surgery_base") and torch.allclose(model(*example), before, atol=1e-6)
+
+
+def test_a_site_that_cannot_be_traced_is_left_out_with_the_reason() -> None:
+    """T5's cache changes while the layers run, so their operations can't be a part of the decoder's forward."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 9, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2}
+    config = transformers.T5Config(**sizes, num_layers=1, num_decoder_layers=2)
+    model, ids = transformers.T5Model(config).eval(), torch.tensor([[1, 2, 3]])
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    with pytest.warns(SurgeryWarning, match=r"leaves out a match at decoder with the operations of 6 sites"):
+        apply_rules(model, fuse_linears(across_modules=True), example_inputs=inputs)
+    assert hasattr(type(model.encoder.block[0].layer[0].SelfAttention), "_surgery_base")
+    assert type(model.decoder) is type(model.encoder)
