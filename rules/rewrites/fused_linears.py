@@ -40,8 +40,8 @@ def fuse_linears(targets: Any = (), *, count: int = 3, held: bool = False, **fie
     The result has the bits of the separate products where the BLAS computes each output feature alike for all sizes of
     the matrix. Else its last bits differ.
 
-    A Linear with hooks or with another adapter stays as it is. The Linears are layers of one module: those of a
-    decoder's layers that all read the encoder's output stay apart. `across_modules=True` joins Linears of several modules.
+    A Linear with hooks or with another adapter stays as it is. The Linears are layers of one module, so those of
+    several decoder layers that read the encoder's output stay apart. `across_modules=True` joins them.
 
     Args:
         targets: Where the rule goes; default: everywhere.
