@@ -14,7 +14,7 @@ TARGETS = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # by m
 @peft_method
 class Adaption(PeftMethod):
     peft_type, rule, targeted = "ADAPTION_PROMPT", AdaptionRule, False
-    lacks = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")
+    lacks = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication")
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         kind = _kind(config.model)

@@ -82,9 +82,6 @@ class Lora(PeftMethod):
         config.take("fan_in_fan_out")  # how a weight lies is the module's own affair
         if config.take("use_qalora") is not None and config.data["use_qalora"]:
             raise config.refuse("use_qalora", "it pools the input of quantised layers")
-        if config.take("layer_replication"):
-            why = "it repeats layers of the base, whose weights they share"
-            raise config.refuse("layer_replication", why, "repeat the layers of the model, and leave the field out")
         if config.take("velora_config"):
             config.notes.append(
                 "velora_config is passed over: VeLoRA saves memory while training, which is not done here"

@@ -42,7 +42,8 @@ class BaseRows(PeftPart):
 class TrainableTokens(PeftMethod):
     """PEFT's method of rows alone. Its tensors are entries of `Tokens`, the part of rows beside any method."""
 
-    peft_type, rule, targeted, lacks = "TRAINABLE_TOKENS", TokensRule, False, ("ensure_weight_tying",)
+    peft_type, rule, targeted = "TRAINABLE_TOKENS", TokensRule, False
+    lacks = ("ensure_weight_tying", "layer_replication")
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         config.silent("init_weights")

@@ -41,6 +41,7 @@ from surgery.peft.saving import save_folder
 from surgery.peft.starts import load_start
 from surgery.peft.tensor_options import keep_base_dtype, move_to_meta, require_idle_gradients
 from surgery.peft.training import add_to_loss, allocation_of
+from surgery.peft_format.base_structure import restructured, without_present
 from surgery.peft_format.methods import method_of, rules_by
 from surgery.peft_format.writing import to_peft
 from surgery.rewritten_model.verb_root import rewritten, root_of
@@ -50,6 +51,7 @@ from surgery.state.records import merged_adapters, model_state
 from surgery.storage.hub_upload import upload
 from surgery.storage.load_report import LoadReport
 from surgery.tracing.example_call import dummy
+from surgery.transaction.undo_log import Journal
 
 __all__ = ["LoadResult", "PeftMixedModel", "PeftModel"]
 
@@ -182,10 +184,12 @@ class PeftModel(FacadeProperties):
             raise as_builtin(SurgeryError(f"Adapter with name '{adapter_name}' already exists.", fix=fix))
         self._check_kind(peft_config)
         config = with_defaults(peft_config, self._base, self._task)
-        check_targets(config, self._base)
-        check_fields(config, self._base)
-        rules = rules_by(self._base, fields_for_rules(config, self._base))
-        warn_of_fields(config, self._base)
+        with restructured(self._base, config.to_dict()):
+            check_targets(config, self._base)
+            check_fields(config, self._base)
+            rules = rules_by(self._base, fields_for_rules(config, self._base))
+            warn_of_fields(config, self._base)
+        rules = without_present(self._base, rules)
         with new_adapters_idle(self._base):
             example = self._example(config, options)
             surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example, freeze=True)
@@ -347,10 +351,15 @@ class PeftModel(FacadeProperties):
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
         """Return the plain model with adapters (default: the active ones) in its weights; all others are removed."""
         base, was_tied = self._base, self._says_tied()
-        if not merged_adapters(unwrap(self._base)):
-            self.merge_adapter(adapter_names, safe_merge)
-        surgery.forget(self._base)
-        self.unload()
+        with Journal():
+            if not merged_adapters(unwrap(self._base)):
+                self.merge_adapter(adapter_names, safe_merge)
+            structural = [record.adapter for record in rewritten(self._base)[1].structure]
+            if structural:  # layers that were repeated stay so, as in PEFT
+                surgery.commit(self._base, [*dict.fromkeys([*merged_adapters(unwrap(self._base)), *structural])])
+            else:
+                surgery.forget(self._base)
+            self.unload()
         if was_tied and _has_own_head(base):  # else the weights would be tied when the model is saved and loaded
             base.config.tie_word_embeddings = False
             text = "Setting `tie_word_embeddings=False` in the model's config: the merged weights are no longer tied."

@@ -26,7 +26,7 @@ from surgery.peft_format.key_history import PREFIX
 from surgery.peft_format.targets import Modules, fields_of
 from surgery.state.base_tensors import base_tensor
 
-__all__ = ["PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
+__all__ = ["PeftMethod", "PeftPart", "PeftPlace", "peft_method", "structure_rules"]
 
 
 def _no_value(name: str) -> Tensor:
@@ -88,6 +88,10 @@ class PeftPart:
         """The rules that a configuration contains beside the method's own, by a field of this part."""
         return ()
 
+    def structure(self, config: PeftConfig) -> Iterable[Rule]:
+        """Structural rules that a configuration contains: the other rules are read on the model that they make."""
+        return ()
+
     def base(self, config: PeftConfig) -> Iterable[Rule]:
         """Rules for tensors of the base that are in the file; they precede all others."""
         return ()
@@ -118,7 +122,11 @@ class PeftMethod(PeftPart):
     targeted: ClassVar[bool] = True  # whether its configuration names modules
     marks: ClassVar[tuple[str, ...]] = ()  # what PEFT's keys have after a path, to find the paths by
     prefix: ClassVar[str] = PREFIX  # what its keys have before a path
-    lacks: ClassVar[tuple[str, ...]] = ("trainable_token_indices", "ensure_weight_tying")  # fields of other parts
+    lacks: ClassVar[tuple[str, ...]] = (  # fields of other parts
+        "trainable_token_indices",
+        "ensure_weight_tying",
+        "layer_replication",
+    )
     biased: ClassVar[bool] = False  # whether its configuration has a field `bias`
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
@@ -262,6 +270,12 @@ def rules_by(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
     for note in settings.notes:
         warnings.warn(note, SurgeryWarning, stacklevel=4)
     return rules
+
+
+def structure_rules(settings: PeftConfig) -> list[Rule]:
+    """The structural rules of a configuration."""
+    _load()
+    return [rule for part in _parts.values() for rule in part.structure(settings)]
 
 
 def read_rules(

@@ -14,6 +14,7 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
 from surgery.peft_format.adapter_config import PeftConfig, kept_fields
+from surgery.peft_format.base_structure import restructured
 from surgery.peft_format.header_settings import alphas_of, check_alphas, settings_of
 from surgery.peft_format.key_history import Spelt
 from surgery.peft_format.keys import at_model_paths, keys_of
@@ -39,6 +40,11 @@ class PeftAdapter:
 
 def read(model: nn.Module, config: Any, file: TensorFile, component: str | None = None) -> PeftAdapter:
     """The rules of an adapter in PEFT's files, and the places of their tensors."""
+    with restructured(model, config if isinstance(config, dict) else {}):
+        return _read(model, config, file, component)
+
+
+def _read(model: nn.Module, config: Any, file: TensorFile, component: str | None) -> PeftAdapter:
     modules = Modules.of(model)
     spelt = keys_of(modules.by_path, file, component)
     keys, assumed, alpha_keys = spelt.keys, list[str](), tuple[str, ...]()

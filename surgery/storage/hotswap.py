@@ -24,6 +24,7 @@ from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.forward.tape import Layer
 from surgery.patterns.module_walk import RESERVED, tensor_key
+from surgery.peft_format.base_structure import present_structure, records_from
 from surgery.rewritten_model.restructure import structure_undone
 from surgery.rewritten_model.state_dict import rules_of
 from surgery.rewritten_model.verb_root import rewritten
@@ -149,10 +150,13 @@ def hotswap(
         *stored.problems,
         *([] if trust else map(distrusted_rule_error, (rule for rule in stored.rules if rule.imports))),
     ]
+    shared = present_structure(model, stored.rules) if stored.shares_structure else []
+    shared = [record for record in shared if record.adapter != adapter]
     structural = [rule for rule in stored.rules if isinstance(rule, StructureRule)]
+    structural = [rule for rule in structural if rule not in [record.rule for record in shared]]
     present = [rule.in_files() for rule in state.adapters[adapter] if isinstance(rule, StructureRule)]
     problems += [_other_structure(adapter, structural, present)] if structural and structural != present else []
-    incoming = [rule for rule in stored.rules if (trust or not rule.imports) and rule not in structural]
+    incoming = [rule for rule in stored.rules if (trust or not rule.imports) and not isinstance(rule, StructureRule)]
     plan, doubtful = plan_incoming_rules(model, incoming, adapter, live)
     values = locate_tensors(plan, stored, report, finite)
     records = [record for record in state.structure if record.adapter == adapter] if structural else []
@@ -166,7 +170,7 @@ def hotswap(
         problems.append(other_vocabulary(model, sizes))
     if problems:
         report.unexpected = []  # of rules that could not be read or matched_sites
-    with structure_undone(structure_since(state, adapter) if structural else []):
+    with structure_undone(structure_since(state, adapter) if structural else records_from(model, shared)):
         report.base = differences(model, stored.base)  # files with a structure are for a model without it
     problems += new_values.problems
     if strict:

@@ -23,9 +23,11 @@ from surgery.lifecycle.insertion import InitialValue, install_plan
 from surgery.model_edits.structure_tensor import StructureTensor
 from surgery.patterns.module_walk import RESERVED, tensor_key
 from surgery.patterns.wrappers import unwrap
+from surgery.peft_format.base_structure import present_structure, records_from, structure_fields
 from surgery.planning.plan import Plan
 from surgery.planning.planner import make_plan
 from surgery.progress import Progress
+from surgery.rewritten_model.restructure import structure_undone
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.fingerprint import differences
 from surgery.state.records import require_state
@@ -122,7 +124,9 @@ def load_adapter(
         *completed(stored.problems, source),
         *([] if trust else map(distrusted_rule_error, (rule for rule in stored.rules if rule.imports))),
     ]
-    known = [rule for rule in stored.rules if trust or not rule.imports]
+    shared = present_structure(model, stored.rules) if stored.shares_structure else []
+    on_model = [record.rule for record in shared]
+    known = [rule for rule in stored.rules if (trust or not rule.imports) and rule not in on_model]
     with torch.random.fork_rng(devices=[]):  # random initial values are overwritten
         plan = make_plan(model, known, adapter, example_inputs, freeze) if known else None
     values: list[tuple[PlannedRule, str, Entry]] = []
@@ -142,7 +146,8 @@ def load_adapter(
             with resized(model, *sizes):
                 return load_adapter(model, source, adapter, subfolder=subfolder, revision=revision, **options)
         problems.append(other_vocabulary(model, sizes))
-    report.base = differences(model, stored.base, _restored(plan))
+    with structure_undone(records_from(model, shared)):
+        report.base = differences(model, stored.base, _restored(plan))
     if strict:
         without = "load_adapter(…, strict=False) loads the adapter without this setting, so it computes something else"
         problems += completed(stored.unheld, source, without)
@@ -164,7 +169,7 @@ def load_adapter(
         except Exception as error:  # a field may be valid and still fail to initialise
             problem = SurgeryError("its rules can't be applied", why=f"{type(error).__name__}: {error}")
             raise LoadError(completed([problem], source)) from error
-    require_state(model).peft_fields[adapter] = dict(stored.peft_fields)
+    require_state(model).peft_fields[adapter] = {**stored.peft_fields, **structure_fields(model, shared)}
     _fill(plan, values, stored.file)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
     report.loaded += [entry.key for _, entry in structure]

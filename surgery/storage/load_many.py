@@ -8,12 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from surgery.adapter_files.entry import SURGERY, names_in
+from surgery.adapter_files.entry import PEFT, SURGERY, names_in
+from surgery.adapter_files.plain_json import read_json
 from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
 from surgery.lifecycle.activation import activate, deactivate
 from surgery.lifecycle.switching import weights_now
 from surgery.patterns.wrappers import unwrap
+from surgery.peft_format.adapter_config import PeftConfig
+from surgery.peft_format.methods import structure_rules
+from surgery.peft_format.targets import Modules
 from surgery.state.records import model_state
 from surgery.storage.load import load_adapter
 from surgery.storage.load_report import LoadReport
@@ -101,11 +105,22 @@ def _rest(model: nn.Module) -> None:
         deactivate(model)
 
 
+def _may_restructure(model: nn.Module, folder: Path) -> bool:
+    """Whether the files of an adapter may have structural rules. PEFT's are not opened unless their settings have."""
+    if (names_in(folder) or ("",))[0] == SURGERY[0]:
+        return True
+    try:
+        settings = read_json(folder / PEFT[1])
+        return isinstance(settings, dict) and bool(structure_rules(PeftConfig(settings, Modules.of(model))))
+    except (OSError, SurgeryError):  # `load_adapter` raises it again
+        return False
+
+
 def _structural(model: nn.Module, folders: Mapping[str, Path]) -> list[str]:
     """The adapters with structural rules. They come first, because the others may need the structure."""
     structural: list[str] = []
     for name, inner in folders.items():
-        if (names_in(inner) or ("",))[0] != SURGERY[0]:  # PEFT's format does not hold structural rules
+        if not _may_restructure(model, inner):
             continue
         try:
             stored = stored_adapter(model, inner, None, None)

@@ -21,6 +21,7 @@ from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_walk import base_modules
 from surgery.peft_format.adapter_config import kept_fields
+from surgery.peft_format.base_structure import described_structure, records_from
 from surgery.peft_format.writing import to_peft
 from surgery.progress import Progress
 from surgery.rewritten_model.restructure import structure_undone
@@ -127,6 +128,9 @@ def save_adapter(
             if config is not None:
                 _warn_of_format(adapter, error, config)
         else:
+            if undone := records_from(model, described_structure(model, config_fields)):
+                with structure_undone(undone):  # it may be another adapter's
+                    extra["base"] = fingerprint(model)
             return _write_files(folder, PEFT, tensors, config_fields, extra, (*SURGERY, OLD), alone, progress)
     settings = {
         "format": NAME,

@@ -34,7 +34,8 @@ class Stored:
     `entry` returns a tensor's place, or None if the rule's fields determine the tensor. `unheld`: settings without a
     field in any rule; `notes`: notices; `assumed`: inferred facts; `ignored`: keys without an effect; `origin`: name
     and class of the base; `vocabulary`: its embeddings' numbers of rows, if the model has another number;
-    `peft_fields`: fields of PEFT's configuration that no rule has, such as the task.
+    `peft_fields`: fields of PEFT's configuration that no rule has, such as the task. `shares_structure`: whether
+    structural rules that another adapter has put on the model are not repeated.
     """
 
     rules: list[Rule]
@@ -51,6 +52,7 @@ class Stored:
     origin: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: Set[int] = frozenset()
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
+    shares_structure: bool = False
 
 
 def stored_adapter(
@@ -102,7 +104,7 @@ def _open_folder(model: nn.Module, place: Path, config: Mapping[str, Any] | None
         "ignored": adapter.ignored,
         "assumed": adapter.assumed,
     }
-    findings |= {"vocabulary": adapter.vocabulary, "peft_fields": adapter.fields}
+    findings |= {"vocabulary": adapter.vocabulary, "peft_fields": adapter.fields, "shares_structure": True}
     return Stored(adapter.rules, file, adapter.entry, adapter.problems, **findings, **extra)
 
 

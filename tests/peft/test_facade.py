@@ -272,7 +272,7 @@ def test_what_can_not_be_held_is_refused_and_the_model_as_it_was() -> None:
     for fields, match in (
         ({"init_lora_weights": "eva", "eva_config": {}}, "init_lora_weights='eva'"),
         ({"init_lora_weights": "loftq"}, "loftq"),
-        ({"use_qalora": True}, "use_qalora"), ({"layer_replication": [(0, 1)]}, "layer_replication"),
+        ({"use_qalora": True}, "use_qalora"), ({"layer_replication": [(0, 9)]}, "there is no layer"),
         ({"target_modules": ["qurey"]}, "query"), ({"r": 0}, "rank=0"),
     ):  # fmt: skip
         with pytest.raises(SurgeryError, match=match):
