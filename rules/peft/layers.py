@@ -23,14 +23,13 @@ class Replicated(PeftPart):
         ranges = config.take(FIELD)
         if not ranges:
             return []
-        pairs = ranges if isinstance(ranges, (list, tuple)) else [None]
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and _are_numbers(pair) for pair in pairs):
+        if not isinstance(ranges, (list, tuple)) or not all(map(_is_range, ranges)):
             raise config.refuse(FIELD, "it is not a list of pairs of numbers", "give [[0, 4], [2, 5]]")
         path = _layers_path(config.model)
         if path is None:
             fix = "repeat the layers with RepeatRule, and leave the field out"
             raise config.refuse(FIELD, "the model does not have its layers where PEFT looks for them", fix)
-        order = [index for start, end in pairs for index in range(start, end)]
+        order = [index for start, end in ranges for index in range(start, end)]
         if not order:
             raise config.refuse(FIELD, "no layer is left", "give ranges [start, end) with start < end")
         return [RepeatRule(path, order=order, shared=True)]
@@ -50,8 +49,8 @@ class Replicated(PeftPart):
         return {FIELD: _ranges(order)}
 
 
-def _are_numbers(pair: Sequence[Any]) -> bool:
-    return all(type(number) is int and number >= 0 for number in pair)
+def _is_range(pair: Any) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)
 
 
 def _layers_path(model: nn.Module) -> str | None:

@@ -158,4 +158,4 @@ def test_what_is_wrong_is_told() -> None:
         assert not before.differences(base)
     other = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(SurgeryError, match="where PEFT looks for them"):
-        ours.get_peft_model(other, ours.LoraConfig(target_modules=["0"], layer_replication=[[0, 1]]))
+        ours.get_peft_model(other, ours.LoraConfig(target_modules=["0"], layer_replication=[(0, 1)]))
