@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surgery import LiveSite, Rule, Site, rule
 from surgery.rules._linear import maps
+from surgery.rules._linear.forward_maps import why_unreadable
 from surgery.rules._shared import complex_weights, fields
 from surgery.rules._shared.solving import cayley
 
@@ -68,8 +69,8 @@ class BoftRule(Rule):
         layout = maps.linear_map(module, "linear", "conv1d", "convolution")
         if isinstance(layout, str):
             return layout
-        if layout.packed:
-            return "it scales and turns the weight itself, and the weight is packed"
+        if why := why_unreadable(module, "it scales and turns the weight itself"):
+            return why
         size = maps.block_of(layout, self.block_size, self.blocks)
         if isinstance(size, str):
             return size

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from surgery import LiveSite, LowRank, Rule, Site, rule
 from surgery.rules._linear import initial
-from surgery.rules._linear.layouts import Layout, WeightPart, column_norm, gain_of, layout_of
+from surgery.rules._linear.forward_maps import why_unreadable
+from surgery.rules._linear.layouts import Layout, WeightPart, column_norm, gain_for, gain_of, layout_of
+from surgery.rules._linear.packed_norm import changed_norm
 from surgery.rules._low_rank import swapping
 from surgery.rules._low_rank.method import LowRankMethod
 from surgery.rules._low_rank.rule import LowRankRule, TensorSource, sure
@@ -120,8 +122,8 @@ class LoraRule(LowRankMethod):
             return "an invocation needs a map of each token: a Linear or transformers' Conv1D"
         if self.tied and (layout.weight_space or layout.packed or layout.kind not in ("linear", "embedding")):
             return "tied factors are for an Embedding or a Linear whose forward is the map"
-        if self.dora and layout.packed:
-            return "DoRA needs the weight's norm, and the weight is packed"
+        if self.dora and (why := why_unreadable(module, "DoRA needs the weight's norm")):
+            return why
         return initial.why_not(
             self.init, used, any(p is not None and p.is_complex() for p in module._parameters.values())
         )
@@ -154,6 +156,8 @@ class LoraRule(LowRankMethod):
         if not self.dora:
             return None
         magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
+        if self.layout(site).packed:
+            return gain_for(part, magnitude, site.apply(changed_norm, site.this, A, B, self.scale_at(site.path)))
         weight = site.tensor(part.weight).to(A.dtype)
         return gain_of(part, magnitude, weight + part.delta(A, B) * self.scale_at(site.path))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 from surgery.rules._linear import maps
+from surgery.rules._linear.forward_maps import why_unreadable
 from surgery.rules._shared import combining, complex_weights, fields
 from surgery.rules.slots.low_rank import LowRankSlottable
 
@@ -79,8 +80,8 @@ class MissRule(LowRankSlottable):
             return f"pieces of rank={self.rank} can't be cut out of its {out} outputs and {inner} inputs"
         if self.variant == "mini" and out % self.mini_r:
             return f"mini_r={self.mini_r} does not divide its {out} outputs"
-        if bat and layout.packed:
-            return "variant='bat' multiplies the weight, and it is packed"
+        if bat and (why := why_unreadable(module, "variant='bat' multiplies the weight")):
+            return why
         return maps.why_no_dropout(layout, self.dropout)
 
     def rewrite(self, site: Site) -> Tensor | None:

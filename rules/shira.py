@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surgery import Combination, LiveSite, Rule, Share, Site, rule
 from surgery.rules._linear import delta
+from surgery.rules._linear.forward_maps import why_unreadable
 from surgery.rules._shared import combining, complex_weights, fields
 
 
@@ -55,7 +56,11 @@ class ShiraRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
-        return delta.why_no_map(module) or delta.more_than_weight(module, self.rank * sum(delta.sizes(module)))
+        return (
+            delta.why_no_map(module)
+            or why_unreadable(module, "it changes entries of the weight")
+            or delta.more_than_weight(module, self.rank * sum(delta.sizes(module)))
+        )
 
     def rewrite(self, site: Site) -> None:
         count = self.rank * sum(delta.sizes(site))

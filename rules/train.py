@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, SlotRule, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, SlotRule, packed_weight_of, rule
 from surgery.rules._shared import combining, complex_weights, fields
 
 R = TypeVar("R", bound=Rule)
@@ -49,6 +49,8 @@ class TrainRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
+        if packed_weight_of(module) is not None:
+            return "its weight is packed, and codes have no gradient; LoraRule trains a change of such a weight"
         return None if dict(own_tensors(module)) else "it owns no parameters"
 
     def rewrite(self, site: Site) -> None:

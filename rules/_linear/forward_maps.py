@@ -37,6 +37,14 @@ def packed(module: nn.Module) -> bool:
     return not (numbers and weight.element_size() > 1) and not torchs_own(module)
 
 
+def why_unreadable(module: nn.Module, what: str) -> str | None:
+    """Returns why a rule can't read or edit a packed weight: its layout is not known. `what` the rule does with it."""
+    if not packed(module) or packed_weight_of(module) is not None:
+        return None
+    kind = type(module._parameters.get("weight")).__name__
+    return f"{what}, and the weight is packed in a layout that is not known ({kind})"
+
+
 def why_not_packed(module: nn.Module) -> str | None:
     """Returns why a module with a packed weight is not the plain map: a user's forward does more than its base class.
 

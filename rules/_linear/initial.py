@@ -32,7 +32,7 @@ def why_not(name: str, layout: Layout, is_complex: bool = False) -> str | None:
         return f"init={name!r} works on real numbers, and the weight is complex"
     if name == "orthogonal":
         return None if rank % 2 == 0 else f"init='orthogonal' needs an even rank, not {rank}"
-    if layout.packed:
+    if layout.packed and name != "mica":
         return f"init={name!r} takes the weight apart, and the weight is packed"
     if rank > min(part.shape):
         return f"init={name!r} takes {rank} directions of a weight that has {min(part.shape)}"

@@ -77,7 +77,11 @@ def gain_of(part: WeightPart, magnitude: Tensor, weight: Tensor) -> Tensor:
 
     A feature whose weight is all zero has no direction to scale. Its gain is 1, so that A and B can learn a direction.
     """
-    norm = column_norm(part, weight).detach()
+    return gain_for(part, magnitude, column_norm(part, weight).detach())
+
+
+def gain_for(part: WeightPart, magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Returns DoRA's magnitude over a norm that is computed already."""
     zero = norm.eq(0)
     return (magnitude / norm.masked_fill(zero, 1.0)).masked_fill(zero, 1.0).view(part.against_weight)
 
@@ -133,6 +137,8 @@ class Layout:
         """Returns W x without the bias, for an input after dropout."""
         if self.kind == "embedding":
             return site.call(x)
+        if self.packed:  # its own kernel
+            return site.call(x, bias=None).to(x.dtype)
         weight = site.weight.to(x.dtype)
         return F.linear(x, weight.t()) if self.kind == "conv1d" else site.call(x, weight=weight, bias=None)
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from surgery.authoring.site_facts import SiteFacts
 from surgery.authoring.site_module import Make, filled_module
 from surgery.errors import SiteError
+from surgery.forward.packed_weights import is_packed
 from surgery.forward.parameter_view import find_tensor
+from surgery.packed.packed_weight import packed_weight_of
 
 __all__ = ["LiveSite", "Tensors"]
 
@@ -50,7 +52,7 @@ class LiveSite(SiteFacts):
 
     @property
     def weight(self) -> Tensor:
-        """The module's weight, with the changes that earlier rules folded into it."""
+        """The module's weight, with the changes that earlier rules folded into it; dequantised, if it is quantised."""
         return self.tensor("weight")
 
     @property
@@ -60,13 +62,25 @@ class LiveSite(SiteFacts):
 
     def tensor(self, name: str) -> Tensor:
         """Returns a parameter or buffer by name, with earlier folds. Raises `SiteError` for an unknown name."""
+        if (dense := self._dequantised(name, False)) is not None:
+            return dense
         if find_tensor(self.module, name) is None:
             raise SiteError(f"{type(self.module).__name__} has no tensor {name!r}", where=self.path)
         return self._source(name, False)
 
     def base(self, name: str) -> Tensor:
-        """Returns a parameter as it was before any merge."""
-        return self._source(name, True)
+        """Returns a parameter as it was before any merge; dequantised, if it is quantised."""
+        dense = self._dequantised(name, True)
+        return self._source(name, True) if dense is None else dense
+
+    def _dequantised(self, name: str, base: bool) -> Tensor | None:
+        """The dequantised weight, while the module is quantised and no earlier fold has made the weight plain."""
+        if name != "weight" or (packed := packed_weight_of(self.module)) is None:
+            return None
+        stored = find_tensor(self.module, name)
+        if stored is not None and not is_packed(self._source(name, base)):
+            return None
+        return packed.dequantise()
 
     def submodule(self, name: str, make: Make) -> nn.Module:
         """Returns the module that `rewrite` declared by `Site.submodule(name, make)`, as an ordinary module.

@@ -24,6 +24,7 @@ from surgery.forward.tape import Tape
 from surgery.forward.tape_steps import Ref
 from surgery.forward.unnamed_inputs import FIRST, hidden_first
 from surgery.forward.values import Value, ref_of
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.module_walk import RESERVED
 from surgery.structures.skipped_ops import Passage
 from surgery.structures.structure import Structure
@@ -208,7 +209,11 @@ class Site(DeclaredTensors, ExampleFacts, MatchReplacement):
 
     @property
     def weight(self) -> Tensor:
-        """The weight's value in the graph; `site.replace(site.weight, …)` edits it."""
+        """The weight's value in the graph; `site.replace(site.weight, …)` edits it.
+
+        On a quantised module this is the dequantised weight, computed once in a call. A call with another weight is
+        the plain map: activations that the module would quantise stay as they are.
+        """
         return self.tensor("weight")
 
     @property
@@ -224,7 +229,7 @@ class Site(DeclaredTensors, ExampleFacts, MatchReplacement):
     def tensor(self, name: str) -> Tensor:
         """Returns a parameter or buffer of the module by name. A dotted name leads to a child's tensor."""
         tensor = find_tensor(self.module, name)
-        if tensor is None:
+        if tensor is None and not (name == "weight" and self.own.packed):
             names = [key for key, _ in (*self.module.named_parameters(), *self.module.named_buffers())]
             raise SiteError(
                 f"{type(self.module).__name__} has no tensor {name!r}",
@@ -270,7 +275,10 @@ class Site(DeclaredTensors, ExampleFacts, MatchReplacement):
         tensor = find_tensor(self.module, name)
         owner = self.module.get_submodule(name.rpartition(".")[0])
         why = None
-        if type(tensor) not in (nn.Parameter, Tensor):
+        if name == "weight" and (packed := packed_weight_of(self.module)) is not None:
+            if not packed.is_plain_map:
+                why = f"its weight is packed ({packed.layout}), and its forward is not the plain map"
+        elif type(tensor) not in (nn.Parameter, Tensor):
             why = f"its {name} is a {type(tensor).__name__}, which its own code unpacks"
         elif isinstance(tensor, nn.Parameter) and narrow(tensor) and not _runs_torch_forward(owner):
             why = f"its {name} is {tensor.dtype}, which its own code unpacks"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.forward.function_registries import with_leaves
+from surgery.packed.packed_weight import PackedWeight, packed_weight_of
 
 __all__ = [
     "base_forward",
@@ -47,6 +48,8 @@ def base_forward(
     `around`: wrappers of the functions that the forward takes from a registry (`Site.around`).
     """
     base: type[nn.Module] = module._surgery_base  # type: ignore[assignment]
+    if "weight" in tensors and (packed := packed_weight_of(module)) is not None:
+        return _plain_map(packed, tensors, *args, **kwargs)
     if not around:
         view = make_view(module, base, tensors) if tensors else module
         return base.forward(view, *args, *more, **kwargs, **extra)  # type: ignore[operator, union-attr]
@@ -77,8 +80,18 @@ def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
         *args: The arguments of the forward.
         **tensors: Tensors in place of its parameters and buffers, by name; None removes a tensor.
     """
+    if "weight" in tensors and (packed := packed_weight_of(module)) is not None:
+        return _plain_map(packed, tensors, *args)
     base = getattr(module, "_surgery_base", type(module))
     return base.forward(make_view(module, base, tensors), *args)
+
+
+def _plain_map(packed: PackedWeight, tensors: Mapping[str, Tensor | None], x: Tensor) -> Tensor:
+    """A quantised module's map with another, plain weight."""
+    bias = tensors["bias"] if "bias" in tensors else packed.module._parameters.get("bias")
+    weight = tensors["weight"]
+    assert weight is not None
+    return packed.linear(x, weight, bias)
 
 
 def forward_around(module: nn.Module, around: Around | tuple[Around, ...], *args: Any, **kwargs: Any) -> Any:

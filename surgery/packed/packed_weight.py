@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BACKENDS", "PackedWeight", "class_names", "packed_weight_of", "plain_view", "register_packed"]
+from surgery.errors import SiteError
+
+__all__ = [
+    "BACKENDS",
+    "PackedWeight",
+    "class_names",
+    "dequantised_weight",
+    "packed_weight_of",
+    "plain_view",
+    "register_packed",
+]
 
 W = TypeVar("W", bound="type[PackedWeight]")
 
@@ -63,6 +73,14 @@ class PackedWeight(ABC):
         """The dtype of the dequantised weight, as the module's kernel computes it."""
 
     @property
+    def is_plain_map(self) -> bool:
+        """Whether the module's forward is torch's or a library's own, and so W x + b; not that of a user's subclass."""
+        base = getattr(type(self.module), "_surgery_base", type(self.module))
+        owner = next(cls for cls in base.__mro__ if "forward" in vars(cls))
+        names = {"torch", *BACKENDS, type(self).__module__.partition(".")[0]}
+        return owner.__name__ in names or owner.__module__.partition(".")[0] in names
+
+    @property
     def activations(self) -> str | None:
         """How the module's forward quantises its input, such as "int8, one scale for each row"; None if it does not.
 
@@ -70,6 +88,11 @@ class PackedWeight(ABC):
         input.
         """
         return None
+
+    @property
+    def passes_gradient(self) -> bool:
+        """Whether the module's forward passes a gradient on to its input."""
+        return True
 
     @property
     def device(self) -> torch.device:
@@ -170,3 +193,16 @@ def _files_of(cls: type) -> frozenset[str]:
 
 
 _files: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+
+
+def dequantised_weight(module: nn.Module) -> Tensor:
+    """The dequantised weight of a quantised module: what graphs of rewritten forwards read as the weight."""
+    packed = packed_weight_of(module)
+    if packed is None:
+        raise SiteError(
+            f"the weight of this {type(module).__name__} can't be read",
+            why="a rule reads the dequantised weight, and the module is not quantised any more",
+            fix="remove the adapter, and put it on again",
+        )
+    with torch.no_grad():
+        return packed.dequantise()

@@ -43,6 +43,10 @@ class TorchaoWeight(PackedWeight):
         return None if kind is None else str(getattr(kind, "value", kind))
 
     @property
+    def passes_gradient(self) -> bool:
+        return self.activations is None
+
+    @property
     def shape(self) -> tuple[int, int]:
         rows, columns = self._weight.shape
         return rows, columns

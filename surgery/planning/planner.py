@@ -22,6 +22,7 @@ from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, TraceError, abbreviate, collapse_similar
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.wrappers import submodule, unwrap
 from surgery.planning.absorbed_modules import absorbed_problems
 from surgery.planning.covered_sites import uncovered
@@ -162,6 +163,11 @@ def _plan_rule(plan: Plan, rule: Rule, targets: Sequence[Match], reads: _DirectR
     recordings: dict[Hashable, Recording] = {}
     for match in targets:
         _plan_site(plan, rule, match, reads, is_companion, recordings)
+    if blocked := [match.path for match in targets if _stops_gradients(match.module)]:
+        plan.warnings.append(
+            f"{rule.label}: no gradient passes through the kernels of {abbreviate(blocked)}: "
+            "they quantise inputs, and what comes before them trains by the adapters' own branches alone"
+        )
     if targets and not is_companion and len(plan.passed) == len(targets):
         plan.problems.append(nothing_to_do(rule, plan.passed, plan.reasons))
     else:
@@ -261,6 +267,11 @@ def _class_problem(rule: Rule, match: Match, adds_tensors: bool) -> SiteError | 
         return None
     what = f"{rule.label} can't rewrite this {type(match.module).__name__}"
     return SiteError(what, where=match.path, why=refused[0], fix=refused[1])
+
+
+def _stops_gradients(module: nn.Module) -> bool:
+    packed = packed_weight_of(module)
+    return packed is not None and not packed.passes_gradient
 
 
 def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:

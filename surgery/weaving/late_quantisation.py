@@ -28,7 +28,7 @@ def late_quantisation_error(module: nn.Module, site: SiteState, error: Exception
         f"{rules} can't compute with a quantised weight",
         where=site.path or "(the model itself)",
         why=f"the rule uses the weight itself, and the module's {packing} now: it was quantised after the rule came",
-        fix=UNPACKED,
+        fix=f"save the adapter, remove it, and load it onto the quantised model; or {UNPACKED}",
     )
 
 
