@@ -62,7 +62,8 @@ def _has_versions(tensor: Tensor) -> bool:
     """Whether a tensor is an ordinary one: not of a compiler, an exporter or a transformation of torch.func."""
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    return type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
+    return type(tensor) in (Tensor, nn.Parameter) and not wrapped
 
 
 _MOST = 64  # adapters of one module whose norms are kept
