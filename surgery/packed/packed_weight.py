@@ -31,6 +31,7 @@ W = TypeVar("W", bound="type[PackedWeight]")
 BACKENDS: dict[str, str] = {
     **{package: f"surgery.packed.{package}" for package in ("bitsandbytes", "torchao")},
     **dict.fromkeys(("auto_gptq", "QuantLinear", "TorchLinear", "TorchQuantLinear"), "surgery.packed.gptq"),
+    **{"HQQLinear": "surgery.packed.hqq", "optimum": "surgery.packed.quanto"},
     **dict.fromkeys(("awq", "AwqTorchLinear", "AwqGEMMLinear", "WQLinear_GEMM"), "surgery.packed.awq"),
 }
 _registered: list[type[PackedWeight]] = []
@@ -132,7 +133,8 @@ class PackedWeight(ABC):
         """Copies values into the stored tensors, in place: the module's objects stay."""
         with torch.no_grad():
             for name, tensor in self.tensors().items():
-                tensor.copy_(tensors[name])
+                with torch.inference_mode(tensor.is_inference()):  # HQQ makes such tensors, which others can't write
+                    tensor.copy_(tensors[name])
 
 
 def register_packed(cls: W) -> W:

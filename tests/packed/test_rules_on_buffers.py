@@ -38,12 +38,13 @@ from surgery.rules import (
     VeraRule,
 )
 from surgery.testing import Snapshot
-from tests.support.packed_layers import QuantLinear, TorchLinear, WQLinear_GEMM
+from tests.support.packed_layers import HQQLinear, QuantLinear, TorchLinear, WQLinear_GEMM
 
 LAYERS: dict[str, Callable[[nn.Linear], Any]] = {
     "gptq v1": lambda linear: QuantLinear(linear),
     "gptq v2": lambda linear: TorchLinear(linear, bits=3),
     "awq": lambda linear: WQLinear_GEMM(linear),
+    "hqq": lambda linear: HQQLinear(linear),
 }
 every_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 LORA = LoraRule("all-linear", rank=4, alpha=6, init="random")

@@ -6,7 +6,7 @@ Codes are packed and unpacked with Python's integers, one code at a time, and ea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,56 @@ class WQLinear_GEMM(_GroupedLinear):  # noqa: N801  # AutoAWQ's name
     def reference(self) -> Tensor:
         groups = torch.arange(self.in_features) // self.group_size
         return (self.scales[groups] * (_separate(self.qweight) - _separate(self.qzeros)[groups])).t()
+
+
+class Quantizer:
+    """As in hqq's module beside `HQQLinear`, for codes of 4 bits: rows of the first half in the upper bits."""
+
+    pack: ClassVar[dict[str, Any]] = {"4bit_u8": lambda codes: _halves(codes)}
+
+    @staticmethod
+    def quantize(weight: Tensor, *, group_size: int, axis: int, **_: Any) -> tuple[Tensor, dict[str, Any]]:
+        groups = weight.reshape((-1, group_size) if axis == 1 else (group_size, -1))
+        least, greatest = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
+        scale = (greatest - least) / 15
+        scale = torch.where(scale == 0, 1.0, scale)
+        zero = -least / scale
+        return _halves((groups / scale + zero).round().clamp(0, 15)), {"scale": scale, "zero": zero}
+
+
+def _halves(codes: Tensor) -> Tensor:
+    upper, lower = codes.to(torch.uint8).chunk(2)
+    return upper * 16 + lower
+
+
+class HQQLinear(nn.Module):
+    """As hqq's: a parameter `W_q`, a dictionary `meta`, and a bias that is neither a parameter nor a buffer."""
+
+    def __init__(self, linear: nn.Linear, group_size: int = 16, axis: int = 1, dtype: torch.dtype = torch.float16):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        settings: dict[str, Any] = {"nbits": 4, "group_size": group_size, "axis": axis}
+        self.quant_config = {"weight_quant_params": settings | {"channel_wise": True}}
+        codes, grid = Quantizer.quantize(linear.weight.detach().float(), group_size=group_size, axis=axis)
+        self.W_q = nn.Parameter(codes, requires_grad=False)
+        self.meta = settings | {"shape": linear.weight.shape, "packing": "4bit_u8", "compute_dtype": dtype}
+        self.meta |= {name: tensor.to(dtype) for name, tensor in grid.items()}
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def reference(self) -> Tensor:
+        codes = torch.tensor([[code // 16 for code in row] for row in self.W_q.tolist()])
+        codes = torch.cat([codes, torch.tensor([[code % 16 for code in row] for row in self.W_q.tolist()])])
+        return ((codes.to(self.meta["compute_dtype"]) - self.meta["zero"]) * self.meta["scale"]).reshape(
+            self.meta["shape"]
+        )
+
+    def dequantize(self) -> Tensor:
+        codes = torch.cat([self.W_q >> 4, self.W_q & 15]).to(self.meta["compute_dtype"])
+        return ((codes - self.meta["zero"]) * self.meta["scale"]).reshape(self.meta["shape"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.dequantize().to(x.dtype).t()
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 def _interleave(codes: Tensor) -> Tensor:
