@@ -70,7 +70,7 @@ def test_real_layers_are_read_and_written(bits: int, axis: int, as_float: bool, 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_lora_on_real_layers(dtype: torch.dtype, optional: Load) -> None:
-    model = nn.Sequential(build(optional, 4, 1, dtype))
+    model: Any = nn.Sequential(build(optional, 4, 1, dtype))
     weight, bias = model[0].dequantize().float(), model[0].bias.detach().float()
     x = torch.randn(5, 64).to(dtype)
     base = model(x).detach()

@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # 4 bits in bfloat16 ha
 def build(optional: Load, kind: str, dtype: torch.dtype, weight: Tensor | None = None) -> Any:
     quanto: Any = optional("optimum.quanto")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 32)).to(dtype)
+    model: Any = nn.Sequential(nn.Linear(256, 32)).to(dtype)
     if weight is not None:
         model[0].weight.data.copy_(weight)
     quanto.quantize(model, weights=getattr(quanto, kind))
