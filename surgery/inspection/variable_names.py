@@ -83,8 +83,8 @@ def _watch_variables() -> Iterator[dict[int, tuple[Tape, dict[int, VariableName]
                     names[value._ref.key] = VariableName(name, assigned)
 
     before = sys.getprofile()
-    sys.setprofile(watch)
     try:
+        sys.setprofile(watch)
         yield recordings
     finally:
         sys.setprofile(before)

@@ -140,9 +140,9 @@ def _wide(value: Tensor) -> Tensor:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the block, all modules are in evaluation mode."""
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
         for module in training:

@@ -89,14 +89,16 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
 @contextmanager
 def _installed(routing: RoutingBlock) -> Iterator[None]:
     """Give the sites classes that run plans while at least one block needs them, and let the rows' adapters train."""
-    model = routing.model
-    with lock, neutral(model), Journal() as journal, collector_waits():
-        shared = routed_models.get(model) or RoutedModel()
-        shared.enter(routing, journal)
+    model, shared = routing.model, None
     try:
         try:
+            with lock, neutral(model), Journal() as journal, collector_waits():
+                shared = routed_models.get(model) or RoutedModel()
+                shared.enter(routing, journal)
             yield
         finally:
-            shared.leave(routing)
+            if shared is not None:
+                shared.leave(routing)
     finally:  # again, in case an interrupt stopped the first
-        shared.leave(routing)
+        if shared is not None:
+            shared.leave(routing)
