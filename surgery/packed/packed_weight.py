@@ -26,12 +26,14 @@ __all__ = [
 
 W = TypeVar("W", bound="type[PackedWeight]")
 
-# The file of a backend by the name of a class, or by the package that defines a class, of a module or of its weight.
+# The file of a backend by the name of a class, or by the package that defines a class, of a module, of its weight
+# or of its scheme.
 # A file is imported when a model has such a class, and imports the backend's package then.
 BACKENDS: dict[str, str] = {
     **{package: f"surgery.packed.{package}" for package in ("bitsandbytes", "torchao")},
     **dict.fromkeys(("auto_gptq", "QuantLinear", "TorchLinear", "TorchQuantLinear"), "surgery.packed.gptq"),
     **{"HQQLinear": "surgery.packed.hqq", "optimum": "surgery.packed.quanto"},
+    **{"compressed_tensors": "surgery.packed.compressed_tensors"},
     **dict.fromkeys(("awq", "AwqTorchLinear", "AwqGEMMLinear", "WQLinear_GEMM"), "surgery.packed.awq"),
 }
 _registered: list[type[PackedWeight]] = []
@@ -177,7 +179,8 @@ def packed_weight_of(module: nn.Module) -> PackedWeight | None:
     """
     base = getattr(type(module), "_surgery_base", type(module))
     weight = module._parameters["weight"] if "weight" in module._parameters else None
-    files = _files_of(base) | _files_of(type(weight))
+    scheme = module.__dict__.get("quantization_scheme")  # compressed-tensors' mark of an ordinary Linear
+    files = _files_of(base) | _files_of(type(weight)) | _files_of(type(scheme))
     for file in files:
         import_module(file)
     for cls in _registered:

@@ -36,7 +36,13 @@ def reason_against(module: nn.Module, adds_tensors: bool | None = None) -> tuple
         )
     forward = module.__dict__.get("forward")
     if forward is not None and not binds_forward(forward, module, cls):
-        if not binds_forward(module.__dict__.get("_old_forward"), module, cls):
+        scheme = calls_class_forward(forward, module)
+        if scheme is not None and getattr(scheme, "input_activations", None) is not None:
+            return (
+                "compressed-tensors rounds its input in a forward that was set on the instance",
+                "load the model as plain weights: CompressedTensorsConfig(dequantize=True)",
+            )
+        if scheme is None and not binds_forward(module.__dict__.get("_old_forward"), module, cls):
             return (
                 f"a forward was set on the instance ({getattr(forward, '__qualname__', forward)!s})",
                 "apply rules before whatever replaces forward (kernels, hooks)",
@@ -70,3 +76,14 @@ def reason_against(module: nn.Module, adds_tensors: bool | None = None) -> tuple
 def binds_forward(bound: Any, module: nn.Module, cls: type) -> bool:
     """Whether a value is the forward of this class, bound to this module."""
     return isinstance(bound, types.MethodType) and bound.__self__ is module and bound.__func__ is cls.forward
+
+
+def calls_class_forward(forward: Any, module: nn.Module) -> Any:
+    """The scheme of compressed-tensors, if a forward set on the instance is its wrapper; else None.
+
+    The wrapper calls the forward of the module's class, so a new class has its effect.
+    """
+    function = getattr(forward, "__func__", None)
+    package = str(getattr(function, "__globals__", {}).get("__name__", "")).partition(".")[0]
+    own = isinstance(forward, types.MethodType) and forward.__self__ is module
+    return module.__dict__.get("quantization_scheme") if own and package == "compressed_tensors" else None
