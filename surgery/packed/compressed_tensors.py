@@ -1,4 +1,4 @@
-"""compressed-tensors: Linears with codes, scales and a scheme, before the first forward turns them into plain weights."""
+"""compressed-tensors: Linears with codes and scales, before the first forward makes them plain weights."""
 
 from __future__ import annotations
 
