@@ -16,6 +16,8 @@
     merging             merge, unmerge, merge_to, commit, folded_adapter, MergeReport
     files               save_adapter, load_adapter, load_adapters, push_adapter, adapter_state_dict, base_state_dict,
                         load_adapter_state_dict, save_surgery, load_surgery, LoadReport
+    formats of files    convert_adapter, adapter_formats, register_format, register_module_names, AdapterFormat,
+                        KeyPrefix, TensorKey, ModuleNames, NameRow, ConversionReport
     looking             show, draw, report, summary, coverage, trace, trace_site, graph_of, as_digraph, class_of,
                         Drawing, Summary, Coverage
     ONNX                export_onnx, verify_onnx, ExportReport, ParityReport

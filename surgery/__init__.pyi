@@ -61,6 +61,10 @@ from .planning.plan import Plan
 from .rewritten_model.folded_values import folded_adapter
 from .rewritten_model.state_dict import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
 from .routing.route import route
+from .storage.formats.conversion import ConversionReport, convert_adapter
+from .storage.formats.known import adapter_formats
+from .storage.formats.module_names import register_module_names
+from .storage.formats.table import AdapterFormat, KeyPrefix, ModuleNames, NameRow, TensorKey, register_format
 from .storage.hotswap import SwapReport, hotswap, pad_rank
 from .storage.hub_upload import push_adapter
 from .storage.load import load_adapter
@@ -82,13 +86,16 @@ __version__: str
 __all__ = [
     "ANY",
     "Adapter",
+    "AdapterFormat",
     "Combination",
     "Const",
+    "ConversionReport",
     "Coverage",
     "Drawing",
     "Equivalence",
     "ExportReport",
     "Found",
+    "KeyPrefix",
     "LiveSite",
     "LoadError",
     "LoadReport",
@@ -101,6 +108,8 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "ModelEdits",
+    "ModuleNames",
+    "NameRow",
     "Occurrence",
     "PackedWeight",
     "ParityError",
@@ -128,10 +137,12 @@ __all__ = [
     "SurgeryWarning",
     "SwapReport",
     "Targets",
+    "TensorKey",
     "TraceError",
     "Value",
     "activate",
     "active",
+    "adapter_formats",
     "adapter_state_dict",
     "adapters",
     "apply_rules",
@@ -142,6 +153,7 @@ __all__ = [
     "class_of",
     "combine",
     "commit",
+    "convert_adapter",
     "copy_adapter",
     "coverage",
     "deactivate",
@@ -169,6 +181,8 @@ __all__ = [
     "plan_rules",
     "push_adapter",
     "register_packed",
+    "register_format",
+    "register_module_names",
     "remove",
     "rename_adapter",
     "report",

@@ -12,6 +12,7 @@ from surgery.commands.answer import Answer, answers
 from surgery.commands.apply import apply
 from surgery.commands.bench import bench
 from surgery.commands.command_group import CommandGroup
+from surgery.commands.convert import convert
 from surgery.commands.diff import diff
 from surgery.commands.doctor import doctor
 from surgery.commands.export import export
@@ -22,7 +23,9 @@ from surgery.commands.rules import rules
 
 __all__ = ["app"]
 
-COMMANDS: tuple[Callable[..., Answer], ...] = (inspect, plan, apply, merge, export, diff, rules, doctor, bench)
+COMMANDS: tuple[Callable[..., Answer], ...] = (
+    inspect, plan, apply, merge, convert, export, diff, rules, doctor, bench,
+)  # fmt: skip
 
 app = typer.Typer(cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 for command in COMMANDS:
@@ -41,7 +44,7 @@ def surgery(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Adapters and models in files: look at them, plan rules, apply, merge, export, compare.
+    """Adapters and models in files: look at them, plan rules, apply, merge, convert, export, compare.
 
     Exit codes: 0 done, 1 an error, 2 wrong arguments, 130 interrupted. Every command takes --json.
     """

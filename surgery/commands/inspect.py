@@ -14,9 +14,11 @@ from surgery.commands.answer import Answer, Table, size_text
 from surgery.commands.model_description import PICKLES, describe_model, describe_tensors
 from surgery.commands.model_folder import CONFIG
 from surgery.commands.onnx_description import describe_adapter_of_slots, describe_onnx
+from surgery.commands.other_formats import describe_other
 from surgery.commands.paths import existing, size_of
 from surgery.commands.weight_files import INDEX
 from surgery.errors import SurgeryError
+from surgery.storage.formats.place import adapter_file
 
 __all__ = ["inspect"]
 
@@ -51,7 +53,7 @@ def _describe(path: Path) -> dict[str, Any]:
     if path.name in (*SURGERY, *PEFT, OLD, *BARE):
         return describe_adapter(path.parent)
     if path.suffix == ".safetensors":
-        return describe_tensors(path)
+        return describe_other(path) or describe_tensors(path)
     if path.name in (CONFIG, INDEX):
         return describe_model(path.parent)
     if path.suffix in PICKLES:
@@ -66,6 +68,8 @@ def _describe_folder(folder: Path) -> dict[str, Any]:
         return describe_adapter(folder)
     if (folder / CONFIG).is_file() or any(folder.glob("model*.safetensors")):
         return describe_model(folder)
+    if (file := adapter_file(folder)) is not None and (described := describe_other(file)):
+        return described
     inner = {part.name: part for part in sorted(folder.iterdir()) if part.is_dir() and names_in(part)}
     if inner:
         described = {name: describe_adapter(part) for name, part in inner.items()}

@@ -39,6 +39,9 @@ _WORDS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"use one of these, or None", "opset", "use one of these, or leave --opset out"),
         (r"opset=(\d+)", "opset", r"--opset \1"),
         (r"verify=False", "verify", "--no-verify"),
+        (r"\bbase=", "base", "--base"),
+        (r"\bcomponent=", "component", "--component "),
+        (r"\bformat=", "source_format", "--from "),
     )
 )  # fmt: skip
 # What only a program can write: a call of a function, or an argument that no command has.

@@ -7,7 +7,7 @@ of; other programs write an alpha beside each layer, or one into the header. Ran
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from surgery.errors import SurgeryError
 from surgery.patterns.paths import pattern_value
 from surgery.peft_format.key_history import COMPONENTS, PREFIX, Spelt
 
-__all__ = ["HeaderSettings", "alphas_of", "settings_of"]
+__all__ = ["HeaderSettings", "alphas_of", "header_format", "settings_of"]
 
 HEADER = "lora_adapter_metadata"
 _ONE_ALPHA = ("lora_alpha", "network_alpha", "ss_network_alpha")  # header fields, for all layers
@@ -115,6 +115,12 @@ def _by_keys(spelt: Spelt) -> dict[str, Any]:
     """Variants of LoRA that the keys show."""
     forms = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
     return {name: True for name, end in forms.items() if any(key.endswith(end) for key in spelt.keys)}
+
+
+def header_format(keys: Iterable[str]) -> str:
+    """The name of the format of tensors without a configuration: diffusers' of today, or the spelling of old."""
+    old = re.compile(r"\.processor\.|(_|\.)lora\.(down|up)\.|lora_linear_layer")
+    return "diffusers-old" if any(old.search(key) for key in keys) else "diffusers"
 
 
 def _header(spelt: Spelt, file: TensorFile) -> dict[str, Any] | None:

@@ -57,6 +57,7 @@ def load_adapter(
     revision: str | None = None,
     config: Mapping[str, Any] | None = None,
     component: str | None = None,
+    format: str | None = None,
     resize: bool = False,
     ignore_mismatched_sizes: bool = False,
     freeze: bool | None = None,
@@ -82,8 +83,8 @@ def load_adapter(
 
     Args:
         model: the model.
-        source: a folder or file in PEFT's format or `save_adapter`'s (also `.bin` and diffusers' LoRA files), the name
-            of a repository on the hub, or the result of `import_adapter`.
+        source: a folder or file in PEFT's format, `save_adapter`'s or that of another program (diffusers, Kohya, MLX
+            and others; also `.bin`), the name of a repository on the hub, or the result of `import_adapter`.
         adapter: the name that the adapter gets; default "default".
         strict: default True: anything that does not fit is an error. False: load what fits; the report lists the rest,
             and missing tensors keep their rule's starting values.
@@ -96,6 +97,8 @@ def load_adapter(
         config: replaces PEFT's `adapter_config.json`; default None.
         component: which adapter to take from a diffusers file with several ("unet"), if the model's paths and sizes do
             not show it; default None.
+        format: name of the files' format, if their keys are those of several: "peft", "surgery", "diffusers", "kohya",
+            "mlx" and others (`surgery.formats()` lists them). Default None: the files tell it.
         resize: resize the model's embeddings first, if the files have another vocabulary, by the model's
             `resize_token_embeddings`. They keep that size when the adapter is removed. Default False.
         ignore_mismatched_sizes: pass over tensors of other sizes with a warning. They keep their rule's starting
@@ -117,9 +120,9 @@ def load_adapter(
         `load_state_dict(…, assign=True)` fills the base.
     """
     model = unwrap(model)
-    stored = stored_adapter(model, source, subfolder, revision, config, component)
+    stored = stored_adapter(model, source, subfolder, revision, config, component, format)
     report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
-    report.assumed = stored.assumed
+    report.assumed, report.format = stored.assumed, stored.format
     problems = [
         *completed(stored.problems, source),
         *([] if trust else map(distrusted_rule_error, (rule for rule in stored.rules if rule.imports))),
@@ -141,6 +144,7 @@ def load_adapter(
     if (resize or not ignore_mismatched_sizes) and (sizes := sizes_wanted(model, plan, stored)):
         if resize and len(sizes) == 1 and hasattr(model, "resize_token_embeddings"):
             options: dict[str, Any] = {"example_inputs": example_inputs, "config": config, "component": component}
+            options["format"] = format
             options |= {"strict": strict, "same_base": same_base, "finite": finite, "trust": trust, "freeze": freeze}
             options |= {"ignore_mismatched_sizes": ignore_mismatched_sizes, "progress": progress}
             with resized(model, *sizes):

@@ -18,6 +18,8 @@ class LoadReport(Report):
 
     `mismatched`: tensors of other sizes that `ignore_mismatched_sizes=True` passed over.
 
+    `format`: the name of the files' format, such as "peft", "surgery", "kohya" or "mlx".
+
     `assumed`: facts that the files do not state and that were inferred, such as a scale or the paths of modules.
 
     The report is true if everything fitted. `load_adapter` requires that, except with `strict=False`.
@@ -34,6 +36,7 @@ class LoadReport(Report):
     metadata: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     assumed: list[str] = field(default_factory=list)
+    format: str = ""
 
     def __bool__(self) -> bool:
         return not (self.missing or self.unexpected or self.misfits or self.mismatched or self.base)

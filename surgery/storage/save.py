@@ -34,6 +34,8 @@ from surgery.state.fingerprint import fingerprint
 from surgery.state.records import ModelState, site_state, sites
 from surgery.state.restructuring import Restructuring
 from surgery.state.running_statistics import changed_modules, changing_buffers, module_names
+from surgery.storage.formats.saving import save_other
+from surgery.storage.formats.table import formats
 from surgery.storage.path_check import check_targets
 from surgery.transaction.neutral_context import neutrally
 
@@ -46,12 +48,13 @@ def save_adapter(
     folder: str | Path,
     adapter: str = "default",
     *,
-    format: Literal["auto", "peft", "surgery"] = "auto",
+    format: str = "auto",
     metadata: Mapping[str, Any] | None = None,
     licence: str | None = None,
     config: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    component: str | None = None,
     progress: Progress = False,
 ) -> Path:
     """Write an adapter into a folder: its tensors, and the rules that made it. The base is not written.
@@ -67,10 +70,12 @@ def save_adapter(
 
     Args:
         model: a model with the adapter.
-        folder: the folder; it is created if it is absent, and its other files stay.
+        folder: the folder; it is created if it is absent, and its other files stay. A format of one file may have the
+            name of a file instead, such as `lora.safetensors`.
         adapter: the adapter's name; default "default".
         format: "peft": the files that PEFT reads. "surgery": `adapter.safetensors` and `rules.json`, for any rules.
-            "auto" (default): "peft" if it holds the adapter exactly, otherwise "surgery".
+            "auto" (default): "peft" if it holds the adapter exactly, otherwise "surgery". Other names are formats of
+            other programs ("diffusers", "kohya", "mlx", …), which `adapter_formats` lists.
         metadata: JSON data that `load_adapter`'s report returns; default None.
         licence: name of a licence, which `load_adapter`'s report returns; default None.
         config: fields of PEFT's configuration that no rule has, such as `{"task_type": "SEQ_CLS"}`; default None:
@@ -79,13 +84,15 @@ def save_adapter(
         state_dict: the model's state dict, gathered elsewhere (accelerate's `get_state_dict`); default None.
         save_embedding_layers: whether PEFT's format contains the base's embeddings, too. "auto" (default): if
             "embed_tokens" or "lm_head" is a target, or the vocabulary differs from the base of that name.
+        component: the component of a pipeline that the model is ("text_encoder_2"), for formats that write it; default
+            None: the model's class tells it.
         progress: as in `apply_rules`; a step is a tensor. Default False.
 
     Returns:
         The folder's path.
 
     Raises:
-        SurgeryError: PEFT's format can't hold the adapter; a rule holds something that is not data, or its class lacks
+        SurgeryError: the format can't hold the adapter; a rule holds something that is not data, or its class lacks
             `@rule`; a state dict lacks a tensor or is sharded; or other processes have other parts of the model (a
             pipeline's stages).
 
@@ -98,8 +105,10 @@ def save_adapter(
         adapter or this one, whole. If processes share a sharded model, all of them call this function, and the first
         one writes. Or one process calls it alone, with `state_dict`.
     """
-    if format not in ("auto", "peft", "surgery"):
-        raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
+    other = format not in ("auto", "peft", "surgery")
+    if other and format not in formats():
+        known = ", ".join(('"auto"', '"surgery"', *map(repr, formats())))
+        raise SurgeryError(f"there is no format {format!r}", fix=known)
     model, state = rewritten(model)
     adapter_names(state, adapter)
     for rule in state.adapters[adapter]:
@@ -110,9 +119,11 @@ def save_adapter(
     if state_dict is None and any(map(without_values, state.places[adapter].boxes)):
         why = "its tensors came from the meta device by to_empty"
         raise SurgeryError(f"the adapter {adapter!r} has no values yet", why=why, fix="load them first")
-    if Path(folder).exists() and not Path(folder).is_dir():
+    if Path(folder).exists() and not Path(folder).is_dir() and not other:
         raise SurgeryError(f"{folder} is not a folder", fix="an adapter is saved into a folder of its own")
     _warn_of_statistics(model, state, adapter)
+    if other:
+        return save_other(model, Path(folder), adapter, format, component, config, state_dict, progress)
     with structure_undone(structure_since(state, adapter)):
         base = fingerprint(model)  # of the model on which the adapter can be loaded
     extra = {"base": base, "licence": licence, "metadata": _data(metadata)}

@@ -18,8 +18,10 @@ from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, RuleError, SurgeryError
 from surgery.patterns.module_walk import RESERVED, tensor_key
 from surgery.peft_format.adapter_config import kept_fields
+from surgery.peft_format.header_settings import header_format
 from surgery.peft_format.reading import read
 from surgery.planning.plan import Plan
+from surgery.storage.formats.stored import OtherAdapter, find_other, read_other
 from surgery.storage.model_origin import origin_of
 
 __all__ = ["Stored", "stored_adapter"]
@@ -35,7 +37,7 @@ class Stored:
     field in any rule; `notes`: notices; `assumed`: inferred facts; `ignored`: keys without an effect; `origin`: name
     and class of the base; `vocabulary`: its embeddings' numbers of rows, if the model has another number;
     `peft_fields`: fields of PEFT's configuration that no rule has, such as the task. `shares_structure`: whether
-    structural rules that another adapter has put on the model are not repeated.
+    structural rules that another adapter has put on the model are not repeated. `format`: the format's name.
     """
 
     rules: list[Rule]
@@ -53,6 +55,7 @@ class Stored:
     vocabulary: Set[int] = frozenset()
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
     shares_structure: bool = False
+    format: str = ""
 
 
 def stored_adapter(
@@ -62,10 +65,12 @@ def stored_adapter(
     revision: str | None,
     config: Mapping[str, Any] | None = None,
     component: str | None = None,
+    format: str | None = None,
 ) -> Stored:
     """Opens an adapter from a folder, a file or a repository of the hub.
 
-    `config`: replaces PEFT's configuration file; `component`: selects an adapter in the file of a pipeline.
+    `config`: replaces PEFT's configuration file; `component`: selects an adapter in the file of a pipeline; `format`:
+    the format's name, if the keys do not tell it.
     """
     if isinstance(source, Stored):
         return source
@@ -75,6 +80,8 @@ def stored_adapter(
             place = download(str(source), subfolder, revision)
         elif subfolder:
             place = place / subfolder
+        if (other := find_other(place, format)) is not None:
+            return _of_other(other, model, config, component)
         return _open_folder(model, place, config, component)
     except LoadError:
         raise
@@ -105,7 +112,24 @@ def _open_folder(model: nn.Module, place: Path, config: Mapping[str, Any] | None
         "assumed": adapter.assumed,
     }
     findings |= {"vocabulary": adapter.vocabulary, "peft_fields": adapter.fields, "shares_structure": True}
-    return Stored(adapter.rules, file, adapter.entry, adapter.problems, **findings, **extra)
+    named = "peft" if names[1] is not None else header_format(file.shapes)
+    return Stored(adapter.rules, file, adapter.entry, adapter.problems, format=named, **findings, **extra)
+
+
+def _of_other(other: OtherAdapter, model: nn.Module, config: Mapping[str, Any] | None, component: str | None) -> Stored:
+    """An adapter in the format of another program."""
+    adapter = read_other(other, model, config, component)
+    parts = adapter.adapters
+    return Stored(
+        [rule for part in parts for rule in part.rules],
+        adapter.file,
+        adapter.entry,
+        [problem for part in parts for problem in part.problems],
+        unheld=[problem for part in parts for problem in part.unheld],
+        notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
+        assumed=adapter.assumed,
+        format=other.adapter_format.name,
+    )
 
 
 def _no_adapter(place: Path) -> SurgeryError:
@@ -180,7 +204,15 @@ def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
     peft = settings.get("peft")
     fields = kept_fields(peft) if isinstance(peft, Mapping) else {}
     return Stored(
-        rules, file, entry, problems, settings.get("base"), origin=origin, peft_fields=fields, **_labels(settings)
+        rules,
+        file,
+        entry,
+        problems,
+        settings.get("base"),
+        origin=origin,
+        peft_fields=fields,
+        format="surgery",
+        **_labels(settings),
     )
 
 

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[Callable[[Files], list[object]], str]] = {
     "plan": (lambda files: ["plan", files.model, files.rules], "2 edits, 256 trainable parameters"),
     "apply": (lambda files: ["apply", files.model, files.rules, "--out", "new"], "an adapter of 256 parameters"),
     "merge": (lambda files: ["merge", files.model, files.peft, "--out", "merged"], "with news merged"),
+    "convert": (lambda files: ["convert", files.peft, "--to", "mlx", "--out", "mlx"], "2 modules, peft to mlx"),
     "export": (lambda files: ["export", files.model, files.peft, "--out", "m.onnx", "--no-verify"], "merged; "),
     "diff": (lambda files: ["diff", files.peft, files.ours], "other shape [4, 16] and [2, 16]"),
     "rules": (lambda files: ["rules", "lora"], "rank"),

@@ -1,0 +1,1 @@
+"""Formats of adapter files as a table: each format is rows of data, read and written by one engine."""

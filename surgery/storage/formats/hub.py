@@ -1,0 +1,204 @@
+"""Puts the intermediate form onto a model, in PEFT's terms: each kind of change is read as an adapter of PEFT's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.adapter_files.entry import Entry
+from surgery.adapter_files.tensor_files import TensorFile
+from surgery.authoring.planned_rule import PlannedRule
+from surgery.errors import SurgeryError
+from surgery.peft_format.key_history import PREFIX, Spelt
+from surgery.peft_format.keys import keys_of
+from surgery.peft_format.reading import PeftAdapter, read
+from surgery.peft_format.targets import Modules
+from surgery.planning.plan import Plan
+from surgery.storage.formats.contents import Change, Contents
+from surgery.storage.formats.file_tensor import FileTensor
+from surgery.storage.formats.lokr_factor import lokr_fields
+from surgery.storage.formats.scales import peft_fields
+from surgery.storage.formats.table import format_named
+
+__all__ = ["OnModel", "on_model"]
+
+
+@dataclass
+class OnModel:
+    """An adapter in PEFT's terms: its tensors under PEFT's keys, and what was read of them."""
+
+    file: TensorFile
+    adapters: list[PeftAdapter]
+    entry: Callable[[Plan, PlannedRule, str], Entry | None]
+    assumed: list[str]
+
+
+def on_model(contents: Contents, model: nn.Module, component: str | None, metadata: Mapping[str, str]) -> OnModel:
+    """The adapter of a component for a model. `component`: which one; None: the one whose modules the model has."""
+    modules, assumed = Modules.of(model), list(contents.assumed)
+    chosen, spelt = _component(contents, modules, component)
+    changes = contents.changes[chosen]
+    if len(contents.changes) > 1:
+        assumed.append(f"of a file of several components, {chosen} was loaded")
+    fitted = {path: _fitted(path, change, modules, spelt, assumed) for path, change in changes.items()}
+    groups: dict[tuple[Any, ...], dict[str, Change]] = {}
+    for path, change in fitted.items():
+        groups.setdefault(_group(path, change), {})[path] = change
+    adapters: list[PeftAdapter] = []
+    shapes: dict[str, FileTensor] = {}
+    by_path: dict[str, PeftAdapter] = {}
+    for group in groups.values():
+        config = {**peft_fields(group), **_more_fields(group)}
+        config |= {"lora_dropout": contents.settings["dropout"]} if contents.settings.get("dropout") else {}
+        if tokens := contents.settings.get("invocation"):
+            config["alora_invocation_tokens"] = tokens
+        tensors = _peft_tensors(group)
+        adapter = read(model, config, _file(tensors, metadata))
+        by_path |= dict.fromkeys((spelt.moved.get(path, path) for path in group), adapter)
+        adapters.append(adapter)
+        shapes |= tensors
+    moved = [note for adapter in adapters for note in adapter.assumed]
+
+    def entry(plan: Plan, step: PlannedRule, name: str) -> Entry | None:
+        return by_path[step.path].entry(plan, step, name)
+
+    return OnModel(_file(shapes, metadata), adapters, entry, [*assumed, *dict.fromkeys(moved)])
+
+
+def _component(contents: Contents, modules: Modules, wanted: str | None) -> tuple[str, Spelt]:
+    """The component of the model, and how the paths of the file are spelt there."""
+    tensors: dict[str, FileTensor] = {}
+    for component, path, change in contents.each():
+        start = f"{component}.{path}" if component else path
+        shape = next(iter(change.tensors.values()))
+        first = change.tensors.get("A", shape)
+        tensors[f"{start}.lora_A.weight"] = first
+    if wanted is None and len(contents.changes) == 1:
+        (only,) = contents.changes
+        inner = {key.removeprefix(f"{only}.") if only else key: value for key, value in tensors.items()}
+        return only, keys_of(modules.by_path, _file(inner, {}))
+    spelt = keys_of(modules.by_path, _file(tensors, {}), wanted)
+    if spelt.component not in contents.changes:
+        known = ", ".join(contents.changes)
+        raise SurgeryError(
+            "the model is none of the components of the file",
+            where=known,
+            why="none of their modules is a module of the model",
+            fix=f"load_adapter(…, component={next(iter(contents.changes))!r}) names the component",
+        )
+    return spelt.component, spelt
+
+
+def _group(path: str, change: Change) -> tuple[Any, ...]:
+    """Changes of one group are one adapter of PEFT's."""
+    names = set(change.tensors)
+    kind, dora = change.kind, "magnitude" in names
+    if kind in ("loha", "lokr") and dora:
+        why = f"a magnitude (DoRA) beside a {kind} is not a rule here"
+        raise SurgeryError("the change can't be represented exactly", where=change.tensors["magnitude"].key, why=why)
+    if kind not in ("lora", "loha", "lokr"):
+        raise SurgeryError(f"a {kind} of this module can't be represented", where=change.key or path)
+    return kind, dora, "B_bias" in names, "t1" in names or "t2" in names, *_lokr_group(change)
+
+
+def _lokr_group(change: Change) -> tuple[Any, ...]:
+    return tuple(lokr_fields(change).items()) if change.kind == "lokr" else ()
+
+
+def _more_fields(group: Mapping[str, Change]) -> dict[str, Any]:
+    change = next(iter(group.values()))
+    effective = {"use_effective_conv2d": True} if {"t1", "t2"} & set(change.tensors) else {}
+    return {**effective, **(lokr_fields(change) if change.kind == "lokr" else {})}
+
+
+def _peft_tensors(group: Mapping[str, Change]) -> dict[str, FileTensor]:
+    keys = format_named("peft").keys
+    tensors: dict[str, FileTensor] = {}
+    for path, change in group.items():
+        for part, tensor in change.tensors.items():
+            key = next(key for key in keys if key.part == part and key.embedding in (change.embedding, False))
+            if change.embedding and part in "AB":
+                key = next(key for key in keys if key.part == part and key.embedding)
+            tensors[f"{PREFIX}{path}{key.ending}"] = tensor
+    return tensors
+
+
+def _file(tensors: Mapping[str, FileTensor], metadata: Mapping[str, str]) -> TensorFile:
+    kept = {name: text for name, text in metadata.items() if name != "lora_adapter_metadata"}
+    return TensorFile(
+        {key: tensor.shape for key, tensor in tensors.items()},
+        {key: tensor.dtype for key, tensor in tensors.items()},
+        kept,
+        lambda key: tensors[key].read(),
+    )
+
+
+# What a rule here needs -------------------------------------------------------------------------------------------
+
+
+def _fitted(path: str, change: Change, modules: Modules, spelt: Spelt, assumed: list[str]) -> Change:
+    """The change in the terms of a rule: in the shape of the model's module, with equal numbers."""
+    module = modules.by_path.get(spelt.moved.get(path, path))
+    tensors = dict(change.tensors)
+    if change.kind in ("difference", "bias difference"):
+        _tell(assumed, "changes in full are loaded as LoRA of full rank, with an identity matrix")
+        return _as_lora(change, module)
+    if change.kind != "lora":
+        return change
+    if "mid" in tensors:
+        middle, down = tensors.pop("mid"), tensors["A"]
+        shape = (middle.shape[0], down.shape[1], *middle.shape[2:])
+        tensors["A"] = FileTensor(shape, down.dtype, lambda: _inner(middle.read(), down.read()), middle.key)
+        _tell(assumed, "lora_mid is multiplied into lora_down, to one kernel")
+    kernel = len(getattr(module, "kernel_size", ())) if module is not None else None
+    for part in ("A", "B"):
+        tensor = tensors[part]
+        if kernel == 0 and len(tensor.shape) > 2 and not set(tensor.shape[2:]) - {1}:
+            tensors[part] = tensor.convert(lambda value: value.flatten(1))
+            _tell(assumed, "kernels of size 1 are loaded as the matrices of Linears")
+        elif kernel and len(tensor.shape) == 2:
+            tensors[part] = tensor.convert(lambda value, kernel=kernel: value.reshape(*value.shape, *[1] * kernel))
+            _tell(assumed, "matrices are loaded as kernels of size 1")
+    return Change("lora", tensors, change.scale, change.rank, change.embedding)
+
+
+def _tell(assumed: list[str], what: str) -> None:
+    if what not in assumed:
+        assumed.append(what)
+
+
+def _inner(middle: Tensor, down: Tensor) -> Tensor:
+    return torch.einsum("iq...,qj->ij...", middle, down.flatten(1)).contiguous()
+
+
+def _as_lora(change: Change, module: nn.Module | None) -> Change:
+    """A change in full as a LoRA whose other half is an identity matrix; a bias as the bias of its second half."""
+    tensors: dict[str, FileTensor] = {}
+    if "diff" in change.tensors:
+        diff = change.tensors["diff"]
+        if len(diff.shape) < 2:
+            raise SurgeryError("the difference of a vector can't be represented as LoRA", where=diff.key)
+        out, kernel = diff.shape[0], diff.shape[2:]
+        if kernel or out <= diff.shape[1]:
+            eye = torch.eye(out, dtype=diff.dtype).reshape(out, out, *[1] * len(kernel))
+            tensors = {"A": diff, "B": FileTensor.of(eye)}
+        else:
+            tensors = {"A": FileTensor.of(torch.eye(diff.shape[1], dtype=diff.dtype)), "B": diff}
+    else:
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() < 2:
+            where = change.tensors["diff_b"].key
+            raise SurgeryError("the difference of this bias can't be represented as LoRA", where=where)
+        inner, dtype = (1, *weight.shape[1:]), change.tensors["diff_b"].dtype
+        outer = (weight.shape[0], 1, *[1] * (weight.dim() - 2))
+        tensors = {
+            "A": FileTensor.of(torch.zeros(inner, dtype=dtype)),
+            "B": FileTensor.of(torch.zeros(outer, dtype=dtype)),
+        }
+    if "diff_b" in change.tensors:
+        tensors["B_bias"] = change.tensors["diff_b"]
+    return Change("lora", tensors, 1.0, tensors["A"].shape[0])
