@@ -134,10 +134,16 @@ def _fold_stack(folds: Sequence[Fold]) -> Sequence[Record | None]:
     if delta is None:
         return no_records
     old = torch.stack(weights).view(len(folds), *matrix_shape(shape))
-    new = torch.add(old, delta).to(dtype)
+    total = torch.add(old, delta)
+    new = total.to(dtype)
+    error = (new - old).sub_(delta) if new is total else total.sub_(new)
+    norms = torch.stack((delta.flatten(1).norm(dim=1), error.flatten(1).norm(dim=1)), 1).tolist()
     rows = new.view(len(folds), *shape)
     if budget <= 0:
-        return [fold_copy(job.weight, row.clone(), job.note) for job, row in zip(folds, rows, strict=True)]
+        return [
+            fold_copy(job.weight, row.clone(), job.note, (norm, lost))
+            for job, row, (norm, lost) in zip(folds, rows, norms, strict=True)
+        ]
     back = torch.sub(new, delta)
     if math.isnan(float(back.sum())):
         return no_records
@@ -151,10 +157,11 @@ def _fold_stack(folds: Sequence[Fold]) -> Sequence[Record | None]:
     records, changed = no_records, list[int]()
     for index, corrections in enumerate(Corrections.of_many(positions, values, bounds, size)):
         if corrections.nbytes > budget:
-            records[index] = fold_copy(folds[index].weight, rows[index].clone(), folds[index].note)
+            records[index] = fold_copy(folds[index].weight, rows[index].clone(), folds[index].note, tuple(norms[index]))
         else:
             fields = ("record", shape, dtype, after[index], before[index], changes[index], corrections)
             records[index] = record = Record(*fields)  # type: ignore[arg-type]
+            record.norm, record.error = norms[index]
             folds[index].note(record)
             changed.append(index)
     if changed:

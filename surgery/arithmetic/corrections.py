@@ -40,6 +40,10 @@ class Record:
     kept: Tensor | None = None
     # If `kept` is the weight's former memory: the address of the new memory.
     swapped_for: int | None = None
+    # ‖ΔW‖, and the norm of what rounding to the weight's dtype lost. None: a rule gave a value that is rounded already.
+    norm: float | None = None
+    error: float | None = None
+    nearest: bool = True  # whether the sum is rounded to the nearest number, as `new_value` computes it again
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from surgery.arithmetic.corrections import Record, checksum
 from surgery.arithmetic.fold_arithmetic import FoldArithmetic, complex_value, fold_record, new_value, working_copy
 from surgery.arithmetic.low_rank import LowRank, compute_dtype
+from surgery.arithmetic.rounding import Loss, Rounding
 from surgery.arithmetic.weight_copies import fold_copy, restore_copy
 from surgery.errors import MergeError
 
@@ -57,6 +58,7 @@ def fold(
     keep: Literal["record", "copy"] = "record",
     where: str = "",
     note: Callable[[Record], None] = lambda record: None,
+    rounding: Rounding | None = None,
 ) -> Record:
     """Fold a change into a weight in place. Returns the record with which `unfold` restores the weight.
 
@@ -76,6 +78,7 @@ def fold(
             times as fast, and adds an ordinary float32 matmul.
         where: The weight's name in errors.
         note: Called with the record before the weight is written in one step.
+        rounding: How sums are rounded to float16 and bfloat16. Default None: to the nearest number.
 
     Raises:
         MergeError: Shapes or dtypes do not fit. The weight is unchanged.
@@ -84,24 +87,26 @@ def fold(
         check_foldable(weight, change, where)
         if isinstance(change, Rows):
             index = change.index.to(weight.device)
-            old_rows = weight[index].cpu()
-            record = Record("rows", weight.shape, weight.dtype, 0, index=index.cpu(), kept=old_rows)
+            old_rows, (new_rows, norms) = weight[index], _rounded(weight[index], change.values, rounding)
+            record = Record("rows", weight.shape, weight.dtype, 0, index=index.cpu(), kept=old_rows.cpu())
+            record.norm, record.error = norms
             note(record)
-            weight[index] = change.values.to(weight.device, weight.dtype)
+            weight[index] = new_rows
             record.after = checksum(weight)
             return record
         if isinstance(change, Tensor):
-            return fold_copy(weight, torch.empty_like(weight).copy_(change), note)
+            new, norms = _rounded(weight, change, rounding)
+            return fold_copy(weight, torch.empty_like(weight).copy_(new), note, norms)
         if weight.is_complex():  # corrections do not support complex arithmetic
             return fold_copy(weight, complex_value(weight, change), note)
         if weight.numel() and keep == "record":
-            if result := fold_record(working_copy(weight, change), change):
+            if result := fold_record(working_copy(weight, change), change, rounding):
                 record, new = result
                 note(record)
                 weight.copy_(new)
                 return record
-            return fold_copy(weight, new_value(weight, change), note)
-        return fold_copy(weight, new_value(weight, change, exact=False), note)
+        new = new_value(weight, change, keep == "record", rounding, loss := Loss())
+        return fold_copy(weight, new, note, loss.norms)
 
 
 def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "", verified: bool = False) -> None:
@@ -155,17 +160,18 @@ def refold(weight: Tensor, record: Record) -> None:
         weight.copy_(new)
 
 
-def folded_value(weight: Tensor, change: Change) -> Tensor:
+def folded_value(weight: Tensor, change: Change, rounding: Rounding | None = None) -> Tensor:
     """Returns the value that `fold` would write, without changing the weight."""
     with torch.no_grad():
         check_foldable(weight, change, "")
         if isinstance(change, LowRank):
-            return complex_value(weight, change) if weight.is_complex() else new_value(weight, change)
+            return complex_value(weight, change) if weight.is_complex() else new_value(weight, change, rounding=rounding)
         new = weight.detach().clone()
         if isinstance(change, Rows):
-            new[change.index.to(new.device)] = change.values.to(new.device, new.dtype)
+            index = change.index.to(new.device)
+            new[index] = _rounded(new[index], change.values, rounding)[0]
             return new
-        return new.copy_(change)
+        return new.copy_(_rounded(new, change, rounding)[0])
 
 
 def scale_change(change: Change, tensor: Tensor, weight: float) -> Change:
@@ -180,8 +186,24 @@ def scale_change(change: Change, tensor: Tensor, weight: float) -> Change:
 
 
 def _interpolate(old: Tensor, new: Tensor, weight: float) -> Tensor:
+    """The interpolated value in the compute dtype; a fold rounds it."""
     wide = old.dtype if old.is_complex() else compute_dtype(old.dtype)
-    return torch.lerp(old.detach().to(wide), new.to(old.device, wide), weight).to(old.dtype)
+    return torch.lerp(old.detach().to(wide), new.to(old.device, wide), weight)
+
+
+def _rounded(old: Tensor, value: Tensor, rounding: Rounding | None) -> tuple[Tensor, tuple[float, float | None]]:
+    """A new value in the dtype of the old one, ‖ΔW‖, and the norm of what the dtype lost (None: unknown)."""
+    value = value.detach().to(old.device)
+    wide = value.is_floating_point() and old.is_floating_point() and value.dtype.itemsize > old.dtype.itemsize
+    if not wide:
+        new = value.to(old.dtype)
+        compute = torch.complex128 if old.is_complex() else compute_dtype(old.dtype)
+        return new, (float((new.to(compute) - old.to(compute)).norm()), None)
+    applies = rounding is not None and rounding.applies(old)
+    new = rounding.value(value, old.dtype) if rounding is not None and applies else value.to(old.dtype)
+    loss = Loss()
+    loss.add(old, value, new)
+    return new, loss.norms
 
 
 def _intact(weight: Tensor, record: Record, check: bool, where: str) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from surgery.arithmetic.corrections import INTEGERS, Corrections, Record, checksum
 from surgery.arithmetic.low_rank import LowRank, Product, has_float64, scratch
+from surgery.arithmetic.rounding import Loss, Rounding
 
 __all__ = ["FoldArithmetic", "complex_value", "fold_record", "new_value", "working_copy"]
 
@@ -46,12 +47,25 @@ class FoldArithmetic:
         target = self.weight[i:j]
         target.copy_(rows.view(target.shape))
 
+    def rounded(self, rounding: Rounding | None) -> Callable[[int, int, Tensor], Tensor]:
+        """Returns a function that rounds rows i to j of the sum to the dtype of the weight."""
+        dtype = self.weight.dtype
+        if rounding is None or not rounding.applies(self.weight):
+            return lambda i, j, total: total.to(dtype)
+        if rounding.mode == "stochastic":
+            return lambda i, j, total: rounding.rows(total, dtype)
+        whole = torch.empty(self.product.height, self.product.width, dtype=self.product.compute, device=self.weight.device)
+        for i, j, rows, delta in self.tiles():
+            whole[i:j] = self.add(i, j, rows, delta)
+        whole = rounding.whole(whole, dtype)
+        return lambda i, j, total: whole[i:j]
+
     def subtract(self) -> None:
         for i, j, rows, delta in self.tiles():
             self.write(i, j, self.undo(i, j, rows, delta))
 
 
-def fold_record(weight: Tensor, change: LowRank) -> tuple[Record, Tensor] | None:
+def fold_record(weight: Tensor, change: LowRank, rounding: Rounding | None = None) -> tuple[Record, Tensor] | None:
     """Returns the record with corrections and the new value, or None if they need more memory than a copy."""
     change = change.snapshot()
     budget = weight.numel() * weight.element_size() - change.nbytes
@@ -61,8 +75,11 @@ def fold_record(weight: Tensor, change: LowRank) -> tuple[Record, Tensor] | None
     integers, width = INTEGERS[weight.element_size()], work.product.width
     before, corrections = checksum(weight), Corrections()
     result = torch.empty_like(work.weight, memory_format=torch.contiguous_format)
+    rounded, loss = work.rounded(rounding), Loss()
     for i, j, old, delta in work.tiles():
-        new = work.add(i, j, old, delta).to(old.dtype)
+        total = work.add(i, j, old, delta)
+        new = rounded(i, j, total)
+        loss.add(old, total, new, delta if work.gain is None else None)
         back = work.undo(i, j, new, delta)
         wanted_bits, got_bits = old.view(integers), back.to(old.dtype).view(integers)
         if math.isnan(float(back.sum())):
@@ -77,11 +94,16 @@ def fold_record(weight: Tensor, change: LowRank) -> tuple[Record, Tensor] | None
     if corrections.nbytes > budget:
         return None
     result = result.view(weight.shape)
-    return Record("record", weight.shape, weight.dtype, checksum(result), before, change, corrections), result
+    record = Record("record", weight.shape, weight.dtype, checksum(result), before, change, corrections)
+    record.norm, record.error = loss.norms
+    record.nearest = rounding is None
+    return record, result
 
 
-def new_value(weight: Tensor, change: LowRank, exact: bool = True) -> Tensor:
-    """Returns gain ⊙ (W + ΔW), rounded once."""
+def new_value(
+    weight: Tensor, change: LowRank, exact: bool = True, rounding: Rounding | None = None, loss: Loss | None = None
+) -> Tensor:
+    """Returns gain ⊙ (W + ΔW), rounded once. `loss`: sums what the rounding loses."""
     source, new = weight.detach(), torch.empty_like(weight)
     work = FoldArithmetic(source, change, exact)
     product = work.product
@@ -90,12 +112,20 @@ def new_value(weight: Tensor, change: LowRank, exact: bool = True) -> Tensor:
         # One pass over memory; `out=` disables autocast.
         size = (product.height, product.width)
         torch.addmm(source.view(size), product.B[0][0], product.A[0][0], out=new.view(size))
+        if loss is not None:  # every 16th row is enough for an estimate, and costs little
+            B = product.B[0][0][:: (step := 16 if len(new) >= 256 else 1)]
+            loss.add(source.view(size)[::step], (kept := new.view(size)[::step]), kept, B @ product.A[0][0], weight=step)
         return new
     rows_of_new = new
     if product.height != len(new):  # a stack of matrices
         rows_of_new = torch.empty_like(work.weight, memory_format=torch.contiguous_format)
+    rounded = work.rounded(rounding)
     for i, j, rows, delta in work.tiles():
-        rows_of_new[i:j].copy_(work.add(i, j, rows, delta).view(rows_of_new[i:j].shape))
+        total = work.add(i, j, rows, delta)
+        value = rounded(i, j, total)
+        rows_of_new[i:j].copy_(value.view(rows_of_new[i:j].shape))
+        if loss is not None:
+            loss.add(rows, total, value, delta if work.gain is None else None)
     return new if rows_of_new is new else rows_of_new.view(weight.shape)  # a view forgets the strides of single rows
 
 

@@ -13,9 +13,11 @@ from surgery.errors import MergeError
 __all__ = ["fold_copy", "restore_copy"]
 
 
-def fold_copy(weight: Tensor, new: Tensor, note: Callable[[Record], None]) -> Record:
+def fold_copy(
+    weight: Tensor, new: Tensor, note: Callable[[Record], None], norms: tuple[float | None, float | None] = (None, None)
+) -> Record:
     """Write a new value into a weight. The record keeps the whole old value."""
-    record = Record("copy", weight.shape, weight.dtype, checksum(new))
+    record = Record("copy", weight.shape, weight.dtype, checksum(new), norm=norms[0], error=norms[1])
     if _owns_storage(weight):
         record.kept, record.swapped_for = weight.data, new.data_ptr()
         note(record)
