@@ -84,7 +84,7 @@ class IA3Rule(SlotRule):
 
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         scaled = partial(self._times, site, scale=site.params["scale"].detach())
-        return {name: scaled(name, site.tensor(name)).to(site.tensor(name).dtype) for name in self._scaled(site)}
+        return {name: scaled(name, site.tensor(name)) for name in self._scaled(site)}
 
     def swapped(self, live: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         assert isinstance(live, IA3Rule)

@@ -209,7 +209,7 @@ class LoraRule(LowRankMethod):
             bias, added = site.bias, site.params["B_bias"].detach() * self.scale_at(site.path)
             if self.dora:
                 added = added * self._gain(site, self.layout(site).parts[0]).view(-1)
-            changes["bias"] = (bias + added).to(bias.dtype)
+            changes["bias"] = bias + added
         return changes
 
     def changes(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
@@ -226,7 +226,7 @@ class LoraRule(LowRankMethod):
         if in_weight or not site.folded(part.weight):
             return part.low_rank(A, B, scale, gain)
         weight = site.tensor(part.weight)  # a branch rescales the base alone, not what other branches added
-        return (weight + (gain * changed - base)).to(weight.dtype)
+        return weight + (gain * changed - base)
 
     def _starting(self, site: LiveSite, part: WeightPart, A: Tensor) -> Tensor:
         """The weight that DoRA rescales."""

@@ -45,7 +45,7 @@ from .lifecycle.remove import remove
 from .lifecycle.rename_copy import copy_adapter, rename_adapter
 from .lora_conversion.as_lora import as_lora
 from .lora_conversion.report import LoraReport, LoraSite
-from .merging.merge import MergeReport, merge, unmerge
+from .merging.merge import MergeLoss, MergeReport, TensorLoss, merge, unmerge
 from .model_edits.model_edits import ModelEdits
 from .onnx.checking.parity import ParityReport, verify_onnx
 from .onnx.export import ExportReport, export_onnx
@@ -106,6 +106,7 @@ __all__ = [
     "MatchedModule",
     "Member",
     "MergeError",
+    "MergeLoss",
     "MergeReport",
     "ModelEdits",
     "ModuleNames",
@@ -138,6 +139,7 @@ __all__ = [
     "SwapReport",
     "Targets",
     "TensorKey",
+    "TensorLoss",
     "TraceError",
     "Value",
     "activate",

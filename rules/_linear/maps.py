@@ -83,7 +83,7 @@ def add_to_weight(site: LiveSite, delta: Tensor) -> dict[str, Any]:
     """Returns the change of the weight that equals `add`, for merging."""
     weight, layout = site.weight, at(site)
     delta = delta.t() if layout.parts[0].turned else delta
-    return {"weight": (weight.to(delta.dtype) + delta).to(weight.dtype)}
+    return {"weight": weight.to(delta.dtype) + delta}
 
 
 def turn(site: Site, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> Tensor | None:
@@ -101,7 +101,7 @@ def turn(site: Site, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> Te
         site.replace(x, turned(x.to(dtype), False).to(x.dtype))
     else:
         weight = site.weight
-        site.replace(weight, _turned_weight(layout, weight, turned, dtype))
+        site.replace(weight, _turned_weight(layout, weight, turned, dtype).to(weight.dtype))
     return None
 
 
@@ -112,8 +112,8 @@ def turn_weight(site: LiveSite, turned: Callable[[Tensor, bool], Tensor], dtype:
 
 def _turned_weight(layout: Layout, weight: Tensor, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> Tensor:
     if layout.kind == "embedding":
-        return turned(weight.to(dtype), False).to(weight.dtype)
-    return from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype)
+        return turned(weight.to(dtype), False)
+    return from_rows(layout, turned(rows_of(layout, weight).to(dtype), True))
 
 
 def turned_width(layout: Layout) -> int:

@@ -165,7 +165,9 @@ def folded_value(weight: Tensor, change: Change, rounding: Rounding | None = Non
     with torch.no_grad():
         check_foldable(weight, change, "")
         if isinstance(change, LowRank):
-            return complex_value(weight, change) if weight.is_complex() else new_value(weight, change, rounding=rounding)
+            return (
+                complex_value(weight, change) if weight.is_complex() else new_value(weight, change, rounding=rounding)
+            )
         new = weight.detach().clone()
         if isinstance(change, Rows):
             index = change.index.to(new.device)

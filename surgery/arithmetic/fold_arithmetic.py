@@ -54,7 +54,9 @@ class FoldArithmetic:
             return lambda i, j, total: total.to(dtype)
         if rounding.mode == "stochastic":
             return lambda i, j, total: rounding.rows(total, dtype)
-        whole = torch.empty(self.product.height, self.product.width, dtype=self.product.compute, device=self.weight.device)
+        whole = torch.empty(
+            self.product.height, self.product.width, dtype=self.product.compute, device=self.weight.device
+        )
         for i, j, rows, delta in self.tiles():
             whole[i:j] = self.add(i, j, rows, delta)
         whole = rounding.whole(whole, dtype)
@@ -113,8 +115,13 @@ def new_value(
         size = (product.height, product.width)
         torch.addmm(source.view(size), product.B[0][0], product.A[0][0], out=new.view(size))
         if loss is not None:  # every 16th row is enough for an estimate, and costs little
-            B = product.B[0][0][:: (step := 16 if len(new) >= 256 else 1)]
-            loss.add(source.view(size)[::step], (kept := new.view(size)[::step]), kept, B @ product.A[0][0], weight=step)
+            step = 16 if len(new) >= 256 else 1
+            old, rows, delta = (
+                source.view(size)[::step],
+                new.view(size)[::step],
+                product.B[0][0][::step] @ product.A[0][0],
+            )
+            loss.add(old, rows, rows, product.B[0][0][::step] @ product.A[0][0], weight=step)
         return new
     rows_of_new = new
     if product.height != len(new):  # a stack of matrices

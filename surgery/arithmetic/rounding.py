@@ -139,7 +139,7 @@ def round_with_feedback(total: Tensor, quantise: Callable[[Tensor, int], Tensor]
     columns = total.t().contiguous()  # a column is a row here, which is fast to read
     rounded, width = torch.empty_like(columns), len(columns)
     if factor is None:
-        carry = torch.zeros_like(columns[0]) if width else None
+        carry = columns.new_zeros(columns.shape[1:])
         for j in range(width):
             wanted = columns[j] + carry
             rounded[j] = quantise(wanted, j)

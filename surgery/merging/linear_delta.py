@@ -60,7 +60,7 @@ def _derived(rule: Rule, site: LiveSite) -> dict[str, Tensor]:
                 why=f"on a random input its contribution differs by {off:.3g} from that of its ΔW",
                 fix="remove linear = True from the rule, or write its `merged`",
             )
-    return {"weight": (weight.to(double) + (delta if transposed else delta.t())).to(weight.dtype)}
+    return {"weight": weight.to(double) + (delta if transposed else delta.t())}
 
 
 def _is_transposed(site: LiveSite) -> bool:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from surgery.arithmetic.rounding import RoundingMode
 from surgery.errors import MergeError, PlanError, SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
+from surgery.merging.example_effect import run_examples
 from surgery.merging.merge_objections import already_merged, objections_to_merge
-from surgery.merging.site_folding import Keep, fold_together, verify_records
+from surgery.merging.merge_report import MergeLoss, MergeReport, TensorLoss, tensor_losses, warn_of_losses
+from surgery.merging.merge_settings import Keep, MergeSettings
+from surgery.merging.site_folding import fold_together, verify_records
 from surgery.merging.site_merge import check_finite, merge_site, owner_of
 from surgery.progress import Progress, each_step
-from surgery.results import Report
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of
 from surgery.state.adapter_naming import adapter_names
@@ -30,35 +33,9 @@ from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.site_class import install_live
 
-__all__ = ["MergeReport", "merge", "unmerge"]
+__all__ = ["MergeLoss", "MergeReport", "TensorLoss", "merge", "unmerge"]
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class MergeReport(Report):
-    """The result of a merge.
-
-    Attributes:
-        adapters: the names of the merged adapters.
-        sites: the number of sites.
-        nbytes: the bytes kept so that `unmerge` restores the weights' bits.
-        entries: the number of entries of the folded weights.
-    """
-
-    adapters: tuple[str, ...]
-    sites: int
-    nbytes: int
-    entries: int
-
-    def to_rows(self) -> list[dict[str, Any]]:
-        """One row; `adapters` is a text."""
-        return [{**self.to_dict(), "adapters": ", ".join(self.adapters)}]
-
-    def __str__(self) -> str:
-        per_entry = f", {self.nbytes / self.entries:.3f} bytes an entry" if self.entries else ""
-        kept_bytes = f"keeps {self.nbytes:,} bytes to unmerge{per_entry}"
-        return f"merged {', '.join(self.adapters)} at {self.sites} sites; {kept_bytes}"
 
 
 @verb
@@ -69,6 +46,9 @@ def merge(
     keep: Keep = "record",
     untie: bool = False,
     safe: bool = False,
+    rounding: RoundingMode = "nearest",
+    generator: torch.Generator | None = None,
+    example_inputs: Any = None,
     progress: Progress = False,
 ) -> MergeReport:
     """Fold adapters into the base's parameters, so their sites run their own classes again.
@@ -93,20 +73,31 @@ def merge(
         untie: whether a site whose weight another module shares gets a weight of its own while merged. The config of a
             transformers model then says that nothing is tied, so `tie_weights` and checkpoints keep the weights apart.
         safe: whether results that are not finite raise before the model changes (PEFT's safe_merge).
+        rounding: how sums are rounded to float16 and bfloat16. "nearest" loses changes that are small beside the
+            weight. "stochastic" rounds up or down by chance, so that the mean is right. "error-feedback" takes the
+            error of each entry out of the next ones of its row; with `example_inputs` it weighs them by the site's
+            inputs, as GPTQ does. `unmerge` is exact in every case.
+        generator: draws the numbers of stochastic rounding. None: torch's default generator.
+        example_inputs: inputs of a call, as for `apply_rules`; a list holds several. The report then says how the
+            outputs of the live and the merged model differ.
         progress: True draws a bar on a terminal, with rich. A function is called with (what is done, steps done,
             steps in all). Default False.
 
     Returns:
-        A `MergeReport`. If exactly these adapters are merged already, nothing happens, and a `SurgeryWarning` says so.
-
+        A `MergeReport`. Its `loss` says how much of the change rounding swallowed. If exactly these adapters are merged
+        already, nothing happens, and a `SurgeryWarning` says so.
     Raises:
         PlanError: one `MergeError` for each site with a rule without a closed form, or with a packed or sharded weight.
         MergeError: a weight that another module shares, a result that is not finite, or the name of an adapter with
             structural rules alone.
         SurgeryError: an unknown adapter. In all cases the model is unchanged.
 
+    Warns:
+        SurgeryWarning: rounding swallowed more than 10 % of the change of a weight.
+
     PEFT: `merge_adapter`.
     """
+    settings = MergeSettings(keep, untie, rounding, generator)
     model, state = rewritten(model)
     names = adapter_names(state, adapter)
     check_free(model)
@@ -142,13 +133,18 @@ def merge(
     if problems:
         raise PlanError(problems)
     owners, waiting = Owners(model), list[Any]()
+    live_outputs = None
+    if example_inputs is not None:
+        watched = [module for _, module, _ in chosen_sites] if rounding == "error-feedback" else []
+        live_outputs = run_examples(model, example_inputs, watched)
+        settings = replace(settings, products=live_outputs.products)
     with torch.no_grad():
         if safe:
             for path, module, site in chosen_sites:
                 check_finite(owners, path, module, site, chosen_at[id(module)], untie)
         with Journal() as journal, each_step(chosen_sites, progress, f"merge {', '.join(names)}") as counted_sites:
             for path, module, site in counted_sites:
-                merge_site(owners, path, module, site, names, chosen_at[id(module)], keep, untie, journal, waiting)
+                merge_site(owners, path, module, site, names, chosen_at[id(module)], settings, journal, waiting)
                 staying = [
                     rule_record
                     for rule_record in all_at[id(module)]
@@ -161,7 +157,14 @@ def merge(
                 state.untied = say_untied(model, journal)
             if chosen_sites:
                 guard_merged(model, journal)
-    return _report(names, chosen_sites)
+            report = _report(names, chosen_sites)
+            if live_outputs is not None:
+                merged_outputs = run_examples(model, example_inputs)
+                difference, kl = live_outputs.difference(merged_outputs), live_outputs.kl(merged_outputs)
+                report = replace(report, loss=replace(report.loss, difference=difference, kl=kl))
+    if rounding == "nearest":
+        warn_of_losses(report.loss, stacklevel=3)
+    return report
 
 
 def _report(names: Sequence[str], merged_sites: Sequence[tuple[str, nn.Module, SiteState]]) -> MergeReport:
@@ -169,9 +172,9 @@ def _report(names: Sequence[str], merged_sites: Sequence[tuple[str, nn.Module, S
         (tensor_at(module, name), record) for _, module, site in merged_sites for name, record in _merged(site).folds
     ]
     entries = {id(tensor): tensor.numel() for tensor, _ in folds}
-    return MergeReport(
-        tuple(names), len(merged_sites), sum(record.nbytes for _, record in folds), sum(entries.values())
-    )
+    loss = MergeLoss(tuple(loss for path, _, site in merged_sites for loss in tensor_losses(path, _merged(site).folds)))
+    nbytes = sum(record.nbytes for _, record in folds)
+    return MergeReport(tuple(names), len(merged_sites), nbytes, sum(entries.values()), loss)
 
 
 @verb

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from surgery.arithmetic import batched_folds
 from surgery.arithmetic.batched_folds import checksums_of
 from surgery.arithmetic.exact_fold import Change, LowRank, Record, fold, unfold
+from surgery.arithmetic.rounding import Rounding
 from surgery.complex_numbers import is_number
 from surgery.errors import MergeError
 from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.forward.parameter_view import find_tensor, tensor_at
+from surgery.merging.merge_settings import MergeSettings
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_fold
 from surgery.transaction.undo_log import Journal
 
 __all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "fold_together", "verify_records"]
 
-Keep = Literal["record", "copy"]
 Fold = tuple[str, Record]
 
 
@@ -50,7 +51,9 @@ def check_foldable(
         )
 
 
-def fold_into(module: nn.Module, name: str, change: Change, *, keep: Keep, where: str, journal: Journal) -> Record:
+def fold_into(
+    module: nn.Module, name: str, change: Change, *, keep: Literal["record", "copy"], where: str, journal: Journal
+) -> Record:
     """Fold one change into a tensor of a module, and return the record that takes it out."""
     tensor = tensor_at(module, name)
     if isinstance(change, Tensor) and change.shape != tensor.shape:
@@ -101,9 +104,17 @@ def fold_together(waiting: list[tuple[SiteFolding, str, LowRank]]) -> None:
 class SiteFolding:
     """The folds of one site in order. Low-rank changes of consecutive rules are joined, so they round once."""
 
-    def __init__(self, module: nn.Module, where: str, keep: Keep, journal: Journal, dry: bool = False):
-        self.module, self.where, self.journal = module, where, journal
-        self.keep: Keep = keep
+    def __init__(
+        self,
+        module: nn.Module,
+        base: type[nn.Module],
+        where: str,
+        settings: MergeSettings,
+        journal: Journal,
+        dry: bool = False,
+    ):
+        self.module, self.base, self.where = module, base, where
+        self.settings, self.journal = settings, journal
         self.folds: list[Fold] = []
         self._base = 0
         self._pending: dict[str, list[LowRank]] = {}
@@ -143,7 +154,7 @@ class SiteFolding:
     def finish_with(self, waiting: list[tuple[SiteFolding, str, LowRank]]) -> list[Fold]:
         """As `finish`, but a single low-rank change is deferred to `fold_together`, which does those of all sites."""
         pending = [(name, change) for name, changes in self._pending.items() for change in changes]
-        if self.folds or len(pending) != 1 or self.keep != "record":
+        if self.folds or len(pending) != 1 or self.settings.keep != "record" or self._rounding(pending[0][0]):
             return self.finish()
         self._pending.clear()
         waiting.append((self, *pending[0]))
@@ -173,4 +184,9 @@ class SiteFolding:
                 f"a merged {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=self.where
             )
         note = keep_fold(self.journal, tensor)
-        self.folds.append((name, fold(tensor, change, keep=self.keep, where=self.where, note=note)))
+        rounding = self._rounding(name)
+        record = fold(tensor, change, keep=self.settings.keep, where=self.where, note=note, rounding=rounding)
+        self.folds.append((name, record))
+
+    def _rounding(self, name: str) -> Rounding | None:
+        return self.settings.rounding_of(self.module, self.base, self.tensor(name))

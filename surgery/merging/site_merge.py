@@ -14,7 +14,8 @@ from surgery.errors import MergeError
 from surgery.forward.own_forward import own_forward
 from surgery.forward.parameter_view import tensor_at
 from surgery.merging.linear_delta import merged_tensors
-from surgery.merging.site_folding import Keep, SiteFolding, check_foldable
+from surgery.merging.merge_settings import MergeSettings
+from surgery.merging.site_folding import SiteFolding, check_foldable
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_site
@@ -36,19 +37,18 @@ def merge_site(
     site: SiteState,
     names: list[str],
     chosen: list[Applied],
-    keep: Keep,
-    untie: bool,
+    settings: MergeSettings,
     journal: Journal,
     waiting: list[Any],
 ) -> None:
     """Fold the chosen rules into the tensors of one site, and note the folds in its record."""
     keep_site(journal, module)
     merged = Merged(tuple(names))
-    folding = SiteFolding(module, path, keep, journal)
+    folding = SiteFolding(module, site.base, path, settings, journal)
     for _, changes in changes_of_rules(module, site, chosen, folding):
         for name, change in changes.items():
-            check_foldable(owners, module, name, change, path, untie)
-            if untie and name not in merged.tied:
+            check_foldable(owners, module, name, change, path, settings.untie)
+            if settings.untie and name not in merged.tied:
                 _untie(owners, module, name, merged, journal)
             folding.add(name, change)
     merged.folds = folding.finish_with(waiting)
@@ -59,7 +59,7 @@ def check_finite(
     owners: Owners, path: str, module: nn.Module, site: SiteState, chosen: list[Applied], untie: bool
 ) -> None:
     """Fold into copies, and raise `NotFiniteError` if a result is not finite (`safe=True`)."""
-    folding = SiteFolding(module, path, "copy", Journal(), dry=True)
+    folding = SiteFolding(module, site.base, path, MergeSettings("copy"), Journal(), dry=True)
     for _, changes in changes_of_rules(module, site, chosen, folding):
         for name, change in changes.items():
             check_foldable(owners, module, name, change, path, untie)

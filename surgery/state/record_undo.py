@@ -61,7 +61,7 @@ def take_out_fold(
     journal: Journal, weight: Tensor, record: Record, *, check: bool = True, where: str = "", verified: bool = False
 ) -> None:
     """Unfold a weight and note the inverse. The bits are copied only if arithmetic can't restore them."""
-    intact = record.kind == "record" and (verified or checksum(weight) == record.after)
+    intact = record.kind == "record" and record.nearest and (verified or checksum(weight) == record.after)
     if intact:
         journal.undo(refold, weight, record)
     else:
@@ -75,7 +75,7 @@ def take_out_folds(journal: Journal, taken: Sequence[tuple[Tensor, Record, str]]
     single, batch = list[tuple[Tensor, Record, str]](), list[Unfold]()
     shared = Counter(weight.data_ptr() for weight, _, _ in taken) if check else Counter[int]()
     for weight, record, where in taken:
-        if check and record.kind == "record" and shared[weight.data_ptr()] == 1:
+        if check and record.kind == "record" and record.nearest and shared[weight.data_ptr()] == 1:
             batch.append(Unfold(weight, record, where, partial(journal.undo, refold, weight, record)))
         else:
             single.append((weight, record, where))

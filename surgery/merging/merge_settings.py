@@ -1,0 +1,59 @@
+"""How a merge folds: the arguments of `merge` that every site needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from surgery.arithmetic.rounding import HALF, Rounding, RoundingMode, feedback_factor
+from surgery.errors import MergeError, qualified_name
+
+__all__ = ["Keep", "MergeSettings"]
+
+Keep = Literal["record", "copy"]
+
+
+@dataclass(frozen=True, eq=False)
+class MergeSettings:
+    """The settings of one merge.
+
+    Attributes:
+        keep: what is kept to unmerge.
+        untie: whether a site whose weight another module shares gets a weight of its own.
+        rounding: how sums are rounded to half precision.
+        generator: draws the numbers of stochastic rounding.
+        products: H = XᵀX of the inputs of an example, by the id of the site's module.
+    """
+
+    keep: Keep = "record"
+    untie: bool = False
+    rounding: RoundingMode = "nearest"
+    generator: torch.Generator | None = None
+    products: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rounding not in get_args(RoundingMode):
+            names = ", ".join(map(repr, get_args(RoundingMode)))
+            raise MergeError(f"rounding={self.rounding!r} is not known", fix=f"use one of {names}")
+        if self.generator is not None and self.rounding != "stochastic":
+            why = f"rounding={self.rounding!r} does not draw numbers"
+            raise MergeError("a generator is not used", why=why, fix='rounding="stochastic"')
+
+    def rounding_of(self, module: nn.Module, base: type[nn.Module], weight: Tensor) -> Rounding | None:
+        """How changes of a weight of this module are rounded; None: to the nearest number."""
+        if self.rounding == "nearest" or weight.dtype not in HALF:
+            return None
+        if self.rounding == "stochastic":
+            return Rounding("stochastic", self.generator)
+        transposed = any(qualified_name(cls) == "transformers.pytorch_utils.Conv1D" for cls in base.__mro__)
+        # An embedding returns rows as they are; in other modules a row of the weight gives one output.
+        if weight.dim() < 2 or issubclass(base, nn.Embedding):
+            return None
+        products = self.products.get(id(module))
+        if products is None or len(products) != weight.shape[0 if transposed else 1] or weight.dim() > 2:
+            return Rounding("error-feedback", transposed=transposed)
+        return Rounding("error-feedback", factor=feedback_factor(products), transposed=transposed)
