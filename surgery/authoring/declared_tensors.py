@@ -14,6 +14,7 @@ from surgery.authoring.site_facts import SiteFacts
 from surgery.authoring.site_module import SiteModule, site_module
 from surgery.complex_numbers import filled_by_reals, is_number
 from surgery.errors import SiteError
+from surgery.forward.offloaded_weights import initial_copy
 from surgery.forward.tape import Tape
 
 __all__ = ["DeclaredTensors", "ParamSpec"]
@@ -135,8 +136,7 @@ class DeclaredTensors(SiteFacts):
             raise SiteError(f"{self.label} declares the tensor {name!r} twice", where=self.path)
         if isinstance(value, Tensor):
             shape, tensor_dtype = tuple(value.shape), value.dtype
-            source = value.detach()
-            fill: Fill = lambda tensor: tensor.copy_(source)  # noqa: E731
+            fill: Fill = initial_copy(self.module, value)
         else:
             shape, tensor_dtype = tuple(int(size) for size in value), self.dtype
             fill = filled_by_reals(init) if callable(init) else _constant(float(init))

@@ -10,7 +10,7 @@ from torch import nn
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.errors import MergeError, SiteError, SurgeryError
-from surgery.forward.parameter_view import tensor_at
+from surgery.forward.offloaded_weights import value_at
 from surgery.merging.merge_objections import already_merged, objections_to_merge
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
@@ -83,7 +83,7 @@ def _site(
 
 def _replacement(path: str, module: nn.Module, applied: Applied) -> nn.Module:
     tensors = tensors_of(module, applied.adapter)
-    live = LiveSite(module, path, applied.adapter, tensors, lambda name, _: tensor_at(module, name))
+    live = LiveSite(module, path, applied.adapter, tensors, lambda name, _: value_at(module, name))
     with HookCall(applied.rule, "committed", path):
         return applied.rule.committed(live)
 

@@ -15,11 +15,12 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import SurgeryWarning
-from surgery.forward.parameter_view import tensor_at
+from surgery.forward.offloaded_weights import device_of_calls, is_offloaded, value_at
 from surgery.forward.tape import Layer
 from surgery.lifecycle.freezing import freeze_base, train_structure
 from surgery.lifecycle.gradient_reducers import watch_gradients
 from surgery.lifecycle.tensor_start import start
+from surgery.merging.offloaded_merge import fold_offloaded
 from surgery.merging.site_folding import check_foldable, fold_into
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import prepare_sites
@@ -119,7 +120,7 @@ def _insert_tensors(
         layer=Layer(plan.adapter, step.rule.label, step.tape),
         facts=step.facts,
     )
-    device = _device_of(module)
+    device = device_of_calls(module) or _device_of(module)
     tensors = dict[str, tuple[Tensor, bool]]()
     for spec in step.specs:
         tie = spec.tie(step.rule)
@@ -133,15 +134,20 @@ def _insert_tensors(
             watch_absent(module, box, start, journal)
     state.applied.append(applied)
     live = LiveSite(
-        module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: tensor_at(module, name)
+        module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: value_at(module, name)
     )
     with HookCall(step.rule, "initialise", step.path):
         changes = dict(step.rule.initialise(live) or {})
+    if not changes:
+        return
+    standing.in_base = True
+    if is_offloaded(module):
+        applied.changed += fold_offloaded(owners, module, changes, step.path, journal)
+        return
     for name, change in changes.items():
         check_foldable(owners, module, name, change, step.path)
         record = fold_into(module, name, change, keep="record", where=step.path, journal=journal)
         applied.changed.append((name, record))
-        standing.in_base = True
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from surgery.errors import SiteError, SurgeryError
+from surgery.forward.offloaded_weights import is_offloaded, weights_present
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.apply import M
 from surgery.lifecycle.freezing import thaw_base
+from surgery.merging.offloaded_merge import unmerge_offloaded_site
 from surgery.merging.site_folding import verify_records
 from surgery.rewritten_model import transformers_hooks
 from surgery.rewritten_model.moved_sites import unwatch
@@ -139,7 +141,8 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
             )
         if applied.adapter not in names:
             staying |= changed
-    verify_records([(tensor_at(module, name), record) for a in removed for name, record in a.changed], path, check)
+    with weights_present(module):
+        verify_records([(tensor_at(module, name), record) for a in removed for name, record in a.changed], path, check)
 
 
 def _take_out(
@@ -156,6 +159,9 @@ def _take_out(
     else:
         site.classes.clear()  # a later adapter may have the same name
     for applied in reversed(removed):
+        if applied.changed and is_offloaded(module):
+            unmerge_offloaded_site(module, site.path, applied.changed, check, shared.journal)
+            continue
         for name, record in reversed(applied.changed):
             take_out_fold(shared.journal, tensor_at(module, name), record, check=check, where=site.path)
     for name in {applied.adapter for applied in removed}:

@@ -18,7 +18,7 @@ from surgery.authoring.rule import Rule
 from surgery.authoring.site_facts import MARK
 from surgery.complex_numbers import is_number
 from surgery.errors import SurgeryError
-from surgery.forward.parameter_view import tensor_at
+from surgery.forward.offloaded_weights import value_at
 from surgery.lifecycle.attach import PlacedRule
 from surgery.progress import Progress, each_step
 from surgery.state.adapter_tensors import tensors_of
@@ -108,7 +108,7 @@ def group_rules(model: nn.Module, state: ModelState, how: Combination) -> Iterat
         for name, weight in how.weights.items():
             tensors = tensors_of(module, name)
             for applied in records_at[name].get(id(module), ()):
-                live = LiveSite(module, site.path, name, tensors, lambda key, _, module=module: tensor_at(module, key))
+                live = LiveSite(module, site.path, name, tensors, lambda key, _, module=module: value_at(module, key))
                 params = {key: tensors[key] for key in applied.tensors}
                 share = Share(weight, applied.rule, live, params)
                 at_site = by_kind.setdefault(applied.rule.name, {}).setdefault(

@@ -8,8 +8,8 @@ from torch import nn
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.errors import SiteError
+from surgery.forward.offloaded_weights import value_at
 from surgery.forward.own_forward import own_forward
-from surgery.forward.parameter_view import tensor_at
 from surgery.state.adapter_tensors import AdapterTensors, box_of
 from surgery.state.records import site_state
 from surgery.weaving.rewrite_recording import record_rewrite
@@ -40,7 +40,7 @@ def start(module: nn.Module, box: nn.Module) -> None:
             own_forward(module, site.base),
             facts=rule_record.facts,
         )
-        live = LiveSite(module, site.path, rule_record.adapter, tensors, lambda name, _: tensor_at(module, name))
+        live = LiveSite(module, site.path, rule_record.adapter, tensors, lambda name, _: value_at(module, name))
         with torch.no_grad(), HookCall(rule_record.rule, "initialise", site.path):
             for spec in recording.specs:
                 spec.fill(tensors[spec.name])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from surgery.arithmetic.exact_fold import Change, LowRank, folded_value
 from surgery.arithmetic.low_rank import has_float64
 from surgery.errors import MergeError
+from surgery.forward.offloaded_weights import value_at
 from surgery.forward.packed_weights import is_packed
-from surgery.forward.parameter_view import tensor_at
 from surgery.merging.site_merge import changes_of_rules
 from surgery.state.records import Applied, SiteState
 
@@ -122,7 +122,7 @@ class _WideTensors:
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._now:
-            tensor = tensor_at(self.module, name).detach()
+            tensor = value_at(self.module, name).detach()
             if is_packed(tensor) or tensor.is_meta:
                 raise MergeError(
                     "a rule's change can't be computed here",

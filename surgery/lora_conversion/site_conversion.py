@@ -12,8 +12,8 @@ from surgery.arithmetic.exact_fold import LowRank
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import MergeError, PlanError, SurgeryError
+from surgery.forward.offloaded_weights import value_at
 from surgery.forward.own_forward import own_forward
-from surgery.forward.parameter_view import tensor_at
 from surgery.lora_conversion.lora_factors import LoraFactors, factorise
 from surgery.lora_conversion.lora_rule import lora_rule
 from surgery.lora_conversion.site_change import SiteChange, change_of_site
@@ -111,7 +111,7 @@ def _convert_site(
         raise MergeError("the site's change can't be held by LoRA", where=path, why=why, fix="keep the rule as it is")
     if not change.weights:
         return result
-    live = LiveSite(module, site.path, "", {}, lambda name, _: tensor_at(module, name))
+    live = LiveSite(module, site.path, "", {}, lambda name, _: value_at(module, name))
     for name, delta in change.weights.items():
         shape, groups = possible[name]
         values = (delta.B, delta.A) if isinstance(delta, LowRank) else (delta,)

@@ -12,11 +12,13 @@ from torch import nn
 
 from surgery.arithmetic.rounding import RoundingMode
 from surgery.errors import MergeError, PlanError, SurgeryWarning
+from surgery.forward.offloaded_weights import is_offloaded, weights_present
 from surgery.forward.parameter_view import tensor_at
 from surgery.merging.example_effect import run_examples
 from surgery.merging.merge_objections import already_merged, objections_to_merge
 from surgery.merging.merge_report import MergeLoss, MergeReport, TensorLoss, tensor_losses, warn_of_losses
 from surgery.merging.merge_settings import Keep, MergeSettings
+from surgery.merging.offloaded_merge import merge_offloaded_site, unmerge_offloaded_site
 from surgery.merging.site_folding import fold_together, verify_records
 from surgery.merging.site_merge import check_finite, merge_site, owner_of
 from surgery.progress import Progress, each_step
@@ -141,10 +143,15 @@ def merge(
     with torch.no_grad():
         if safe:
             for path, module, site in chosen_sites:
-                check_finite(owners, path, module, site, chosen_at[id(module)], untie)
+                with weights_present(module):
+                    check_finite(owners, path, module, site, chosen_at[id(module)], untie)
         with Journal() as journal, each_step(chosen_sites, progress, f"merge {', '.join(names)}") as counted_sites:
             for path, module, site in counted_sites:
-                merge_site(owners, path, module, site, names, chosen_at[id(module)], settings, journal, waiting)
+                chosen = chosen_at[id(module)]
+                if is_offloaded(module):
+                    merge_offloaded_site(owners, path, module, site, names, chosen, settings, journal)
+                else:
+                    merge_site(owners, path, module, site, names, chosen, settings, journal, waiting)
                 staying = [
                     rule_record
                     for rule_record in all_at[id(module)]
@@ -221,13 +228,22 @@ def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: boo
             why = f"{refusal[0]}; the merge noted its folds for whole weights"
             fix = "unmerge(model) before sharding, or forget(model) to keep the weights as they are"
             raise MergeError("the site can't be unmerged", where=path, why=why, fix=fix)
+    offloaded = [(path, module, _merged(site).folds) for path, module, site in merged_sites if is_offloaded(module)]
     folds = [
-        (tensor_at(module, name), r, path) for path, module, site in merged_sites for name, r in _merged(site).folds
+        (tensor_at(module, name), r, path)
+        for path, module, site in merged_sites
+        if not is_offloaded(module)
+        for name, r in _merged(site).folds
     ]
+    for path, module, kept_folds in offloaded:
+        with weights_present(module):
+            verify_records([(tensor_at(module, name), record) for name, record in kept_folds], path, check)
     verify_records([(tensor, record) for tensor, record, _ in folds], [path for *_, path in folds], check)
     live = state.rules_at([name for name, standing in state.standing.items() if standing.live])
     with torch.no_grad(), Journal() as journal:
         take_out_folds(journal, folds[::-1], check=check)
+        for path, module, kept_folds in offloaded[::-1]:
+            unmerge_offloaded_site(module, path, kept_folds, check, journal)
         for _, module, site in merged_sites:
             keep_site(journal, module)
             merged = _merged(site)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
+from surgery.forward.offloaded_weights import loads_children
+from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_naming import name_problem
 from surgery.state.merged_tensors import merged_error
@@ -41,6 +43,17 @@ def model_problems(model: nn.Module, adapter: str, examples: Sequence[Any]) -> l
                 where=abbreviate(lazy),
                 why="they have no shape before the first call, and planning touches nothing",
                 fix="run one batch through the model first: model(batch)",
+            )
+        )
+    if "_hf_hook" in model.__dict__ and (
+        blocks := [path for path, part in base_modules(model) if loads_children(part)]
+    ):
+        problems.append(
+            SurgeryError(
+                "accelerate loads the weights of whole blocks",
+                where=abbreviate(blocks, "blocks"),
+                why="its hook would also look for the tensors of adapters in them, which it does not keep",
+                fix="offload without preload_module_classes, or apply rules before offloading",
             )
         )
     state, inner, rewritten_sites = model_state(model), records_in(model, below=True), list(sites(model))

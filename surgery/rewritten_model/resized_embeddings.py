@@ -14,6 +14,7 @@ from surgery.authoring.declared_tensors import ParamSpec
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.errors import SurgeryError
+from surgery.forward.offloaded_weights import value_at
 from surgery.forward.own_forward import own_forward
 from surgery.forward.parameter_view import tensor_at
 from surgery.forward.tape import Layer
@@ -174,7 +175,7 @@ def _initial_tensors(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for spec in specs:
             spec.fill(tensors[spec.name])
-        live = LiveSite(module, site.path, applied.adapter, tensors, lambda name, _: tensor_at(module, name))
+        live = LiveSite(module, site.path, applied.adapter, tensors, lambda name, _: value_at(module, name))
         with HookCall(applied.rule, "initialise", site.path):
             applied.rule.initialise(live)
     return tensors

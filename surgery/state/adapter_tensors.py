@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import SiteError, SurgeryError
+from surgery.errors import SiteError
+from surgery.forward.offloaded_weights import adapters_stay
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import child_of
 from surgery.state.absent_values import note_absent, start_again, unwatch_absent
@@ -21,8 +22,8 @@ __all__ = ["AdapterTensors", "Adapters", "box_of"]
 class AdapterTensors(nn.Module):
     """The parameters and buffers of one adapter at one site, under the names of its rules.
 
-    The site's forward uses them; this module is never called. So a hook that loads tensors before a call of this module
-    would leave the site with empty tensors, and torch would silently compute with them.
+    The site's forward uses them; this module is never called. So a hook of accelerate that loads tensors before a call
+    would leave the site with empty tensors: this module takes no such hook, and keeps its tensors where they run.
 
     The parameters of an idle adapter do not require gradients. `still` names the parameters that do not require them
     while it is live. They are names because tensors are replaced (`load_state_dict(assign=True)`, `.to()`, sharding).
@@ -31,14 +32,11 @@ class AdapterTensors(nn.Module):
     still: frozenset[str] = frozenset()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_hf_hook" and any(getattr(hook, "offload", False) for hook in getattr(value, "hooks", [value])):
-            value.detach_hook(self)  # the hook has already offloaded its tensors
-            raise SurgeryError(
-                "accelerate can't offload a model that has adapters",
-                why="it loads tensors before a call of their module, but an adapter's tensors are used by its site",
-                fix="do not offload; accelerate.hooks.remove_hook_from_submodules(model) removes its hooks",
-            )
-        super().__setattr__(name, value)
+        if name == "_hf_hook":  # the hook has already moved or offloaded the tensors
+            for own, tensor in adapters_stay(value, self.tensors()).items():
+                (self._parameters if own in self._parameters else self._buffers)[own] = tensor  # type: ignore[index]
+        elif name not in ("forward", "_old_forward"):  # which accelerate sets, too; this module is never called
+            super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         before, emptied = self.tensors(), getattr(fn, "__qualname__", "").startswith("Module.to_empty.")

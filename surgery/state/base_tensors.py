@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from surgery.arithmetic.exact_fold import unfold
-from surgery.forward.parameter_view import tensor_at
+from surgery.forward.offloaded_weights import value_at
 from surgery.state.adapter_tensors import whole
 from surgery.state.records import site_state
 
@@ -24,7 +24,7 @@ def base_tensor(module: nn.Module, name: str, path: str = "", state: Mapping[str
     if merged is not None and name in merged.tied:  # the site has a separate copy of a shared parameter
         return merged.tied[name].detach()
     key = f"{path}.{name}" if path else name
-    tensor = whole((state or {}).get(key, tensor_at(module, name)).detach())
+    tensor = whole((state[key] if state is not None and key in state else value_at(module, name)).detach())
     records = [record for folded, record in merged.folds if folded == name] if merged is not None else []
     if records:
         tensor = tensor.clone()

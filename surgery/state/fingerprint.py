@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.forward.offloaded_weights import is_offloaded, value_at
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
 from surgery.state.layer_fingerprint import layer_differences, layer_numbers
@@ -24,17 +25,17 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Returns sixteen numbers of each of sixteen parameters, spread over the model, and two numbers of each layer.
 
     Parameters that an adapter changed at its start, by merging, or replaced (such as a new head) are left out, and so
-    are packed, sharded and meta parameters.
+    are packed, sharded and meta parameters. Offloaded parameters are read where accelerate keeps them.
     """
     candidates = list(_comparable(model))
     matrices = [
         item for item in candidates if item[1].dim() > 1
     ] or candidates  # biases and norms are similar in all models
-    chosen = [matrices[i] for i in _spread(len(matrices), TENSORS)]
+    chosen, numbers = [matrices[i] for i in _spread(len(matrices), TENSORS)], _reader(model)
     return {
         "class": class_of(model).__name__,
-        "numbers": {name: {"shape": list(tensor.shape), "values": _numbers(tensor)} for name, tensor in chosen},
-        "layers": layer_numbers(model, matrices, _numbers),
+        "numbers": {name: {"shape": list(tensor.shape), "values": numbers(tensor)} for name, tensor in chosen},
+        "layers": layer_numbers(model, matrices, numbers),
     }
 
 
@@ -57,7 +58,7 @@ def differences(model: nn.Module, expected: Any, ignored: Collection[Tensor] = (
     if not isinstance(numbers, Mapping):
         return []
     compared_numbers = dict(list(numbers.items())[:TENSORS])
-    own_tensors, problems = dict(_comparable(model, compared_numbers)), []
+    own_tensors, problems, numbers_of = dict(_comparable(model, compared_numbers)), [], _reader(model)
     for name, stored in compared_numbers.items():
         if (
             name not in own_tensors
@@ -65,7 +66,7 @@ def differences(model: nn.Module, expected: Any, ignored: Collection[Tensor] = (
             or any(own_tensors[name] is tensor for tensor in ignored)
         ):
             continue
-        values, present = stored.get("values"), _numbers(own_tensors[name])
+        values, present = stored.get("values"), numbers_of(own_tensors[name])
         if list(own_tensors[name].shape) != stored.get("shape"):
             problems.append(f"{name} is {tuple(own_tensors[name].shape)} here and was {stored.get('shape')}")
         elif isinstance(values, list) and not all(map(_is_near, values, present)):
@@ -74,7 +75,7 @@ def differences(model: nn.Module, expected: Any, ignored: Collection[Tensor] = (
     def present_numbers(names: list[str]) -> dict[str, list[float]]:
         tensors = dict(_comparable(model, names))
         return {
-            name: _numbers(tensors[name], 2)
+            name: numbers_of(tensors[name], 2)
             for name in names
             if name in tensors and not any(tensors[name] is tensor for tensor in ignored)
         }
@@ -103,7 +104,7 @@ def _comparable(model: nn.Module, names: Collection[str] | None = None) -> Itera
             if name in _excluded_names(module) or is_lazy(tensor) or not tensor.numel():
                 continue
             seen.add(id(tensor))
-            ordinary = type(tensor) is nn.Parameter and not tensor.is_meta
+            ordinary = type(tensor) is nn.Parameter and (not tensor.is_meta or is_offloaded(module))
             if ordinary and tensor.dtype in _COMPARED:
                 yield ".".join(filter(None, (path, name))), tensor
 
@@ -130,6 +131,21 @@ def _excluded_names(module: nn.Module) -> set[str]:
 
 def _spread(count: int, most: int) -> list[int]:
     return sorted({i * (count - 1) // max(1, most - 1) for i in range(most)}) if count else []
+
+
+def _reader(model: nn.Module) -> Callable[..., list[float]]:
+    """Returns `_numbers` for tensors of this model, which may be offloaded."""
+    kept = {
+        id(tensor): (module, name)
+        for _, module in base_modules(model)
+        if is_offloaded(module)
+        for name, tensor in module._parameters.items()
+    }
+
+    def numbers(tensor: Tensor, most: int = NUMBERS) -> list[float]:
+        return _numbers(value_at(*kept[id(tensor)]) if id(tensor) in kept else tensor, most)
+
+    return numbers
 
 
 def _numbers(tensor: Tensor, most: int = NUMBERS) -> list[float]:

@@ -12,8 +12,8 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
+from surgery.forward.offloaded_weights import value_at
 from surgery.forward.own_forward import own_forward
-from surgery.forward.parameter_view import tensor_at
 from surgery.planning.covered_sites import uncovered
 from surgery.planning.matching import Match, Tree, matches
 from surgery.planning.plan import Plan
@@ -84,7 +84,7 @@ def unmerged_tensors(module: nn.Module, path: str) -> Callable[[str, bool], Tens
         state = site_state(module)
         if state is not None and state.merged is not None and any(name == folded for folded, _ in state.merged.folds):
             raise merged_error(path, state.merged.adapters)
-        return tensor_at(module, name)
+        return value_at(module, name)
 
     return read
 

@@ -18,7 +18,7 @@ from surgery.authoring.declared_tensors import ParamSpec
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
-from surgery.forward.parameter_view import tensor_at
+from surgery.forward.offloaded_weights import value_at
 from surgery.lifecycle.insertion import InitialValue, install_plan
 from surgery.model_edits.structure_tensor import StructureTensor
 from surgery.patterns.module_walk import RESERVED, tensor_key
@@ -290,5 +290,5 @@ def _realise(step: PlannedRule, adapter: str, unfilled: set[str], duplicates: di
     if meta and unfilled:
         module = step.module
         step.rule.initialise(
-            LiveSite(module, step.path, adapter, box.tensors(), lambda name, _: tensor_at(module, name))
+            LiveSite(module, step.path, adapter, box.tensors(), lambda name, _: value_at(module, name))
         )

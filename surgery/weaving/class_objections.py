@@ -65,11 +65,6 @@ def reason_against(module: nn.Module, adds_tensors: bool | None = None) -> tuple
                 f"a {type(hook).__name__} hook recomputes its weight before each call",
                 "take it off first: torch.nn.utils.remove_weight_norm, remove_spectral_norm, or prune.remove",
             )
-    if "_hf_hook" in module.__dict__ and any(tensor.is_meta for tensor in module.parameters()):
-        return (
-            "accelerate has offloaded its weights, which are absent between calls",
-            "load the model without offloading",
-        )
     return sharding_of(module)
 
 

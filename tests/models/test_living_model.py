@@ -616,27 +616,6 @@ def test_accelerates_hooks_in_every_order(order: tuple[str, ...], optional: Call
     assert vars(model[0])["forward"].__func__ is nn.Linear.forward  # as accelerate leaves it on a plain module
 
 
-def test_weights_offloaded_by_accelerate_are_refused(optional: Callable[..., Any]) -> None:
-    accelerate = optional("accelerate")
-    model = mlp()
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(PlanError, match="offloaded"):
-        apply_rules(model, [LoraRule(nn.Linear, rank=2)])
-    assert not adapters_of(model)
-
-
-def test_offloading_live_adapters_is_refused_and_loses_nothing(optional: Callable[..., Any]) -> None:
-    accelerate = optional("accelerate")
-    for live_rule in (LoraRule(nn.Linear, rank=2, init="random"), TrainRule(nn.Linear)):
-        model, x = apply_rules(mlp(), [live_rule]), torch.randn(3, 8)
-        expected = model(x)
-        with pytest.raises(SurgeryError, match="offload"):
-            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-        accelerate.hooks.remove_hook_from_submodules(model)
-        assert torch.equal(model(x), expected)
-        accelerate.cpu_offload(remove(model), execution_device=torch.device("cpu"))
-
-
 def test_a_model_on_the_meta_device_gets_its_weights_later() -> None:
     with torch.device("meta"):
         model = mlp()

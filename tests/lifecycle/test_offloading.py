@@ -1,0 +1,254 @@
+"""Adapters on models whose weights accelerate keeps on the CPU or on disk, beside the same model without offloading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import OffloadedWeightsLoader
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from surgery import (
+    MergeError,
+    PlanError,
+    SurgeryError,
+    adapter_state_dict,
+    apply_rules,
+    as_lora,
+    load_adapter,
+    merge,
+    remove,
+    save_adapter,
+    unmerge,
+)
+from surgery.merging import offloaded_merge
+from surgery.rules import IA3Rule, LoraRule, OftRule, TrainRule
+from surgery.state.fingerprint import fingerprint
+
+CPU = torch.device("cpu")
+X = torch.arange(10).view(2, 5)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up, self.down = nn.Embedding(11, 12), nn.Linear(12, 10), nn.Linear(10, 10)
+        self.norm = nn.LayerNorm(10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.down(torch.tanh(self.up(self.embed(ids)))))
+
+
+def on_disk(model: Any, folder: Path) -> Any:
+    return disk_offload(model, folder, execution_device=CPU)
+
+
+def dispatched(model: Any, folder: Path) -> Any:
+    places: Any = {"embed": "cpu", "up": "disk", "down": "disk", "norm": "cpu"}
+    return dispatch_model(model, places, main_device=CPU, offload_dir=folder, force_hooks=True)
+
+
+WAYS: dict[str, Callable[[Any, Path], Any]] = {
+    "cpu": lambda model, _: cpu_offload(model, execution_device=CPU),
+    "disk": on_disk,
+    "device_map": dispatched,
+    "with_hook": lambda model, _: cpu_offload_with_hook(model, execution_device=CPU)[0],
+}
+RULES: dict[str, Any] = {
+    "lora": LoraRule(["embed", "up", "down"], rank=2),
+    "dora": LoraRule(["up", "down"], rank=2, dora=True),
+    "pissa": LoraRule("up", rank=2, init="pissa"),
+    "ia3": IA3Rule("up"),
+    "train": [LoraRule("up", rank=2), TrainRule("norm")],
+    "oft": OftRule("up", block_size=4),
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Callable[[Any, Path], Any]:
+    return WAYS[request.param]
+
+
+def adapt(model: Any, rules: Any) -> Any:
+    torch.manual_seed(1)
+    return apply_rules(model, rules, example_inputs=X)
+
+
+def train(model: Any) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses: list[float] = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (model(X) - torch.arange(10.0)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_every_verb_gives_what_it_gives_without_offloading(
+    way: Callable[[Any, Path], Any], rules: Any, tmp_path: Path
+) -> None:
+    plain, model = Net(), way(Net(), tmp_path / "weights")
+    away, before = model.up.weight.is_meta, plain(X)
+    hook = model.up.__dict__.get("_hf_hook")
+    adapt(plain, rules), adapt(model, rules)
+    assert torch.equal(model(X), plain(X)) and model.up.weight.is_meta == away
+    assert not any(tensor.is_meta for tensor in adapter_state_dict(model).values())
+    assert train(model) == train(plain) and torch.equal(model(X), plain(X))
+    folder = save_adapter(model, tmp_path / "adapter")
+    assert fingerprint(model) == fingerprint(plain)  # by which a load tells another base
+    merge(model), merge(plain)
+    assert type(model.up) is nn.Linear and torch.equal(model(X), plain(X)) and model.up.weight.is_meta == away
+    unmerge(model), unmerge(plain)
+    assert torch.equal(model(X), plain(X))
+    remove(model)
+    assert torch.equal(model(X), before) and model.up.__dict__.get("_hf_hook") is hook
+    load_adapter(model, folder)
+    assert torch.equal(model(X), plain(X))
+    remove(model)
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(X), before) and not model.up.weight.is_meta
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloading_after_the_adapter(where: str, tmp_path: Path) -> None:
+    plain, model = adapt(Net(), RULES["lora"]), WAYS[where](adapt(Net(), RULES["lora"]), tmp_path)
+    assert model.up.weight.is_meta and not model.up.adapters.default.A.is_meta
+    assert train(model) == train(plain) and torch.equal(model(X), plain(X))
+    merge(model), merge(plain)
+    assert torch.equal(model(X), plain(X))
+    remove_hook_from_submodules(model)  # the merged weights come back into the model
+    assert torch.equal(model.up.weight, plain.up.weight)
+    unmerge(model), unmerge(plain)
+    assert torch.equal(model(X), plain(X)) and torch.equal(model.up.weight, Net().up.weight)
+
+
+def test_a_merge_that_fails_leaves_the_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = adapt(on_disk(Net(), tmp_path), LoraRule(["up", "down"], rank=2, init="random"))
+    before, files = model(X), {file: file.read_bytes() for file in tmp_path.iterdir()}
+    keep, calls = offloaded_merge.keep_value, []
+
+    def fail_once(module: nn.Module, name: str, value: Tensor) -> None:
+        calls.append(name)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        keep(module, name, value)
+
+    monkeypatch.setattr(offloaded_merge, "keep_value", fail_once)
+    with pytest.raises(OSError, match="no space"):
+        merge(model)
+    assert len(calls) > 2 and torch.equal(model(X), before)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
+    calls.clear()
+    calls += ["", ""]
+    merge(model)
+    merged = model(X)
+    calls.clear()
+    with pytest.raises(OSError, match="no space"):
+        unmerge(model)
+    assert torch.equal(model(X), merged)
+    unmerge(model)
+    assert torch.equal(model(X), before) and {file: file.read_bytes() for file in tmp_path.iterdir()} == files
+
+
+def test_a_weight_that_changed_while_merged(tmp_path: Path) -> None:
+    model = adapt(on_disk(Net(), tmp_path), LoraRule("up", rank=2, init="random"))
+    merge(model)
+    file = tmp_path / "up.weight.dat"
+    file.write_bytes(bytes(reversed(file.read_bytes())))
+    with pytest.raises(MergeError, match="changed since"):
+        unmerge(model)
+    merged = model(X)
+    assert torch.equal(model(X), merged)
+
+
+def test_files_of_the_checkpoint_are_not_written(tmp_path: Path) -> None:
+    """A device map with "disk" reads safetensors from the checkpoint itself."""
+    net, checkpoint, folder = Net(), tmp_path / "model.safetensors", tmp_path / "offload"
+    save_file(net.state_dict(), checkpoint)
+    folder.mkdir()
+    (folder / "index.json").write_text("{}")
+    bits = checkpoint.read_bytes()
+    index = {name: {"safetensors_file": str(checkpoint), "weight_name": name} for name in net.state_dict()}
+    places: Any = {"embed": "cpu", "up": "disk", "down": "disk", "norm": "cpu"}
+    model: Any = dispatch_model(
+        net,
+        places,
+        main_device="cpu",
+        offload_dir=folder,
+        offload_index=index,
+        force_hooks=True,  # type: ignore[arg-type]
+    )
+    plain, rule = Net(), LoraRule(["up", "down"], rank=2, init="random")
+    adapt(model, rule), adapt(plain, rule)
+    merge(model), merge(plain)
+    assert torch.equal(model(X), plain(X)) and checkpoint.read_bytes() == bits
+    assert {file.name for file in folder.iterdir()} == {"index.json", "up.weight.dat", "down.weight.dat"}
+    unmerge(model)
+    remove(model)
+    assert torch.equal(model(X), Net()(X)) and checkpoint.read_bytes() == bits
+
+
+def test_tied_weights_on_the_cpu() -> None:
+    def tied() -> Any:
+        net = Net()
+        net.down = nn.Linear(10, 10)
+        net.down.weight = nn.Parameter(torch.randn(10, 10))
+        net.last = nn.Linear(10, 10)
+        net.last.weight = net.down.weight
+        return net
+
+    model = adapt(cpu_offload(tied(), execution_device=CPU), LoraRule("down", rank=2, init="random"))
+    before, eye = model(X), torch.eye(10)
+    last = model.last(eye)
+    with pytest.raises(MergeError, match="would change another module"):
+        merge(model)
+    assert torch.equal(model(X), before)
+    merge(model, untie=True)
+    assert torch.equal(model.last(eye), last) and torch.allclose(model(X), before, atol=1e-5)
+    unmerge(model)
+    assert torch.equal(model(X), before) and torch.equal(model.last(eye), last)
+
+
+def test_blocks_that_are_loaded_as_a_whole() -> None:
+    model = cpu_offload(nn.Sequential(Net()), execution_device=CPU, preload_module_classes=["Net"])
+    with pytest.raises(PlanError, match="loads the weights of whole blocks"):
+        apply_rules(model, LoraRule("up", rank=2))
+    adapted: Any = cpu_offload(
+        nn.Sequential(adapt(Net(), RULES["ia3"])), execution_device=CPU, preload_module_classes=["Net"]
+    )
+    assert torch.equal(adapted(X), Net()(X))
+
+
+def test_a_store_that_is_not_known(tmp_path: Path) -> None:
+    model = adapt(on_disk(Net(), tmp_path), LoraRule("up", rank=2, init="random"))
+
+    class Other:
+        def __init__(self, loader: OffloadedWeightsLoader):
+            self.loader = loader
+
+        def __getitem__(self, key: str) -> Tensor:
+            return self.loader[key]
+
+    model.up._hf_hook.weights_map.dataset = Other(model.up._hf_hook.weights_map.dataset)
+    before = model(X)
+    with pytest.raises(SurgeryError, match="can't be written"):
+        merge(model)
+    assert torch.equal(model(X), before)
+
+
+def test_conversion_to_lora(tmp_path: Path) -> None:
+    model, plain = adapt(on_disk(Net(), tmp_path), RULES["oft"]), adapt(Net(), RULES["oft"])
+    train(model), train(plain)
+    as_lora(model), as_lora(plain)
+    assert torch.equal(model(X), plain(X)) and model.up.weight.is_meta
