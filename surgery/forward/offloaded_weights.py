@@ -51,7 +51,7 @@ def device_of_calls(module: nn.Module) -> torch.device | None:
 
 
 def value_at(module: nn.Module, name: str) -> Tensor:
-    """Returns a parameter or buffer by dotted name; of an offloaded module a copy of its value, where the module runs."""
+    """Returns a parameter or buffer by dotted name. Of an offloaded module: a copy of its value, where calls run."""
     tensor = tensor_at(module, name)
     if not tensor.is_meta:
         return tensor
@@ -86,7 +86,8 @@ def weights_present(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     try:
         for path, owner in module.named_modules():
             hook = _hook(owner)
-            for kind in (owner._parameters, owner._buffers) if hook is not None else ():
+            kinds: list[dict[str, Any]] = [owner._parameters, owner._buffers] if hook is not None else []
+            for kind in kinds:
                 for name, tensor in kind.items():
                     if tensor is not None and tensor.is_meta:
                         value = _value(owner, hook, name)
@@ -110,9 +111,7 @@ def keep_value(module: nn.Module, name: str, value: Tensor) -> None:
     owner = module.get_submodule(path)
     hook = _hook(owner)
     assert hook is not None, name
-    store, key = hook.weights_map, last
-    while hasattr(store, "dataset") and hasattr(store, "prefix"):  # accelerate's PrefixedDataset
-        store, key = store.dataset, f"{store.prefix}{key}"
+    store, key = _store(hook, last)
     value = value.detach()
     if isinstance(store, MutableMapping):
         store[key] = value.to("cpu", copy=True)
@@ -158,9 +157,9 @@ def keys_that_share(module: nn.Module, name: str) -> list[str]:
     """Returns the other keys under which accelerate keeps the memory of a tensor on the CPU: those of tied weights."""
     path, _, last = name.rpartition(".")
     hook = _hook(module.get_submodule(path))
-    store, key = (hook.weights_map if hook is not None else {}), last
-    while hasattr(store, "dataset") and hasattr(store, "prefix"):
-        store, key = store.dataset, f"{store.prefix}{key}"
+    if hook is None:
+        return []
+    store, key = _store(hook, last)
     memory: Mapping[str, Tensor] = store if isinstance(store, dict) else getattr(store, "state_dict", {})
     if key not in memory or not memory[key].numel():
         return []
@@ -175,6 +174,14 @@ def _hook(module: nn.Module) -> Any:
         if getattr(part, "offload", False) is True and getattr(part, "weights_map", None) is not None:
             return part
     return None
+
+
+def _store(hook: Any, name: str) -> tuple[Any, str]:
+    """Returns where a hook's values are, and the key of a tensor there."""
+    store, key = hook.weights_map, name
+    while hasattr(store, "dataset") and hasattr(store, "prefix"):  # accelerate's PrefixedDataset
+        store, key = store.dataset, f"{store.prefix}{key}"
+    return store, key
 
 
 def _value(module: nn.Module, hook: Any, name: str) -> Tensor:

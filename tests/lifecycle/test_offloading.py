@@ -101,15 +101,18 @@ def test_every_verb_gives_what_it_gives_without_offloading(
     plain, model = Net(), way(Net(), tmp_path / "weights")
     away, before = model.up.weight.is_meta, plain(X)
     hook = model.up.__dict__.get("_hf_hook")
-    adapt(plain, rules), adapt(model, rules)
+    adapt(plain, rules)
+    adapt(model, rules)
     assert torch.equal(model(X), plain(X)) and model.up.weight.is_meta == away
     assert not any(tensor.is_meta for tensor in adapter_state_dict(model).values())
     assert train(model) == train(plain) and torch.equal(model(X), plain(X))
     folder = save_adapter(model, tmp_path / "adapter")
     assert fingerprint(model) == fingerprint(plain)  # by which a load tells another base
-    merge(model), merge(plain)
+    merge(model)
+    merge(plain)
     assert type(model.up) is nn.Linear and torch.equal(model(X), plain(X)) and model.up.weight.is_meta == away
-    unmerge(model), unmerge(plain)
+    unmerge(model)
+    unmerge(plain)
     assert torch.equal(model(X), plain(X))
     remove(model)
     assert torch.equal(model(X), before) and model.up.__dict__.get("_hf_hook") is hook
@@ -125,11 +128,13 @@ def test_offloading_after_the_adapter(where: str, tmp_path: Path) -> None:
     plain, model = adapt(Net(), RULES["lora"]), WAYS[where](adapt(Net(), RULES["lora"]), tmp_path)
     assert model.up.weight.is_meta and not model.up.adapters.default.A.is_meta
     assert train(model) == train(plain) and torch.equal(model(X), plain(X))
-    merge(model), merge(plain)
+    merge(model)
+    merge(plain)
     assert torch.equal(model(X), plain(X))
     remove_hook_from_submodules(model)  # the merged weights come back into the model
     assert torch.equal(model.up.weight, plain.up.weight)
-    unmerge(model), unmerge(plain)
+    unmerge(model)
+    unmerge(plain)
     assert torch.equal(model(X), plain(X)) and torch.equal(model.up.weight, Net().up.weight)
 
 
@@ -181,17 +186,13 @@ def test_files_of_the_checkpoint_are_not_written(tmp_path: Path) -> None:
     bits = checkpoint.read_bytes()
     index = {name: {"safetensors_file": str(checkpoint), "weight_name": name} for name in net.state_dict()}
     places: Any = {"embed": "cpu", "up": "disk", "down": "disk", "norm": "cpu"}
-    model: Any = dispatch_model(
-        net,
-        places,
-        main_device="cpu",
-        offload_dir=folder,
-        offload_index=index,
-        force_hooks=True,  # type: ignore[arg-type]
-    )
+    arguments: dict[str, Any] = {"main_device": "cpu", "offload_index": index}
+    model: Any = dispatch_model(net, places, offload_dir=folder, force_hooks=True, **arguments)
     plain, rule = Net(), LoraRule(["up", "down"], rank=2, init="random")
-    adapt(model, rule), adapt(plain, rule)
-    merge(model), merge(plain)
+    adapt(model, rule)
+    adapt(plain, rule)
+    merge(model)
+    merge(plain)
     assert torch.equal(model(X), plain(X)) and checkpoint.read_bytes() == bits
     assert {file.name for file in folder.iterdir()} == {"index.json", "up.weight.dat", "down.weight.dat"}
     unmerge(model)
@@ -249,6 +250,8 @@ def test_a_store_that_is_not_known(tmp_path: Path) -> None:
 
 def test_conversion_to_lora(tmp_path: Path) -> None:
     model, plain = adapt(on_disk(Net(), tmp_path), RULES["oft"]), adapt(Net(), RULES["oft"])
-    train(model), train(plain)
-    as_lora(model), as_lora(plain)
+    train(model)
+    train(plain)
+    as_lora(model)
+    as_lora(plain)
     assert torch.equal(model(X), plain(X)) and model.up.weight.is_meta
