@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from surgery.complex_numbers import narrow
 from surgery.packed.packed_weight import packed_weight_of
 
-__all__ = ["UNPACKED", "is_packed", "packed_in"]
+__all__ = ["UNPACKED", "is_packed", "packed_in", "way_without_packing"]
 
 UNPACKED = (
     "work on the base as it was before it was quantised: load that one, put the adapter on it, "
@@ -31,3 +31,15 @@ def packed_in(module: nn.Module) -> str | None:
     names = ", ".join(name for name, _ in packed)
     kind = type(packed[0][1]).__name__
     return f"{names} is a {kind if kind != 'Parameter' else packed[0][1].dtype}"
+
+
+def way_without_packing(module: nn.Module) -> str:
+    """What to do about a rule that can't use a packed module. transformers can load its stacks of experts unpacked."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in _CONFIGS and cls.__module__.startswith("transformers."):
+            config = _CONFIGS[cls.__name__]
+            return f"load the model with plain weights: quantization_config={config}(dequantize=True)"
+    return UNPACKED
+
+
+_CONFIGS = {"Mxfp4GptOssExperts": "Mxfp4Config", "FP8Experts": "FineGrainedFP8Config"}

@@ -34,6 +34,7 @@ BACKENDS: dict[str, str] = {
     **dict.fromkeys(("auto_gptq", "QuantLinear", "TorchLinear", "TorchQuantLinear"), "surgery.packed.gptq"),
     **{"HQQLinear": "surgery.packed.hqq", "optimum": "surgery.packed.quanto"},
     **{"compressed_tensors": "surgery.packed.compressed_tensors"},
+    **dict.fromkeys(("FP8Linear", "CompressedTensorsFP8Linear", "FbgemmFp8Linear"), "surgery.packed.fp8"),
     **dict.fromkeys(("awq", "AwqTorchLinear", "AwqGEMMLinear", "WQLinear_GEMM"), "surgery.packed.awq"),
 }
 _registered: list[type[PackedWeight]] = []

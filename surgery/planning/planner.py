@@ -21,7 +21,7 @@ from surgery.authoring.site_facts import INLINED
 from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, TraceError, abbreviate, collapse_similar
 from surgery.forward.own_forward import own_forward
-from surgery.forward.packed_weights import UNPACKED, packed_in
+from surgery.forward.packed_weights import packed_in, way_without_packing
 from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.wrappers import submodule, unwrap
 from surgery.planning.absorbed_modules import absorbed_problems
@@ -199,7 +199,7 @@ def _plan_site(
         key = site_key(rule, module, path, base)
         recording = recordings.get(key) if key is not None else None
         if recording is None and (why := _objection(rule, module, path)):
-            fix = UNPACKED if packed_in(module) and "packed" in why else None
+            fix = way_without_packing(module) if packed_in(module) and "packed" in why else None
             raise SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why, fix=fix)
     except SurgeryError as error:
         plan.problems.append(error)
