@@ -24,7 +24,7 @@ def fill(module: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         module.weight.copy_(torch.randn(module.weight.shape, generator=generator).to(torch.float8_e4m3fn))
-        scales = getattr(module, "weight_scale_inv", getattr(module, "weight_scale", None))
+        scales: Tensor = module.weight_scale_inv if hasattr(module, "weight_scale_inv") else module.weight_scale
         scales.copy_(torch.exp2(torch.randint(-8, -4, scales.shape, generator=generator).float()))
     return module
 
@@ -79,7 +79,7 @@ def test_lora_is_added_to_the_kernels_output(name: str, monkeypatch: pytest.Monk
         return F.linear(x, fp8._dequantize_fp8_weight(weight, scales, block, x.dtype), bias)
 
     monkeypatch.setattr(fp8, "fp8_linear", kernel)
-    model = nn.Sequential(fill(LAYERS[name]()))
+    model: Any = nn.Sequential(fill(LAYERS[name]()))
     if model[0].bias is not None:
         nn.init.normal_(model[0].bias)  # type: ignore[arg-type]
     x = torch.randn(5, 48, requires_grad=True)
