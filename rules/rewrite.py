@@ -50,8 +50,8 @@ class RewriteRule(Rule):
         replacement: A function, or its qualified name. A parameter `site` gets the site, for `site.param`,
             `site.buffer` and `site.submodule`, whose tensors belong to the adapter. A parameter `match` gets the
             `RewriteMatch`.
-        where: A function of a `RewriteMatch`, or its qualified name. Only matches for which it is true are rewritten.
-            Default None: all matches.
+        where: A function of a `RewriteMatch`, or its qualified name. Only matches for which it returns True are
+            rewritten. A text is the reason why not, of which a warning tells. Default None: all matches.
         training: "both" (default), or "eval": in training the forward stays as it is.
         equivalent: Whether `apply_rules` compares each rewritten module with its own forward: outputs and gradients on
             the example, and on examples with one row more and one position less. A difference that rounding does not
@@ -154,7 +154,7 @@ class RewriteRule(Rule):
         structure = self._structure()
         found = site.find(structure, leaves=False)
         matches = [RewriteMatch(site, match, tuple(structure.names), number) for number, match in enumerate(found)]
-        matches = disjoint([match for match in matches if self._fits(match)])
+        matches = disjoint([match for match in matches if self._fits(match, site)])
         if not matches:
             return NotImplemented
         replacement = resolve(self._given("replacement"))
@@ -195,10 +195,14 @@ class RewriteRule(Rule):
             )
         return tuple(results)
 
-    def _fits(self, match: RewriteMatch) -> bool:
+    def _fits(self, match: RewriteMatch, site: Site) -> bool:
         if not self.across_modules and len(match.modules) > 1:
             return False
-        return self.where is None or bool(resolve(self.where)(match))
+        fits = self.where is None or resolve(self.where)(match)
+        if isinstance(fits, str):
+            site.warn(f"leaves a match as it is: {fits}")
+            return False
+        return bool(fits)
 
 
 def structure_of(pattern: Function) -> Structure:

@@ -19,7 +19,7 @@ def drops_nothing(match: RewriteMatch) -> bool:
     return not any(_is_named(match, node, "dropout") or _is_named(match, node, "detach") for node in between)
 
 
-def dropout_rate(match: RewriteMatch, after: str) -> float | None:
+def dropout_rate(match: RewriteMatch, after: str) -> Any:
     """Returns the rate of the one dropout after an operation of the pattern, for the site's mode; 0 without a dropout.
 
     Returns None if the match cannot be replaced: there are several, one is at another place, or its rate is a tensor.
@@ -36,7 +36,7 @@ def dropout_rate(match: RewriteMatch, after: str) -> float | None:
     return _rate(match, dropouts[0]) if _is_named(match, source, after) else None
 
 
-def _rate(match: RewriteMatch, node: fx.Node) -> float | None:
+def _rate(match: RewriteMatch, node: fx.Node) -> Any:
     if node.op == "call_module":
         module: Any = match.site.module.get_submodule(str(node.target))
         return module.p if match.site.training else 0.0
@@ -44,9 +44,11 @@ def _rate(match: RewriteMatch, node: fx.Node) -> float | None:
     names = ("p", "train" if "train" in kwargs else "training")
     given = dict(zip(names, args[1:], strict=False)) | kwargs
     rate, training = given.get(names[0], 0.5), given.get(names[1], True)
-    if isinstance(rate, fx.Node) or isinstance(training, fx.Node):
-        return None
-    return float(rate) if training else 0.0  # type: ignore[arg-type]
+    if training is False:
+        return 0.0
+    if isinstance(rate, fx.Node) and rate.op == "get_attr" and "shape" not in rate.meta:
+        rate = match.site.at(rate)  # a number of the module, such as `self.dropout_p`
+    return None if isinstance(rate, fx.Node) or isinstance(training, fx.Node) else rate
 
 
 def is_broadcast(shape: tuple[int, ...] | None, full: tuple[int, ...]) -> bool:

@@ -34,26 +34,42 @@ def _subclasses(search: Search) -> Iterator[str]:
 def _nearest(search: Search) -> str:
     """Describe the deepest partial match, and the clause that fails."""
     total = sum(part.kind == "operation" for part in search.parts)
-    best: tuple[int, int, int] | None = None
+    best: tuple[bool, int, int, int] | None = None
     place: Any = None
+    above = _above_rarest(search)
     for index, part in enumerate(search.parts):
         if part.kind != "operation":
             continue
         for node in search.candidates(index):
             search.fits(index, node)
-            rank = (search.answers[index, node][1], index, -search.order[node])
+            rank = (index in above, search.answers[index, node][1], index, -search.order[node])
             if best is None or rank > best:
                 best, place = rank, (index, node)
     if best is None:
         pattern = describe_part(search.parts, len(search.parts) - 1)
         return f"the graph does not have any of the pattern's operations: {pattern}"
-    head = f"nearest miss, {best[0]} of {total} operations"
+    head = f"nearest miss, {best[1]} of {total} operations"
     index, node = place
     if search.answers[place][0]:
         above = _user(search, index)
         return f"{head}: {node} fits, and no user of it fits {above}"
     node, why = _failing(search, index, node)
     return f"{head}: at {node}, {why}"
+
+
+def _above_rarest(search: Search) -> set[int]:
+    """Returns the operation that the pattern needs and the graph has least often, and the parts that contain it.
+
+    A partial match with it says more than a larger one without it, such as a product of matrices without a softmax.
+    """
+    needed = [index for index in search.needed(len(search.parts) - 1) if search.candidates(index)]
+    found, waiting = set[int](), [min(needed, key=lambda index: len(search.candidates(index)))] if needed else []
+    while waiting:
+        index = waiting.pop()
+        if index not in found:
+            found.add(index)
+            waiting += search.above[index]
+    return found
 
 
 def _user(search: Search, index: int) -> str:

@@ -27,6 +27,10 @@ HIDDEN = torch.rand(2, 1, 5, 5) < 0.3
 HIDDEN[..., 0] = False
 
 
+def bias(q: Tensor) -> Tensor:
+    return torch.arange(8.0).view(8, 1, 1).expand(8, 1, 5).to(q)
+
+
 class Plain(nn.Module):
     """A module whose forward is a function of its inputs."""
 
@@ -91,6 +95,46 @@ FORMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         lambda m, q, k, v: (q @ k.mT * m.mask[0, 0, 0, :4].view(4, 1, 1)).softmax(-1) @ v,
         lambda q, k, v: sdpa(q * MASK[0, 0, 0, :4].view(4, 1, 1), k, v, scale=1.0),
     ),
+    "heads apart for the mask": (
+        lambda m, q, k, v: (
+            ((q.flatten(0, 1) @ k.flatten(0, 1).mT).view(2, 4, 5, 5) + m.mask).view(8, 5, 5).softmax(-1)
+            @ v.flatten(0, 1)
+        ),
+        lambda q, k, v: sdpa(q, k, v, MASK, scale=1.0).flatten(0, 1),
+    ),
+    "heads apart from the mask on": (
+        lambda m, q, k, v: (
+            (bias(q).baddbmm(q.flatten(0, 1), k.flatten(0, 1).mT, alpha=0.5).view(2, 4, 5, -1) + m.mask)
+            .softmax(-1)
+            .view(8, 5, 5)
+            @ v.flatten(0, 1)
+        ).unflatten(0, (2, 4)),
+        lambda q, k, v: sdpa(q, k, v, bias(q).unflatten(0, (2, 4)) + MASK, scale=0.5),
+    ),
+    "windows": (
+        lambda m, q, k, v: ((q @ k.mT).view(1, 2, 4, 5, 5) + m.mask[:, :1]).view(-1, 4, 5, 5).softmax(-1) @ v,
+        lambda q, k, v: sdpa(q, k, v, MASK, scale=1.0),
+    ),
+    "hidden by a tensor, and a mask": (
+        lambda m, q, k, v: (torch.where(~m.hidden, q @ k.mT, torch.tensor(-1e38)) + m.mask).softmax(-1) @ v,
+        lambda q, k, v: sdpa(q, k, v, MASK.masked_fill(HIDDEN, -1e38), scale=1.0),
+    ),
+    "divided after the mask": (
+        lambda m, q, k, v: ((q @ k.mT + m.mask) / 4).softmax(-1) @ v,
+        lambda q, k, v: sdpa(q, k, v, MASK / 4, scale=0.25),
+    ),
+    "scaled between a bias and a mask": (
+        lambda m, q, k, v: ((q @ k.mT + m.mask[:1]) * 0.5 + m.mask).softmax(-1) @ v,
+        lambda q, k, v: sdpa(q, k, v, MASK[:1] / 2 + MASK, scale=0.5),
+    ),
+    "a lower bound": (
+        lambda m, q, k, v: torch.max(q @ k.mT + m.mask, torch.full((), -1e30)).softmax(-1) @ v,
+        lambda q, k, v: sdpa(q, k, v, MASK, scale=1.0),
+    ),
+    "one head": (
+        lambda m, q, k, v: ((q[:, 0] @ k[:, 0].mT) + m.mask[:, 0]).softmax(-1) @ v[:, 0],
+        lambda q, k, v: sdpa(q[:, :1], k[:, :1], v[:, :1], MASK, scale=1.0)[:, 0],
+    ),
     "a layer of dropout, in evaluation": (
         lambda self, q, k, v: self.drop((q @ k.mT).softmax(-1)) @ v,
         lambda q, k, v: sdpa(q, k, v, scale=1.0),
@@ -149,6 +193,11 @@ REFUSED = {
     "a soft cap": softcapped,
     "another dimension": lambda _, q, k, v: (q @ k.mT).softmax(-2) @ v,
     "a dropout of the scores": lambda self, q, k, v: self.drop(q @ k.mT).softmax(-1) @ v,
+    "scores hidden by a small number": lambda m, q, k, v: (q @ k.mT).masked_fill(m.hidden, -2.0).softmax(-1) @ v,
+    "scores hidden by an unknown number": lambda m, q, k, v: torch.where(m.hidden, m.mask, q @ k.mT).softmax(-1) @ v,
+    "queries and keys in other places": lambda _, q, k, v: (
+        (q @ k.mT).view(2, 4, 1, 25).softmax(-1).view(2, 4, 5, 5) @ v
+    ),
     "a mask that enlarges the scores": lambda m, q, k, v: (q[:1] @ k[:1].mT + m.mask).softmax(-1) @ v[:1],
 }
 
@@ -173,6 +222,22 @@ def test_models(make: Any, weights: bool) -> None:
         assert model.get_submodule(attentions[0])
     remove(model)
     assert torch.equal(model(**example)[0], before)
+
+
+def test_scores_in_float32_of_values_in_half_precision() -> None:
+    model = Plain(lambda m, q, k, v: (q.float() @ k.float().mT + m.mask).softmax(-1).to(v.dtype) @ v)
+    inputs = heads().bfloat16(), heads().bfloat16(), heads().bfloat16()
+    before = model(*inputs)
+    apply_rules(model, fuse_attention(), example_inputs=inputs)
+    q, k, v = (x.float() for x in inputs)
+    assert torch.equal(model(*inputs), sdpa(q, k, v, MASK, scale=1.0).bfloat16())
+    assert torch.allclose(model(*inputs), before, atol=2e-2)  # bfloat16 rounds the weights and the output
+
+
+def test_the_reason_is_told() -> None:
+    model, inputs = Plain(REFUSED["scores hidden by a small number"]), (heads(), heads(), heads())
+    with pytest.raises(PlanError, match="the number for hidden scores is not known to be below -10000"):
+        apply_rules(model, fuse_attention(), example_inputs=inputs)
 
 
 def test_weights_that_the_forward_computes_with_are_kept() -> None:
