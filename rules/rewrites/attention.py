@@ -34,11 +34,14 @@ def fuse_attention(targets: Any = (), *, weights: bool = True, **fields: Any) ->
     True
 
     It fits scores with factors and divisors, with up to two added terms (a mask, a bias of positions), with
-    `masked_fill` or `where`, and in another shape for the masks, such as the heads of a batch apart. A causal mask that the forward makes by `ones(…).triu(1)` or `tril` becomes
-    `is_causal=True`. Heads of keys and values that are repeated for groups of query heads become `enable_gqa=True`.
-    A dropout of the weights becomes `dropout_p`, in training alone. Softmax in float32 is what the function does in
-    half precision, so only the last bits differ. A row whose keys are all hidden by -inf gives 0 and not NaN; hidden by a
-    number, its weights are those of the scores without the mask, and not equal ones.
+    `masked_fill` or `where`, and in another shape for the masks, such as the heads of a batch apart. A causal mask
+    that the forward makes by `ones(…).triu(1)` or `tril` becomes `is_causal=True`. Heads of keys and values that are
+    repeated for groups of query heads become `enable_gqa=True`. A dropout of the weights becomes `dropout_p`, in
+    training alone: the module's rate or the function's argument, read at each call. Softmax in float32 is what the
+    function does in half precision, so only the last bits differ.
+
+    A row whose keys are all hidden by -inf gives 0 and not NaN. If they are hidden by a number, its weights are those
+    of the scores without the mask, and not equal ones.
 
     Args:
         targets: Where the rule goes; default: everywhere.
