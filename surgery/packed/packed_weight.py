@@ -86,7 +86,7 @@ class PackedWeight(ABC):
 
     @property
     def activations(self) -> str | None:
-        """How the module's forward quantises its input, such as "int8, one scale for each row"; None if it does not.
+        """How the module quantises its input in evaluation, such as "int8, one scale for each row"; None if not.
 
         The dequantised weight is exact also then. The module's output differs from the plain map by the rounding of the
         input.

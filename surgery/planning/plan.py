@@ -13,6 +13,7 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.authoring.site_facts import INLINED
 from surgery.errors import PlanError, SurgeryError, abbreviate, collapse_similar
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import Readiness
 from surgery.planning.rank_check import rank_notes
@@ -249,7 +250,7 @@ def _rows(steps: Sequence[PlannedRule]) -> list[tuple[str, str, str, str, str]]:
     """The rows of a plan's table: one for each site, or one for more than five equal sites of a rule."""
     groups: dict[tuple, list[PlannedRule]] = {}
     for step in steps:
-        kind = type(step.module).__name__ + (" (opaque)" if step.own.opaque else "")
+        kind = type(step.module).__name__ + _form_of(step)
         tensors = " ".join(f"{spec.name}{list(spec.shape)}" for spec in step.specs)
         groups.setdefault((id(step.rule), step.rule.label, kind, tensors), []).append(step)
     rows: list[tuple[int, tuple[str, str, str, str, str]]] = []
@@ -260,6 +261,12 @@ def _rows(steps: Sequence[PlannedRule]) -> list[tuple[str, str, str, str, str]]:
             trained = f"{sum(step.trainable for step in some):,}"
             rows.append((order[id(some[0])], (label, where, kind, tensors, trained)))
     return [row for _, row in sorted(rows)]
+
+
+def _form_of(step: PlannedRule) -> str:
+    if (packed := packed_weight_of(step.module)) is not None:
+        return f" ({packed.layout})"
+    return " (opaque)" if step.own.opaque else ""
 
 
 def _trained_in(record: Restructuring) -> list[int]:

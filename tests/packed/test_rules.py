@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import Rule, apply_rules, packed_weight_of, remove
+from surgery import Rule, apply_rules, packed_weight_of, plan_rules, remove
 from surgery.rules import (
     AdaLoraRule,
     BiasRule,
@@ -122,6 +122,11 @@ def test_a_layout_trains_as_its_dequantised_weight(backend: QuantisedLinear, nam
     if name == "oft" and backend.package == "torchao" and not backend.exact:
         pytest.skip("the kernel has no gradient for its input")
     assert_same_training(backend, RULES[name])
+
+
+def test_a_plan_names_the_layout() -> None:
+    model, _ = pair(BY_NAME["bitsandbytes Linear4bit nf4, double"])
+    assert "Linear4bit (nf4, blocks of 64," in str(plan_rules(model, LoraRule("0", rank=4)))
 
 
 def test_dora_is_the_papers_formula() -> None:

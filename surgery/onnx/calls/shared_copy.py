@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,18 +15,24 @@ from surgery.lifecycle.remove import remove
 from surgery.lifecycle.switching import switch, weights_now
 from surgery.merging.merge import ensure_unmerged
 from surgery.onnx.calls.sliding_windows import full_length_caches
+from surgery.packed.packed_weight import PackedWeight, packed_weight_of
+from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model.verb_root import records_in
 from surgery.state.records import _MODEL, _SITE, Sites, model_state, sites
+from surgery.weaving.dequantised_linear import replace_packed
 
-__all__ = ["changing", "leave_live", "sharing_copy", "traced_path"]
+__all__ = ["changing", "leave_live", "packed_maps", "sharing_copy", "traced_path"]
 
 
-def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
+def sharing_copy(
+    model: nn.Module, *, folding: bool = False, dequantise: Literal["all", "rounding"] | None = None
+) -> nn.Module:
     """Returns a copy in evaluation mode that shares the model's memory.
 
     Tensors that are written in place are copied: weights of sites that are merged or that an adapter changed at its
     start, all sites' weights with `folding`, and running statistics, which differ with and without adapters. The copy
-    has the model's structure for good.
+    has the model's structure for good. `dequantise`: which quantised modules are plain Linears in the copy: "all" that
+    are a plain map, or only those that also round their inputs ("rounding").
     """
     modified = {id(tensor) for tensor in _modified_tensors(model, folding)}
     memo: dict[int, object] = {}
@@ -48,7 +55,17 @@ def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
     for parameter in copied_model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(False)
-    return copied_model.eval()
+    copied_model.eval()
+    for packed in packed_maps(copied_model) if dequantise else ():
+        if dequantise == "all" or packed.activations is not None:
+            replace_packed(packed)
+    return copied_model
+
+
+def packed_maps(model: nn.Module) -> list[PackedWeight]:
+    """The packed weights of the quantised modules that are plain maps."""
+    weights = [packed_weight_of(module) for _, module in base_modules(model)]
+    return [packed for packed in weights if packed is not None and packed.is_plain_map]
 
 
 def changing(model: nn.Module) -> list[str]:

@@ -78,9 +78,9 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, exampl
     if manifest.adapters == "merged":
         source = PREPARE["merged"](model, example, names, ExportSettings()).model
     elif model_state(model) is None:
-        source = sharing_copy(model)
+        source = sharing_copy(model, dequantise="all")
     else:
-        source = sharing_copy(model)  # adapters such as PiSSA change weights at their start
+        source = sharing_copy(model, dequantise="all")  # adapters such as PiSSA change weights at their start
         if manifest.adapters == "slots":
             remove(ensure_unmerged(source), check=False)
         else:

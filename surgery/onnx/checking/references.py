@@ -43,7 +43,7 @@ class Reference:
 def references(model: nn.Module, manifest: Manifest, adapters: Adapters, report: ParityReport) -> Iterator[Reference]:
     """Yields the base, then each adapter; notes in the report what can't be compared."""
     state = model_state(model)
-    copy = sharing_copy(model)
+    copy = sharing_copy(model, dequantise="rounding")
     if state is None:
         yield Reference("base", copy, {})
         return
@@ -100,6 +100,6 @@ class _ModelWithOnly:
     weights: Mapping[str, float]
 
     def __call__(self, *names: str) -> nn.Module:
-        model = sharing_copy(self.model) if changing(self.copy) else self.copy
+        model = sharing_copy(self.model, dequantise="rounding") if changing(self.copy) else self.copy
         leave_live(model, names, self.weights)
         return model

@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from surgery.errors import abbreviate
 from surgery.lifecycle.activation import active
+from surgery.onnx.calls.shared_copy import packed_maps
 from surgery.onnx.graph.generate_differences import GENERATION, changed_logits
+from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model.verb_root import records_in
 from surgery.routing.thread_state import thread_routing
 
@@ -17,7 +20,21 @@ __all__ = ["notices_of"]
 
 def notices_of(given: nn.Module, model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
     """All notices. `given`: the argument of `export_onnx`; `model`: the model in it that is exported."""
-    return [*_nested_tensor_notices(model), *_route_notices(given), *_generate_notices(model, manifest)]
+    about_weights = [*_rounding_notices(model), *_nested_tensor_notices(model)]
+    return [*about_weights, *_route_notices(given), *_generate_notices(model, manifest)]
+
+
+def _rounding_notices(model: nn.Module) -> list[str]:
+    """Modules that quantise their inputs: the file has their dequantised weights, and leaves inputs as they are."""
+    paths = {id(module): path for path, module in base_modules(model)}
+    rounding = [packed for packed in packed_maps(model) if packed.activations is not None]
+    if not rounding:
+        return []
+    where = abbreviate([paths[id(packed.module)] or "(the model itself)" for packed in rounding])
+    return [
+        f"{where} quantise their inputs ({rounding[0].activations}): the file has their dequantised "
+        "weights, and its inputs are not rounded. It is compared with the model in this form"
+    ]
 
 
 def _route_notices(model: nn.Module) -> list[str]:

@@ -93,7 +93,7 @@ class Prepared:
 @collector_waits()
 def _merged(model: nn.Module, example: ExampleCall, names: Any, how: ExportSettings) -> Prepared:
     """Merges the live adapters (or `names`) into the weights."""
-    copy = sharing_copy(model, folding=True)
+    copy = sharing_copy(model, folding=True, dequantise="all")
     for part in records_in(copy, below=True, nested=True).values():  # submodules with records of their own
         _fold(part, active(part))
     state = model_state(model)
@@ -132,8 +132,8 @@ def _fold(copy: nn.Module, wanted: Sequence[str]) -> None:
 def _constant(model: nn.Module, example: ExampleCall, names: Any, how: ExportSettings) -> Prepared:
     """Keeps the live adapters (or `names`), with their tensors as initialisers of the graph."""
     if model_state(model) is None:
-        return Prepared(sharing_copy(model))
-    copy = sharing_copy(model)
+        return Prepared(sharing_copy(model, dequantise="all"))
+    copy = sharing_copy(model, dequantise="all")
     leave_live(copy, adapter_names(require_state(copy), names) if names is not None else active(copy))
     wanted = active(copy)
     slot_places = [site for name in wanted for site in slot_sites(copy, name)]
@@ -166,7 +166,7 @@ def _slots(model: nn.Module, example: ExampleCall, names: Any, how: ExportSettin
         if type(model).__module__.startswith("peft."):
             why, fix = "it is PEFT's own model", "save_pretrained(folder), then load_adapter(base model, folder)"
         raise SurgeryError("there are no rules to make slots of", why=why, fix=fix)
-    copy = sharing_copy(model)
+    copy = sharing_copy(model, dequantise="all")
     _check_statistics(copy)
     chosen = adapter_names(require_state(copy), names)
     inserted = insert_slots(copy, chosen, how.slot, example, strict=how.strict)

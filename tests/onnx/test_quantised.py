@@ -1,0 +1,76 @@
+"""Exported files of models with quantised Linears: they have the dequantised weights, and slots for adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from surgery import apply_rules, export_onnx, packed_weight_of
+from surgery.onnx import OnnxRunner
+from surgery.rules import LoraRule
+from surgery.testing import Snapshot
+from tests.support.quantised import BY_NAME, QuantisedLinear
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+class Model(nn.Module):
+    def __init__(self, backend: QuantisedLinear):
+        super().__init__()
+        try:
+            self.up, self.down = backend.build(nn.Linear(64, 96)), backend.build(nn.Linear(96, 32, bias=False))
+        except ImportError as error:
+            pytest.skip(f"needs {backend.package}: {error}")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def build(name: str) -> Model:
+    return Model(BY_NAME[name]).eval()
+
+
+def run(runner: OnnxRunner, x: torch.Tensor) -> np.ndarray:
+    (output,) = runner.run({"x": x.numpy()}).values()
+    return output
+
+
+def test_slots_over_four_bits(tmp_path: Path) -> None:
+    model, x = build("bitsandbytes Linear4bit nf4, double"), torch.randn(5, 64)
+    base = model(x).detach()
+    apply_rules(model, LoraRule(["up", "down"], rank=4, init="random"), adapter="a")
+    before = Snapshot(model)
+    report = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots")  # compares the file with the live model
+    assert before.differences(model) == [] and not report.notices
+    packed = packed_weight_of(model.up)
+    assert packed is not None
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    weight = packed.dequantise().numpy()
+    assert any(w.shape in (weight.shape, weight.T.shape) and (w == weight).all() for w in stored.values())
+    runner = OnnxRunner(tmp_path / "m.onnx")
+    np.testing.assert_allclose(run(runner, x), base.numpy(), atol=2e-5)
+    parity = report.parity
+    assert (
+        parity is not None
+        and parity.ok
+        and {compared.adapter for compared in parity.compared} == {"base", "a"}
+        and parity.moved["a"] > 0.1
+    )
+
+
+def test_a_module_that_rounds_its_inputs(tmp_path: Path) -> None:
+    model, x = build("bitsandbytes Linear8bitLt"), torch.randn(5, 64)
+    apply_rules(model, LoraRule(["up", "down"], rank=4, init="random", dora=True))
+    live = model(x).detach()
+    report = export_onnx(model, tmp_path / "m.onnx", x, adapters="constant")
+    (notice,) = report.notices
+    assert "up, down quantise their inputs (int8, one scale for each row)" in notice
+    y = torch.from_numpy(run(OnnxRunner(tmp_path / "m.onnx"), x))
+    assert 1e-4 < (y - live).norm() / live.norm() < 3e-2  # 8 bits an input, in two layers
+    model.train()  # the library's own kernel leaves inputs as they are in training
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=2e-5)
