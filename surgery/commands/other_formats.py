@@ -51,7 +51,7 @@ def _sites(adapter_format: AdapterFormat, header: Header) -> list[dict[str, Any]
     return [
         {
             "path": path,
-            "rank": next((parts[name][0] for name in ("A", "w1_b", "w2_b") if parts.get(name)), None),
+            "rank": next((parts[name][0] for name in ("A", "hada_w1_b", "lokr_w2_b") if parts.get(name)), None),
             "tensors": {part: list(shape) for part, shape in parts.items()},
         }
         for path, parts in sites.items()

@@ -22,9 +22,11 @@ COMPONENTS = (
 )  # fmt: skip
 _STRUCTURE = WRAPPERS | {"model", "language_model", "text_model"}  # models are moved by these, at the head of a path
 _SPELLINGS = (
-    (re.compile(r"\.lora\.down\.weight$|_lora\.down\.weight$"), ".lora_A.weight"),
-    (re.compile(r"\.lora\.up\.weight$|_lora\.up\.weight$"), ".lora_B.weight"),
-    (re.compile(r"\.lora\.alpha$|_lora\.alpha$|\.lora_[AB]\.alpha$"), ".alpha"),
+    (re.compile(r"(?:[._]lora|\.lora_linear_layer)\.down\.weight$"), ".lora_A.weight"),
+    (re.compile(r"(?:[._]lora|\.lora_linear_layer)\.up\.weight$"), ".lora_B.weight"),
+    (re.compile(r"(?:[._]lora|\.lora_linear_layer|\.lora_[AB])\.alpha$"), ".alpha"),
+    (re.compile(r"\.self_attn\.to_([qkv])\.(?=lora_|alpha$)"), r".self_attn.\1_proj."),  # of text encoders
+    (re.compile(r"\.self_attn\.to_out\.(?=lora_|alpha$)"), ".self_attn.out_proj."),
 )  # diffusers' layers of old
 _METHODS = "lora hada lokr oft boft ia3 vera randlora road hra fourierft shira c3a miss bone ln_tuning trainable_tokens"
 METHOD_KEY = rf"\.(?:{'|'.join(_METHODS.split())})_\w+"

@@ -98,7 +98,7 @@ def load_adapter(
         component: which adapter to take from a diffusers file with several ("unet"), if the model's paths and sizes do
             not show it; default None.
         format: name of the files' format, if their keys are those of several: "peft", "surgery", "diffusers", "kohya",
-            "mlx" and others (`surgery.formats()` lists them). Default None: the files tell it.
+            "mlx" and others (`adapter_formats` lists them). Default None: the files tell it.
         resize: resize the model's embeddings first, if the files have another vocabulary, by the model's
             `resize_token_embeddings`. They keep that size when the adapter is removed. Default False.
         ignore_mismatched_sizes: pass over tensors of other sizes with a warning. They keep their rule's starting

@@ -15,7 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from surgery import LoadError, SurgeryError, SurgeryWarning, apply_rules, load_adapter, remove, rules_of, save_adapter
+from surgery import (
+    LoadError,
+    SurgeryError,
+    SurgeryWarning,
+    adapter_state_dict,
+    apply_rules,
+    convert_adapter,
+    load_adapter,
+    remove,
+    rules_of,
+    save_adapter,
+)
 from surgery.rules import IA3Rule, LoraRule
 from surgery.testing import Snapshot
 from tests.support.foreign_formats import change_of, low_rank, model_of_paths, random, same, write
@@ -307,3 +318,79 @@ def test_what_a_format_can_not_hold(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="component= says which"):
         save_adapter(model, tmp_path / "a", format="kohya")
     assert not (tmp_path / "a").exists()
+
+
+# llama.cpp ----------------------------------------------------------------------------------------------------
+
+LLAMA = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj")
+
+
+class Llama(nn.Module):
+    """The names of transformers' Llama, without its forward: two query heads of 4 and one key head."""
+
+    def __init__(self, model_type: str = "llama") -> None:
+        super().__init__()
+        sizes = zip(LLAMA, (8, 4, 8), strict=True)
+        layers: dict[str, nn.Module] = {path: nn.Linear(8, size, bias=False) for path, size in sizes}
+        inner = model_of_paths({**layers, "model.embed_tokens": nn.Embedding(16, 8)})
+        self.add_module("model", inner.get_submodule("model"))
+        self.config = {"model_type": model_type, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_gguf_permutes_heads_by_architecture(tmp_path: Path, model_type: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = Llama(model_type)
+    apply_rules(model, LoraRule([*LLAMA, "embed_tokens"], rank=2, alpha=8, init="random"))
+    x, ids = random(2, 8), torch.arange(4)
+    expected = [*(model.get_submodule(path)(x) for path in LLAMA), model.get_submodule("model.embed_tokens")(ids)]
+    save_adapter(model, tmp_path, format="gguf")
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == model_type and fields["adapter.lora.alpha"] == 8.0
+    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    assert tensors["token_embd.weight.lora_a"].shape == (16, 2)  # llama.cpp looks rows of it up
+    B = adapter_state_dict(model)[f"{LLAMA[0]}.adapters.B"]
+    pairs = B.view(2, 2, 2, 2).transpose(1, 2).reshape(8, 2) if model_type == "llama" else B
+    assert torch.equal(tensors["blk.0.attn_q.weight.lora_b"], pairs)
+    remove(model)
+    report = load_adapter(model, tmp_path)
+    assert report.format == "gguf"
+    again = [*(model.get_submodule(path)(x) for path in LLAMA), model.get_submodule("model.embed_tokens")(ids)]
+    assert all(torch.equal(one, two) for one, two in zip(expected, again, strict=True))
+
+
+def test_gguf_needs_the_heads_and_one_alpha(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = Llama()
+    apply_rules(model, LoraRule(list(LLAMA), rank=2, alpha=8, alpha_pattern={"down_proj": 2}, init="random"))
+    x = random(2, 8)
+    expected = [model.get_submodule(path)(x) for path in LLAMA]
+    with pytest.warns(SurgeryWarning, match="one alpha: the scale of 1 modules"):
+        save_adapter(model, tmp_path / "a.gguf", format="gguf")
+    load_adapter(remove(model), tmp_path / "a.gguf")
+    for path, output in zip(LLAMA, expected, strict=True):
+        assert torch.allclose(model.get_submodule(path)(x), output, **CLOSE)
+    with pytest.raises(LoadError, match="number of attention heads is not known"):
+        convert_adapter(tmp_path / "a.gguf", tmp_path / "b", format="peft")
+    with pytest.raises(SurgeryError, match="gguf-llama or gguf"):
+        convert_adapter(save_adapter(model, tmp_path / "peft"), tmp_path / "b.gguf", format="gguf")
+    convert_adapter(tmp_path / "peft", tmp_path / "b.gguf", format="gguf", base=model.config)
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("place", [0, 8, 16, 40, 120, 300])
+def test_a_damaged_gguf_file_is_refused_or_whole(tmp_path: Path, place: int) -> None:
+    pytest.importorskip("gguf")
+    model = apply_rules(Llama(), LoraRule(list(LLAMA), rank=2, init="random"))
+    save_adapter(model, tmp_path / "a.gguf", format="gguf")
+    before, content = Snapshot(remove(model)), (tmp_path / "a.gguf").read_bytes()
+    for damaged in (content[:place], content[:place] + b"\xff" * 8 + content[place + 8 :]):
+        (tmp_path / "b.gguf").write_bytes(damaged)
+        try:
+            load_adapter(model, tmp_path / "b.gguf")
+            remove(model)
+        except LoadError:
+            pass
+        assert not before.differences(model)

@@ -209,6 +209,85 @@ register_module_names(
     )
 )
 
+_GGUF = """
+    attn_v       self_attn.v_proj
+    attn_output  self_attn.o_proj
+    attn_qkv     self_attn.qkv_proj
+    ffn_gate     mlp.gate_proj
+    ffn_up       mlp.up_proj
+    ffn_down     mlp.down_proj
+"""
+_GGUF_ENDS = (NameRow("token_embd", ("model.embed_tokens",), embedding=True), NameRow("output", ("lm_head",)))
+_GGUF_OWN = (r"^model\.layers\.\d+\.(self_attn|mlp)\.", r"^(lm_head|model\.embed_tokens)$")
+# llama.cpp: conversion of models; classes that inherit from its LlamaModel permute the rows of query and key heads
+register_module_names(
+    ModuleNames(
+        "gguf-llama",
+        (
+            NameRow("blk.{n}.attn_q", ("model.layers.{n}.self_attn.q_proj",), rows="query_heads"),
+            NameRow("blk.{n}.attn_k", ("model.layers.{n}.self_attn.k_proj",), rows="key_heads"),
+            *_rows(_GGUF, "blk.{n}.", "model.layers.{n}."),
+            *_GGUF_ENDS,
+        ),
+        marks=(r"blk\.\d", r"token_embd$", r"output$"),
+        own_marks=_GGUF_OWN,
+        model_types=("llama", "mistral", "smollm3", "granite"),
+        header_names=("llama", "llama", "smollm3", "granite"),
+    )
+)
+register_module_names(
+    ModuleNames(
+        "gguf",
+        (
+            *_rows("attn_q self_attn.q_proj\nattn_k self_attn.k_proj" + _GGUF, "blk.{n}.", "model.layers.{n}."),
+            *_GGUF_ENDS,
+        ),
+        marks=(r"blk\.\d", r"token_embd$", r"output$"),
+        own_marks=_GGUF_OWN,
+        model_types=("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2"),
+        header_names=("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2"),
+    )
+)
+
+# Llama and its relatives: torchtune's names. Its rows of query and key heads are pairs, those of transformers halves.
+register_module_names(
+    ModuleNames(
+        "torchtune",
+        (
+            NameRow("layers.{n}.attn.q_proj", ("model.layers.{n}.self_attn.q_proj",), rows="query_heads"),
+            NameRow("layers.{n}.attn.k_proj", ("model.layers.{n}.self_attn.k_proj",), rows="key_heads"),
+            *_rows(
+                """
+                attn.v_proj       self_attn.v_proj
+                attn.output_proj  self_attn.o_proj
+                mlp.w1            mlp.gate_proj
+                mlp.w2            mlp.down_proj
+                mlp.w3            mlp.up_proj
+                """,
+                "layers.{n}.",
+                "model.layers.{n}.",
+            ),
+            NameRow("output", ("lm_head",)),
+        ),
+        marks=(r"layers\.\d+\.(attn|mlp)\.", r"output$"),
+        own_marks=(r"^model\.layers\.\d+\.(self_attn|mlp)\.", r"^lm_head$"),
+    )
+)
+
+# diffusers until 0.17: processors of attentions, and layers beside Linears.
+_ATTENTIONS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
+register_module_names(
+    ModuleNames(
+        "diffusers-old",
+        (
+            *(NameRow(f"{{rest}}.processor.{there}", (f"{{rest}}.{here}",)) for there, here in _ATTENTIONS.items()),
+            NameRow("{rest}.lora_linear_layer", ("{rest}",)),
+        ),
+        marks=(r".*\.(processor|lora_linear_layer)",),
+        own_marks=(r".",),
+    )
+)
+
 # Names of modules that contain "_", and those that stand beside them: to read paths that are written with "_".
 WORDS = frozenset(
     """

@@ -93,6 +93,7 @@ def convert_adapter(
         Tensors are read and written one at a time. Numbers and dtypes stay, except where the report's notes say so. One
         rename commits the result.
     """
+    written = format_named(format)
     try:
         facts = base_facts(base)
         name, contents = read_file_contents(Path(source), source_format, facts)
@@ -101,7 +102,6 @@ def convert_adapter(
     except SurgeryError as error:
         error.where = error.where or str(source)
         raise LoadError([error]) from error
-    written = format_named(format)
     _set_component(contents, component)
     files = file_contents(written, contents, facts)
     write_files(Path(target), written, files, progress)

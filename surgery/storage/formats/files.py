@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from surgery.adapter_files.plain_json import read_json
 from surgery.adapter_files.tensor_files import TensorFile, open_tensors, replace_files, write_safetensors
 from surgery.errors import SurgeryError
 from surgery.progress import Progress
+from surgery.storage.formats.gguf_file import open_gguf, write_gguf
 from surgery.storage.formats.place import ENDINGS
 from surgery.storage.formats.table import AdapterFormat
 from surgery.storage.formats.writing import FileContents
@@ -23,7 +25,7 @@ __all__ = ["open_file", "settings_beside", "write_files"]
 
 def open_file(path: Path) -> TensorFile:
     """Opens a file of tensors by its container. Pickles are opened with `weights_only`."""
-    return open_tensors(path)
+    return open_gguf(path) if path.suffix == ".gguf" else open_tensors(path)
 
 
 def settings_beside(path: Path, adapter_format: AdapterFormat) -> Any:
@@ -41,26 +43,33 @@ def write_files(place: Path, adapter_format: AdapterFormat, files: FileContents,
         ending = Path(adapter_format.files[0]).suffix
         raise SurgeryError(f"a file of the format {adapter_format.name!r} ends in {ending}", where=str(place))
     path = place if as_file else place / adapter_format.files[0]
-    header = {name: text if isinstance(text, str) else json.dumps(text) for name, text in files.header.items()}
     tensors = {key: tensor.read() for key, tensor in files.tensors.items()}
+    if adapter_format.container == "gguf":
+        _write_one(path, lambda temporary: write_gguf(temporary, tensors, files.header))
+        return place
+    header = {name: text if isinstance(text, str) else json.dumps(text) for name, text in files.header.items()}
     write = partial(write_safetensors, tensors=tensors, metadata=header, progress=progress)
     if files.settings is not None and adapter_format.settings_file is not None:
         text = json.dumps(files.settings, indent=2) + "\n"
         replace_files(path.parent, (path.name, write), (adapter_format.settings_file, text.encode()))
     else:
-        _write_one(path, write)
+        _write_one(path, partial(_write_synced, write=write))
     return place
 
 
-def _write_one(path: Path, write: Any) -> None:
+def _write_synced(temporary: Path, write: Callable[[BinaryIO], None]) -> None:
+    with open(temporary, "xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_one(path: Path, write: Callable[[Path], None]) -> None:
     """Writes one file under another name, and renames it."""
     with created_folder(path.parent):
         temporary = path.parent / f".surgery-{os.urandom(6).hex()}-{path.name}"
         try:
-            with open(temporary, "xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
+            write(temporary)
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):

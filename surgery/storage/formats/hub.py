@@ -18,6 +18,7 @@ from surgery.peft_format.keys import keys_of
 from surgery.peft_format.reading import PeftAdapter, read
 from surgery.peft_format.targets import Modules
 from surgery.planning.plan import Plan
+from surgery.state.base_tensors import base_tensor
 from surgery.storage.formats.contents import Change, Contents
 from surgery.storage.formats.file_tensor import FileTensor
 from surgery.storage.formats.lokr_factor import lokr_fields
@@ -52,11 +53,11 @@ def on_model(contents: Contents, model: nn.Module, component: str | None, metada
     shapes: dict[str, FileTensor] = {}
     by_path: dict[str, PeftAdapter] = {}
     for group in groups.values():
-        config = {**peft_fields(group), **_more_fields(group)}
-        config |= {"lora_dropout": contents.settings["dropout"]} if contents.settings.get("dropout") else {}
-        if tokens := contents.settings.get("invocation"):
-            config["alora_invocation_tokens"] = tokens
-        tensors = _peft_tensors(group)
+        config = _norm_fields(group) if _is_norm(group) else peft_fields(group)
+        if config["peft_type"] == "LORA":
+            named = {"lora_dropout": "dropout", "alora_invocation_tokens": "invocation"}
+            config |= {name: contents.settings[ours] for name, ours in named.items() if contents.settings.get(ours)}
+        tensors = _norm_tensors(group, modules, spelt) if _is_norm(group) else _peft_tensors(group)
         adapter = read(model, config, _file(tensors, metadata))
         by_path |= dict.fromkeys((spelt.moved.get(path, path) for path in group), adapter)
         adapters.append(adapter)
@@ -74,9 +75,8 @@ def _component(contents: Contents, modules: Modules, wanted: str | None) -> tupl
     tensors: dict[str, FileTensor] = {}
     for component, path, change in contents.each():
         start = f"{component}.{path}" if component else path
-        shape = next(iter(change.tensors.values()))
-        first = change.tensors.get("A", shape)
-        tensors[f"{start}.lora_A.weight"] = first
+        first = next(iter(change.tensors.values()))
+        tensors[f"{start}.lora_A.weight"] = change.tensors.get("A", first)
     if wanted is None and len(contents.changes) == 1:
         (only,) = contents.changes
         inner = {key.removeprefix(f"{only}.") if only else key: value for key, value in tensors.items()}
@@ -100,19 +100,51 @@ def _group(path: str, change: Change) -> tuple[Any, ...]:
     if kind in ("loha", "lokr") and dora:
         why = f"a magnitude (DoRA) beside a {kind} is not a rule here"
         raise SurgeryError("the change can't be represented exactly", where=change.tensors["magnitude"].key, why=why)
-    if kind not in ("lora", "loha", "lokr"):
-        raise SurgeryError(f"a {kind} of this module can't be represented", where=change.key or path)
-    return kind, dora, "B_bias" in names, "t1" in names or "t2" in names, *_lokr_group(change)
+    if kind in ("norm difference", "value"):
+        return ("norm",)
+    return kind, dora, "B_bias" in names, "hada_t1" in names or "lokr_t2" in names, *_lokr_group(change)
 
 
 def _lokr_group(change: Change) -> tuple[Any, ...]:
     return tuple(lokr_fields(change).items()) if change.kind == "lokr" else ()
 
 
-def _more_fields(group: Mapping[str, Change]) -> dict[str, Any]:
-    change = next(iter(group.values()))
-    effective = {"use_effective_conv2d": True} if {"t1", "t2"} & set(change.tensors) else {}
-    return {**effective, **(lokr_fields(change) if change.kind == "lokr" else {})}
+def _is_norm(group: Mapping[str, Change]) -> bool:
+    return all(change.kind in ("norm difference", "value") for change in group.values())
+
+
+def _norm_fields(group: Mapping[str, Change]) -> dict[str, Any]:
+    return {"peft_type": "LN_TUNING", "target_modules": list(group)}
+
+
+def _norm_tensors(group: Mapping[str, Change], modules: Modules, spelt: Spelt) -> dict[str, FileTensor]:
+    """Whole parameters of normalisation layers: those of the file, or the model's plus a difference."""
+    tensors: dict[str, FileTensor] = {}
+    for path, change in group.items():
+        here = spelt.moved.get(path, path)
+        module = modules.by_path.get(here)
+        if module is None:
+            raise SurgeryError("the model has no such module", where=change.key, why=f"it is {path} here")
+        stored = {"weight": change.tensors.get("value", change.tensors.get("w_norm"))}
+        stored["bias"] = change.tensors.get("b_norm")
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            tensor = stored.pop(name, None)
+            whole = FileTensor.of(base_tensor(module, name, here))
+            if tensor is not None and tensor.shape != whole.shape:
+                why = f"its shape is {tensor.shape}, and that of {here}.{name} is {whole.shape}"
+                raise SurgeryError("a tensor does not fit", where=tensor.key, why=why)
+            if tensor is not None:
+                whole = tensor if change.kind == "value" else _sum(whole, tensor)
+            tensors[f"{PREFIX}{path}.ln_tuning_layers.{name}"] = whole
+        if left := [tensor.key for tensor in stored.values() if tensor is not None]:
+            raise SurgeryError("the module has no such parameter", where=left[0], why=f"it is {here} here")
+    return tensors
+
+
+def _sum(base: FileTensor, change: FileTensor) -> FileTensor:
+    return FileTensor(base.shape, base.dtype, lambda: base.read() + change.read().to(base.dtype), change.key)
 
 
 def _peft_tensors(group: Mapping[str, Change]) -> dict[str, FileTensor]:

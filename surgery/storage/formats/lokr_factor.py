@@ -13,17 +13,21 @@ __all__ = ["lokr_fields"]
 def lokr_fields(change: Change) -> dict[str, Any]:
     """PEFT's `decompose_both` and `decompose_factor` for the tensors of one LoKr."""
     tensors = change.tensors
-    first = tensors["w1"].shape if "w1" in tensors else (tensors["w1_a"].shape[0], tensors["w1_b"].shape[1])
-    if "w2" in tensors:
-        second = tensors["w2"].shape[:2]
-    elif "t2" in tensors:
-        second = (tensors["w2_a"].shape[1], tensors["w2_b"].shape[1])
+    first = (
+        tensors["lokr_w1"].shape
+        if "lokr_w1" in tensors
+        else (tensors["lokr_w1_a"].shape[0], tensors["lokr_w1_b"].shape[1])
+    )
+    if "lokr_w2" in tensors:
+        second = tensors["lokr_w2"].shape[:2]
+    elif "lokr_t2" in tensors:
+        second = (tensors["lokr_w2_a"].shape[1], tensors["lokr_w2_b"].shape[1])
     else:  # of a kernel that is not factored, w2_b has the kernel's numbers, too
-        second = (tensors["w2_a"].shape[0], tensors["w2_b"].shape[1])
+        second = (tensors["lokr_w2_a"].shape[0], tensors["lokr_w2_b"].shape[1])
     sizes = [(first[0], first[0] * second[0]), (first[1], first[1] * second[1])]
     for factor in (-1, first[0], first[1], *range(2, 1 + max(first))):
         if all(_smaller(total, factor) == small for small, total in sizes):
-            return {"decompose_both": "w1_a" in tensors, "decompose_factor": factor}
+            return {"decompose_both": "lokr_w1_a" in tensors, "decompose_factor": factor}
     why = f"w1 is {tuple(first)} and w2 is {tuple(second)}, which no single decompose_factor gives"
     raise SurgeryError("the factors of this LoKr can't be represented", where=change.key, why=why)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from surgery.errors import SurgeryError
 from surgery.storage.formats.table import ModuleNames, NameRow
 
-__all__ = ["NameMap", "Place", "names_named", "names_of_file", "register_module_names"]
+__all__ = ["NameMap", "Place", "names_for_header", "names_named", "names_of_file", "register_module_names"]
 
 
 class Place(NamedTuple):
@@ -81,7 +81,27 @@ def names_named(name: str) -> NameMap:
     return _names[name]
 
 
-IDENTITY = NameMap(ModuleNames("", (), (), (), partial=True))
+IDENTITY = NameMap(ModuleNames("as-here", (), (), (), partial=True))
+_names["as-here"] = IDENTITY
+
+
+ARCHITECTURE = "general.architecture"  # the field of a header
+
+
+def names_for_header(candidates: Iterable[str], header: Mapping[str, Any]) -> list[str]:
+    """The candidates that a file's header allows: those of its architecture, where it names one."""
+    names = list(candidates)
+    if ARCHITECTURE not in header:
+        return names
+    fitting = [name for name in names if header[ARCHITECTURE] in names_named(name).names.header_names]
+    if not fitting:
+        known = sorted({each for name in names for each in names_named(name).names.header_names})
+        raise SurgeryError(
+            f"the architecture {str(header[ARCHITECTURE])[:40]!r} is not known here",
+            why=f"names of modules are known for {', '.join(known)}",
+            fix="register_module_names adds the names of another one",
+        )
+    return fitting
 
 
 def names_of_file(theirs: Iterable[str], candidates: Iterable[str]) -> NameMap:

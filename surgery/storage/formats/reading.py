@@ -12,7 +12,7 @@ from surgery.errors import SurgeryError, abbreviate
 from surgery.storage.formats.contents import BaseFacts, Change, Contents
 from surgery.storage.formats.file_tensor import FileTensor, tensor_of
 from surgery.storage.formats.layouts import LAYOUTS, row_order
-from surgery.storage.formats.module_names import IDENTITY, NameMap, Place, names_named, names_of_file
+from surgery.storage.formats.module_names import IDENTITY, NameMap, Place, names_for_header, names_named, names_of_file
 from surgery.storage.formats.path_codec import decode, encode
 from surgery.storage.formats.scales import SCALES
 from surgery.storage.formats.split import split_keys
@@ -44,7 +44,7 @@ def read_contents(
     by_prefix = _modules(adapter_format, file)
     for prefix, modules in by_prefix.items():
         texts = [module.text for module in modules]
-        places, component = _places(adapter_format, prefix, texts, base)
+        places, component = _places(adapter_format, prefix, texts, base, file.metadata)
         changes = contents.changes.setdefault(component, {})
         for module, place in zip(modules, places, strict=True):
             kind = _kind(module)
@@ -93,9 +93,9 @@ def _kind(module: _Module) -> str:
 
 def _whole_lokr(parts: frozenset[str]) -> bool:
     """Each factor is there once: whole, or as a product."""
-    first = ("w1" in parts) + ({"w1_a", "w1_b"} <= parts)
-    second = ("w2" in parts) + ({"w2_a", "w2_b"} <= parts)
-    pairs = all((f"{name}_a" in parts) == (f"{name}_b" in parts) for name in ("w1", "w2"))
+    first = ("lokr_w1" in parts) + ({"lokr_w1_a", "lokr_w1_b"} <= parts)
+    second = ("lokr_w2" in parts) + ({"lokr_w2_a", "lokr_w2_b"} <= parts)
+    pairs = all((f"{name}_a" in parts) == (f"{name}_b" in parts) for name in ("lokr_w1", "lokr_w2"))
     return first == 1 and second == 1 and pairs
 
 
@@ -103,11 +103,11 @@ def _whole_lokr(parts: frozenset[str]) -> bool:
 
 
 def _places(
-    adapter_format: AdapterFormat, prefix: KeyPrefix, texts: list[str], base: BaseFacts
+    adapter_format: AdapterFormat, prefix: KeyPrefix, texts: list[str], base: BaseFacts, header: Mapping[str, Any]
 ) -> tuple[list[Place], str]:
     """The modules here for the modules of the file under one prefix, and their component."""
     separator = adapter_format.separator
-    candidates = [prefix.names] if prefix.names else adapter_format.names
+    candidates = [prefix.names] if prefix.names else names_for_header(adapter_format.names, header)
     decoded = {text: decode(text, separator, adapter_format.words) for text in texts} if separator == "." else {}
     start = {text: decoded.get(text) or text.replace(separator, ".") for text in texts}
     names = names_of_file(start.values(), candidates) if not prefix.names else names_named(prefix.names)
@@ -123,9 +123,10 @@ def _places(
         else:
             places.append(place)
     if unknown:
-        which = f"of {names.names.name}" if names is not IDENTITY else "that is known here"
+        which = f"names of {names.names.name}" if names is not IDENTITY else "known here"
+        count = "one name of a module is" if len(unknown) == 1 else f"{len(unknown)} names of modules are"
         raise SurgeryError(
-            f"{len(unknown)} names of modules are not names {which}",
+            f"{count} not {which}",
             where=abbreviate([name[:200] for name in unknown], "names"),
             why=f"the format writes a module's path with {separator!r}" if separator != "." else None,
             fix="base= gives the model whose modules have these names",
@@ -194,7 +195,7 @@ def _is_embedding(path: str, base: BaseFacts, contents: Contents) -> bool:
 
 
 def _rank(kind: str, tensors: Mapping[str, FileTensor]) -> int:
-    name = {"lora": ("A",), "loha": ("w1_b",), "lokr": ("w2_b", "w1_b")}.get(kind, ())
+    name = {"lora": ("A",), "loha": ("hada_w1_b",), "lokr": ("lokr_w2_b", "lokr_w1_b")}.get(kind, ())
     there = next((tensors[each] for each in name if each in tensors), None)
     return there.shape[0] if there is not None and there.shape else 0
 

@@ -7,8 +7,9 @@ from surgery.storage.formats.table import AdapterFormat, KeyPrefix, TensorKey, r
 
 __all__: list[str] = []
 
-_LOHA = tuple(TensorKey(name, f".hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
-_LOKR = tuple(TensorKey(name, f".lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
+_LOHA = tuple(TensorKey(f"hada_{name}", f".hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
+_LOKR_PARTS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+_LOKR = tuple(TensorKey(f"lokr_{name}", f".lokr_{name}") for name in _LOKR_PARTS)
 _UP_DOWN = (TensorKey("A", ".lora_down.weight"), TensorKey("B", ".lora_up.weight"), TensorKey("alpha", ".alpha"))
 
 # peft: utils/save_and_load.py
@@ -80,6 +81,7 @@ _KOHYA = (
     KeyPrefix("lora_te1_", "text_encoder"),
     KeyPrefix("lora_te2_", "text_encoder_2"),
     KeyPrefix("lora_te3_", "text_encoder_3"),
+    KeyPrefix("lora_transformer_", "transformer", names="as-here"),  # OneTrainer, read by ComfyUI
 )
 _KOHYA_KEYS = (*_UP_DOWN, TensorKey("mid", ".lora_mid.weight"), TensorKey("magnitude", ".dora_scale", "column"))
 _KOHYA_HEADER = {
@@ -96,5 +98,139 @@ register_format(
         words=_architectures.WORDS,
         names=("flux", "sd3", "sdxl"),
         header=_KOHYA_HEADER,
+    )
+)
+
+# lycoris-lora: modules/*.py, wrapper.py; through sd-scripts the prefixes are Kohya's
+register_format(
+    AdapterFormat(
+        "lycoris",
+        "LyCORIS",
+        (
+            *_KOHYA_KEYS,
+            *_LOHA,
+            *_LOKR,
+            TensorKey("diff", ".diff"),
+            TensorKey("diff_b", ".diff_b"),
+            TensorKey("w_norm", ".w_norm"),
+            TensorKey("b_norm", ".b_norm"),
+        ),
+        files=("lycoris.safetensors",),
+        prefixes=(KeyPrefix("lycoris_"), *_KOHYA),
+        separator="_",
+        words=_architectures.WORDS,
+        names=("flux", "sd3", "sdxl"),
+        contains=("kohya",),
+    )
+)
+
+# x-flux; diffusers: loaders/lora_conversion_utils.py
+register_format(
+    AdapterFormat(
+        "xlabs",
+        "XLabs Flux",
+        (TensorKey("A", ".down.weight"), TensorKey("B", ".up.weight")),
+        files=("xlabs_lora.safetensors",),
+        prefixes=(KeyPrefix("", "transformer", names="flux-xlabs"),),
+        names=("flux-xlabs",),
+        names_required=True,
+        scale="none",
+    )
+)
+
+# Black Forest Labs' control LoRAs; diffusers: loaders/lora_conversion_utils.py
+register_format(
+    AdapterFormat(
+        "bfl",
+        "Black Forest Labs Flux",
+        (*_PEFT[:2], TensorKey("B_bias", ".lora_B.bias"), TensorKey("value", ".scale")),
+        files=("flux_lora.safetensors",),
+        prefixes=(KeyPrefix("", "transformer", names="flux"),),
+        names=("flux",),
+        names_required=True,
+        scale="none",
+    )
+)
+
+# ComfyUI: comfy/lora.py, comfy/weight_adapter, comfy_extras/nodes_lora_extract.py
+register_format(
+    AdapterFormat(
+        "comfyui",
+        "ComfyUI",
+        (
+            *_KOHYA_KEYS,
+            *_PEFT[:2],
+            TensorKey("diff", ".diff"),
+            TensorKey("diff_b", ".diff_b"),
+            *_LOHA,
+            *_LOKR,
+        ),
+        files=("comfyui_lora.safetensors",),
+        prefixes=(
+            KeyPrefix("diffusion_model.", "transformer"),
+            KeyPrefix("text_encoders.clip_l.transformer.", "text_encoder"),
+            KeyPrefix("text_encoders.clip_g.transformer.", "text_encoder_2"),
+        ),
+        names=("flux", "sd3", "sdxl"),
+    )
+)
+
+# torchtune: models/convert_weights.py, modules/peft/lora.py
+register_format(
+    AdapterFormat(
+        "torchtune",
+        "torchtune",
+        (
+            TensorKey("A", ".lora_a.weight"),
+            TensorKey("B", ".lora_b.weight"),
+            TensorKey("magnitude", ".magnitude"),
+        ),
+        files=("adapter_0.safetensors", "adapter_0.pt"),
+        settings_file="adapter_config.json",
+        names=("torchtune",),
+        names_required=True,
+        scale="settings_alpha",
+    )
+)
+
+# diffusers until 0.17
+register_format(
+    AdapterFormat(
+        "diffusers-old",
+        "diffusers until 0.17",
+        (TensorKey("A", ".down.weight"), TensorKey("B", ".up.weight")),
+        files=("pytorch_lora_weights.safetensors",),
+        prefixes=_PIPELINE,
+        names=("diffusers-old",),
+        names_required=True,
+        scale="none",
+    )
+)
+
+# llama.cpp: convert_lora_to_gguf.py, src/llama-adapter.cpp
+register_format(
+    AdapterFormat(
+        "gguf",
+        "llama.cpp (GGUF)",
+        (TensorKey("A", ".weight.lora_a"), TensorKey("B", ".weight.lora_b")),
+        files=("adapter.gguf",),
+        names=("gguf-llama", "gguf"),
+        names_required=True,
+        scale="one_alpha",
+        header={"general.architecture": "$architecture"},
+        container="gguf",
+    )
+)
+
+# openvino.genai: src/cpp/src/lora/adapter.cpp; it ignores an alpha in the file, and does not divide by the rank
+register_format(
+    AdapterFormat(
+        "openvino",
+        "OpenVINO GenAI",
+        _PEFT[:2],
+        files=("openvino_lora.safetensors",),
+        prefixes=(KeyPrefix("base_model.model."),),
+        scale="none",
+        contains=("peft",),
     )
 )

@@ -19,6 +19,7 @@ from surgery.patterns.paths import pattern_value
 from surgery.peft_format.adapter_config import SILENT
 from surgery.storage.formats.contents import Change, Contents
 from surgery.storage.formats.file_tensor import FileTensor
+from surgery.storage.formats.lokr_factor import lokr_fields
 
 __all__ = ["SCALES", "Scale", "Written", "alpha_of", "peft_fields"]
 
@@ -153,6 +154,8 @@ def _read_one_alpha(contents: Contents, settings: Any, header: Mapping[str, Any]
     alpha = number(value, "adapter.lora.alpha") if float(value) else None
     for _, _, change in contents.each():
         change.scale = 1.0 if alpha is None else alpha / change.rank
+    if tokens := header.get("adapter.alora.invocation_tokens"):
+        contents.settings["invocation"] = [int(token) for token in tokens]
 
 
 def _write_one_alpha(contents: Contents, written: Written) -> None:
@@ -167,6 +170,8 @@ def _write_one_alpha(contents: Contents, written: Written) -> None:
     if rounded != alpha:
         written.notes.append(f"alpha {alpha!r} is rounded to float32, {rounded!r}")
     written.header["adapter.lora.alpha"] = rounded
+    if tokens := contents.settings.get("invocation"):
+        written.header["adapter.alora.invocation_tokens"] = list(tokens)
 
 
 def _write_nothing(contents: Contents, written: Written) -> None:
@@ -251,6 +256,13 @@ def _read_peft(contents: Contents, settings: Any, header: Mapping[str, Any]) -> 
         contents.settings |= {name: value for name, value in kept.items() if value}
 
 
+def _read_settings_alpha(contents: Contents, settings: Any, header: Mapping[str, Any]) -> None:
+    if not isinstance(settings, Mapping):
+        fix = "put adapter_config.json with r and lora_alpha beside the tensors, or pass config="
+        raise SurgeryError("the scale is not known", why="the tensors do not say it", fix=fix)
+    _read_peft(contents, settings, header)
+
+
 def _says(value: Any) -> bool:
     return value not in (None, False, "", [], {}, "none", 0)
 
@@ -287,6 +299,15 @@ def peft_fields(changes: Mapping[str, Change]) -> dict[str, Any]:
         config["use_dora"] = True
     if any("B_bias" in change.tensors for change in changes.values()):
         config["lora_bias"] = True
+    if any({"hada_t1", "lokr_t2"} & set(change.tensors) for change in changes.values()):
+        config["use_effective_conv2d"] = True
+    if kind == "lokr":
+        fields = {path: lokr_fields(change) for path, change in changes.items()}
+        first = next(iter(fields.values()))
+        if others := [path for path, each in fields.items() if each != first]:
+            why = f"decompose_factor and decompose_both are {first} for others, and {fields[others[0]]} here"
+            raise SurgeryError("PEFT's format has one way to divide the sizes of LoKr", where=others[0], why=why)
+        config |= first
     return config
 
 
@@ -298,7 +319,7 @@ def _pattern(path: str, values: Mapping[str, Any]) -> str:
 
 def _full_rank(change: Change) -> int:
     """A rank from which on LoKr holds its factors in full."""
-    factors = [change.tensors[name] for name in ("w1", "w2") if name in change.tensors]
+    factors = [change.tensors[name] for name in ("lokr_w1", "lokr_w2") if name in change.tensors]
     return max((size for factor in factors for size in factor.shape[:2]), default=1)
 
 
@@ -330,6 +351,7 @@ SCALES: dict[str, Scale] = {
     "one_scale": Scale(_read_one_scale, _write_one_scale),
     "one_alpha": Scale(_read_one_alpha, _write_one_alpha),
     "none": Scale(_read_nothing, _write_nothing),
+    "settings_alpha": Scale(_read_settings_alpha, _write_peft_settings),
     "peft": Scale(_read_peft, _write_peft_settings),
     "diffusers": Scale(_read_peft, _write_peft),
 }

@@ -16,7 +16,7 @@ from surgery.storage.formats.base_facts import facts_of_model
 from surgery.storage.formats.detection import format_of_keys, likely_format
 from surgery.storage.formats.files import open_file, settings_beside
 from surgery.storage.formats.hub import OnModel, on_model
-from surgery.storage.formats.place import adapter_file
+from surgery.storage.formats.place import ENDINGS, adapter_file
 from surgery.storage.formats.reading import read_contents
 from surgery.storage.formats.table import AdapterFormat, format_named
 
@@ -54,8 +54,8 @@ def find_other(place: Path, name: str | None) -> OtherAdapter | None:
     file = open_file(path)
     if adapter_format is not None:
         return OtherAdapter(path, file, adapter_format, False)
-    keys = list(file.shapes)
-    adapter_format = format_of_keys(keys) or likely_format(keys)
+    keys, containers = list(file.shapes), (ENDINGS[path.suffix],)
+    adapter_format = format_of_keys(keys, containers) or likely_format(keys, containers)
     if adapter_format is None or adapter_format.name in OWN_READER:
         return None
     return OtherAdapter(path, file, adapter_format, True)

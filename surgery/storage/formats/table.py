@@ -68,6 +68,7 @@ class ModuleNames:
     `marks`: regular expressions for names of theirs; a file with such a name has these module names. `own_marks`: the
     same for names of ours. `component`: the component that the architecture is. `partial`: modules without a row have
     the same name in both. `model_types`: values of `model_type` or `_class_name` in the base's configuration.
+    `header_names`: how the file's header calls each of these types, where it names the architecture.
     """
 
     name: str
@@ -77,16 +78,26 @@ class ModuleNames:
     component: str = ""
     partial: bool = False
     model_types: tuple[str, ...] = ()
+    header_names: tuple[str, ...] = ()
 
 
 # What a change consists of: kind → (parts that are always there, parts that may be there).
 KINDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "lora": (frozenset({"A", "B"}), frozenset({"mid", "alpha", "magnitude", "B_bias"})),
-    "loha": (frozenset({"w1_a", "w1_b", "w2_a", "w2_b"}), frozenset({"t1", "t2", "alpha", "magnitude"})),
-    "lokr": (frozenset(), frozenset({"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "alpha", "magnitude"})),
+    "loha": (
+        frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+        frozenset({"hada_t1", "hada_t2", "alpha", "magnitude"}),
+    ),
+    "lokr": (
+        frozenset(),
+        frozenset(
+            {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha", "magnitude"}
+        ),
+    ),
     "difference": (frozenset({"diff"}), frozenset({"diff_b", "alpha"})),
     "bias difference": (frozenset({"diff_b"}), frozenset({"alpha"})),
     "norm difference": (frozenset({"w_norm"}), frozenset({"b_norm", "alpha"})),
+    "value": (frozenset({"value"}), frozenset()),
 }
 
 

@@ -43,6 +43,7 @@ def file_contents(adapter_format: AdapterFormat, contents: Contents, base: BaseF
     for component, changes in contents.changes.items():
         names = _names(adapter_format, component, changes, base)
         prefix = _prefix(adapter_format, component, names)
+        written.values["architecture"] = _architecture(names, base)
         for place, change in _fused(names, changes, written):
             placed.append((prefix, component, place, change))
             changed.changes.setdefault(component, {})["\n".join(place.ours)] = change
@@ -82,7 +83,7 @@ def _names(adapter_format: AdapterFormat, component: str, changes: Iterable[str]
     maps = [names_named(name) for name in adapter_format.names]
     maps = [each for each in maps if not component or each.names.component in (component, "")]
     kind = base.kind if component_of(base.kind) else ""  # other classes say nothing of an architecture
-    types = {base.config.get("model_type"), base.config.get("_class_name"), kind} - {None, ""}
+    types = _types(base) | ({kind} - {""})
     by_type = [each for each in maps if types & set(each.names.model_types)]
     untyped = [each for each in maps if not types or not each.names.model_types]
     fitting = by_type or [each for each in untyped if each.own_marked(paths) and each.covers(paths)]
@@ -108,6 +109,19 @@ def _names(adapter_format: AdapterFormat, component: str, changes: Iterable[str]
             f"the format {adapter_format.name!r} has no names for these modules", where=paths[0], why=why
         )
     return IDENTITY
+
+
+def _types(base: BaseFacts) -> set[Any]:
+    """What the base's configuration calls its model, and that of its text."""
+    inner = base.config.get("text_config")
+    types = {base.config.get("model_type"), base.config.get("_class_name")}
+    return (types | ({inner.get("model_type")} if isinstance(inner, Mapping) else set())) - {None, ""}
+
+
+def _architecture(names: NameMap, base: BaseFacts) -> str:
+    """How the header of a file calls the base's architecture; "" where no header does."""
+    pairs = zip(names.names.model_types, names.names.header_names, strict=False)
+    return next((header for kind, header in pairs if kind in _types(base)), "")
 
 
 def _prefix(adapter_format: AdapterFormat, component: str, names: NameMap) -> KeyPrefix:

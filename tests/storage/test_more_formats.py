@@ -1,0 +1,232 @@
+"""LyCORIS, ComfyUI, XLabs, Black Forest Labs, torchtune and OpenVINO: the change is that of the file's tensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from surgery import LoadError, SurgeryError, SurgeryWarning, apply_rules, convert_adapter, load_adapter, save_adapter
+from surgery.rules import LoraRule
+from tests.support.foreign_formats import change_of, low_rank, model_of_paths, random, same, write
+
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}  # float32 sums in another order
+
+
+def check(model: nn.Module, file: Path, path: str, delta: Tensor, fmt: str) -> Any:
+    """Loads a file, and compares one module's change with Δ; returns the report."""
+    base = copy.deepcopy(model)
+    report = load_adapter(model, file)
+    assert report.format == fmt
+    module = base.get_submodule(path)
+    if isinstance(module, nn.Conv2d):
+        x = random(1, module.in_channels, 4, 4)
+        expected = nn.functional.conv2d(x, delta, padding=module.padding)  # type: ignore[arg-type]
+    else:
+        x = random(2, module.in_features)  # type: ignore[arg-type]
+        expected = x @ delta.T
+    assert torch.allclose(change_of(model, path, x, base), expected, **CLOSE)
+    return report
+
+
+# LyCORIS ------------------------------------------------------------------------------------------------------
+
+LAYERS = "lycoris_blocks_0_to_q"
+
+
+def loha() -> tuple[dict[str, Tensor], Tensor]:
+    tensors = {f"{LAYERS}.hada_{name}": random(*size) for name, size in
+               {"w1_a": (6, 2), "w1_b": (2, 8), "w2_a": (6, 2), "w2_b": (2, 8)}.items()}  # fmt: skip
+    w1_a, w1_b, w2_a, w2_b = tensors.values()
+    return {**tensors, f"{LAYERS}.alpha": torch.tensor(1.0)}, 0.5 * (w1_a @ w1_b) * (w2_a @ w2_b)
+
+
+def lokr(low: bool) -> tuple[dict[str, Tensor], Tensor]:
+    w1 = random(2, 2)
+    if low:
+        a, b = random(3, 1), random(1, 4)
+        tensors = {f"{LAYERS}.lokr_w1": w1, f"{LAYERS}.lokr_w2_a": a, f"{LAYERS}.lokr_w2_b": b}
+        return {**tensors, f"{LAYERS}.alpha": torch.tensor(0.5)}, 0.5 * torch.kron(w1, a @ b)
+    tensors = {f"{LAYERS}.lokr_w1": w1, f"{LAYERS}.lokr_w2": random(3, 4), f"{LAYERS}.alpha": torch.tensor(7.0)}
+    return tensors, torch.kron(w1, random(3, 4))  # of factors in full the scale is 1
+
+
+def full() -> tuple[dict[str, Tensor], Tensor]:
+    return {f"{LAYERS}.diff": random(6, 8)}, random(6, 8)
+
+
+def locon() -> tuple[dict[str, Tensor], Tensor]:
+    tensors = low_rank(LAYERS, 6, 8, 4, 2.0)
+    return tensors, 0.5 * tensors[f"{LAYERS}.lora_up.weight"] @ tensors[f"{LAYERS}.lora_down.weight"]
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr low", "lokr", "full", "locon"])
+def test_lycoris(tmp_path: Path, kind: str) -> None:
+    made = {"loha": loha, "lokr": lambda: lokr(False), "lokr low": lambda: lokr(True), "full": full, "locon": locon}
+    tensors, delta = made[kind]()
+    model = model_of_paths({"blocks.0.to_q": nn.Linear(8, 6)})
+    check(model, write(tmp_path / "a.safetensors", tensors), "blocks.0.to_q", delta, "lycoris")
+    if kind != "full":
+        save_adapter(model, tmp_path / "out", format="lycoris")
+        written = load_file(tmp_path / "out/lycoris.safetensors")
+        assert same(written, tensors, leave=[".alpha"] if kind == "lokr" else [])
+
+
+def test_lycoris_mixes_methods(tmp_path: Path) -> None:
+    """LoHa, LoKr of a kernel with a Tucker core, a difference with a bias, and a norm in one file."""
+    layers = {"blocks.0.to_q": nn.Linear(8, 6), "conv": nn.Conv2d(4, 6, 3, padding=1), "out": nn.Linear(3, 5),
+              "norm": nn.LayerNorm(8), "last": nn.Linear(4, 2)}  # fmt: skip
+    model = model_of_paths(layers)
+    tensors, delta = loha()
+    names = {"w1_a": (2, 6), "w1_b": (2, 4), "w2_a": (2, 6), "w2_b": (2, 4), "t1": (2, 2, 3, 3), "t2": (2, 2, 3, 3)}
+    tensors |= {f"lycoris_conv.hada_{name}": random(*size, seed=3) for name, size in names.items()}
+    tensors |= {"lycoris_out.diff": random(5, 3), "lycoris_out.diff_b": random(5)}
+    tensors |= {"lycoris_norm.w_norm": random(8), "lycoris_norm.b_norm": random(8, seed=1)}
+    tensors |= {"lycoris_last.diff_b": random(2)}
+    base = copy.deepcopy(model)
+    report = check(model, write(tmp_path / "a.safetensors", tensors), "blocks.0.to_q", delta, "lycoris")
+    assert sorted({rule.label for rule in report.rules}) == ["LohaRule", "LoraRule", "NormRule"]
+    parts = []
+    for number in "12":
+        t, a, b = (tensors[f"lycoris_conv.hada_{name}"] for name in (f"t{number}", f"w{number}_a", f"w{number}_b"))
+        parts.append(torch.einsum("ijkl,jr,ip->prkl", t, b, a))
+    x = random(1, 4, 4, 4)
+    expected = nn.functional.conv2d(x, parts[0] * parts[1], padding=1)
+    assert torch.allclose(change_of(model, "conv", x, base), expected, **CLOSE)
+    change = change_of(model, "out", x := random(2, 3), base)
+    assert torch.allclose(change, x @ tensors["lycoris_out.diff"].T + tensors["lycoris_out.diff_b"], **CLOSE)
+    assert torch.allclose(change_of(model, "last", random(2, 4), base), tensors["lycoris_last.diff_b"], **CLOSE)
+    normed = nn.functional.layer_norm(x := random(2, 8), (8,))
+    expected = normed * tensors["lycoris_norm.w_norm"] + tensors["lycoris_norm.b_norm"]
+    assert torch.allclose(change_of(model, "norm", x, base), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("key", ["oft_blocks", "a1.weight", "dora_scale"])
+def test_what_lycoris_has_and_no_rule_is_refused(tmp_path: Path, key: str) -> None:
+    tensors, _ = loha()
+    tensors[f"{LAYERS}.{key}"] = random(6, 1)
+    with pytest.raises(LoadError, match=key.replace(".", r"\.")):
+        load_adapter(model_of_paths({"blocks.0.to_q": nn.Linear(8, 6)}), write(tmp_path / "a.safetensors", tensors))
+
+
+def test_lycoris_to_peft_and_back(tmp_path: Path) -> None:
+    for number, made in enumerate((loha(), lokr(True))):
+        tensors = {
+            key.replace("lycoris_blocks_0_to_q", "lycoris_layers_0_to_q"): value for key, value in made[0].items()
+        }
+        source = write(tmp_path / f"{number}.safetensors", tensors)
+        convert_adapter(source, tmp_path / f"peft{number}", format="peft")
+        config = json.loads((tmp_path / f"peft{number}/adapter_config.json").read_text())
+        assert config["peft_type"] == ("LOHA", "LOKR")[number]
+        convert_adapter(tmp_path / f"peft{number}", tmp_path / "back.safetensors", format="lycoris")
+        assert same(load_file(tmp_path / "back.safetensors"), tensors)
+
+
+# Flux in other spellings --------------------------------------------------------------------------------------
+
+FLUX = {f"transformer_blocks.0.attn.to_{name}": nn.Linear(4, 4) for name in "qkv"}
+
+
+def fused(name: str, down: str, up: str) -> tuple[dict[str, Tensor], Tensor]:
+    A, B = random(2, 4), random(12, 2)
+    return {f"{name}{down}": A, f"{name}{up}": B}, (B @ A)[4:8]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "name", "down", "up"),
+    [
+        ("xlabs", "double_blocks.0.processor.qkv_lora1", ".down.weight", ".up.weight"),
+        ("bfl", "double_blocks.0.img_attn.qkv", ".lora_A.weight", ".lora_B.weight"),
+        ("comfyui", "diffusion_model.double_blocks.0.img_attn.qkv", ".lora_A.weight", ".lora_B.weight"),
+        ("comfyui", "diffusion_model.double_blocks.0.img_attn.qkv", ".lora_down.weight", ".lora_up.weight"),
+    ],
+)
+def test_flux_in_other_spellings(tmp_path: Path, fmt: str, name: str, down: str, up: str) -> None:
+    tensors, delta = fused(name, down, up)
+    model = model_of_paths(copy.deepcopy(FLUX))
+    model.config = {"_class_name": "FluxTransformer2DModel"}  # type: ignore[assignment]
+    check(model, write(tmp_path / "a.safetensors", tensors), "transformer_blocks.0.attn.to_k", delta, fmt)
+    save_adapter(model, tmp_path / "out.safetensors", format=fmt, component="transformer")
+    written = {key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): value
+               for key, value in load_file(tmp_path / "out.safetensors").items()}  # fmt: skip
+    expected = {
+        key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): value for key, value in tensors.items()
+    }
+    assert same(written, expected, leave=[".alpha"])
+
+
+def test_bfl_sets_norms_whole(tmp_path: Path) -> None:
+    tensors, delta = fused("double_blocks.0.img_attn.qkv", ".lora_A.weight", ".lora_B.weight")
+    tensors["double_blocks.0.img_attn.norm.query_norm.scale"] = random(4)
+    tensors |= {"img_in.lora_A.weight": random(2, 4), "img_in.lora_B.weight": random(4, 2)}
+    tensors |= {"img_in.lora_B.bias": random(4)}
+    layers = {"transformer_blocks.0.attn.norm_q": nn.RMSNorm(4), "x_embedder": nn.Linear(4, 4)}
+    model = model_of_paths({**copy.deepcopy(FLUX), **layers})
+    base = copy.deepcopy(model)
+    check(model, write(tmp_path / "a.safetensors", tensors), "transformer_blocks.0.attn.to_k", delta, "bfl")
+    x = random(2, 4)
+    expected = nn.functional.rms_norm(x, (4,), random(4))
+    assert torch.allclose(model.get_submodule("transformer_blocks.0.attn.norm_q")(x), expected, **CLOSE)
+    expected = x @ (random(4, 2) @ random(2, 4)).T + random(4)
+    assert torch.allclose(change_of(model, "x_embedder", x, base), expected, **CLOSE)
+
+
+# Language models ----------------------------------------------------------------------------------------------
+
+
+def test_torchtune_has_pairs_in_heads(tmp_path: Path) -> None:
+    path = "model.layers.0.self_attn.q_proj"
+    model = model_of_paths({path: nn.Linear(8, 8), "lm_head": nn.Linear(8, 5)})
+    model.config = {"model_type": "llama", "num_attention_heads": 2}  # type: ignore[assignment]
+    A, B = random(2, 8), random(8, 2)
+    tensors = {"layers.0.attn.q_proj.lora_a.weight": A, "layers.0.attn.q_proj.lora_b.weight": B}
+    tensors |= {"output.lora_a.weight": random(2, 8), "output.lora_b.weight": random(5, 2)}
+    write(tmp_path / "in/adapter_0.safetensors", tensors)
+    with pytest.raises(LoadError, match="the scale is not known"):
+        load_adapter(model, tmp_path / "in")
+    (tmp_path / "in/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    halves = B.view(2, 2, 2, 2).transpose(1, 2).reshape(8, 2)  # heads, pairs, two of a pair
+    check(model, tmp_path / "in", path, 3.0 * halves @ A, "torchtune")
+    save_adapter(model, tmp_path / "out", format="torchtune")
+    assert same(load_file(tmp_path / "out/adapter_0.safetensors"), tensors)
+
+
+def test_openvino_multiplies_by_no_alpha(tmp_path: Path) -> None:
+    model = model_of_paths({"model.q_proj": nn.Linear(4, 4)})
+    base, x = copy.deepcopy(model), random(2, 4)
+    apply_rules(model, LoraRule("q_proj", rank=2, alpha=3, init="random"))
+    with pytest.warns(SurgeryWarning, match="no scale"):
+        save_adapter(model, tmp_path, format="openvino")
+    tensors = load_file(tmp_path / "openvino_lora.safetensors")
+    start = "base_model.model.model.q_proj.lora_"
+    expected = x @ (tensors[f"{start}B.weight"] @ tensors[f"{start}A.weight"]).T
+    assert torch.allclose(change_of(model, "model.q_proj", x, base), expected, **CLOSE)
+    report = load_adapter(base, tmp_path / "openvino_lora.safetensors", format="openvino")
+    assert "the format does not have a scale: it is 1" in report.assumed
+
+
+def test_old_diffusers(tmp_path: Path) -> None:
+    paths = ("down_blocks.0.attn1.to_q", "down_blocks.0.attn1.to_out.0", "mid.proj")
+    model = model_of_paths({path: nn.Linear(4, 4) for path in paths})
+    apply_rules(model, LoraRule(list(paths), rank=2, alpha=2, init="random"))
+    save_adapter(model, tmp_path, format="diffusers-old", component="unet")
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert "unet.down_blocks.0.attn1.processor.to_out_lora.down.weight" in tensors
+    base = model_of_paths({path: nn.Linear(4, 4) for path in paths})
+    again, x = copy.deepcopy(base), random(2, 4)
+    assert load_adapter(again, tmp_path).format == "diffusers-old"
+    for path in paths:
+        found = change_of(again, path, x, base)
+        wanted = model.get_submodule(path)(x) - nn.functional.linear(x, *model.get_submodule(path)._parameters.values())  # type: ignore[arg-type]
+        assert torch.allclose(found, wanted, **CLOSE)
+
+
+def test_unknown_words(tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="there is no format 'safetensors'"):
+        convert_adapter(write(tmp_path / "a.safetensors", locon()[0]), tmp_path / "b", format="safetensors")
