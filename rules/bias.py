@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Rule, Share, Site, SlotRule, Targets, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SlotRule, Targets, packed_weight_of, rule
 from surgery.rules._shared.combining import Tensors
 from surgery.rules.train import (
     combined_all,
@@ -53,7 +53,12 @@ class BiasRule(Rule):
         return [(path, module)] if self.targets != (EVERYWHERE,) or trains_biases(module) else []
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        return None if biases(module) else "it has no bias"
+        if biases(module):
+            return None
+        packed = packed_weight_of(module)
+        if packed is not None and packed.bias is not None:
+            return "its bias is not a parameter; LoraRule(lora_bias=True) trains one"
+        return "it has no bias"
 
     def covered_by(self, other: Any, module: nn.Module) -> bool:
         """A rule that trains the whole module trains its biases, and so does another BiasRule."""

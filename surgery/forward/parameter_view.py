@@ -88,7 +88,7 @@ def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
 
 def _plain_map(packed: PackedWeight, tensors: Mapping[str, Tensor | None], x: Tensor) -> Tensor:
     """A quantised module's map with another, plain weight."""
-    bias = tensors["bias"] if "bias" in tensors else packed.module._parameters.get("bias")
+    bias = tensors["bias"] if "bias" in tensors else packed.bias
     weight = tensors["weight"]
     assert weight is not None
     return packed.linear(x, weight, bias)

@@ -77,11 +77,17 @@ class PackedWeight(ABC):
         """The dtype of the dequantised weight, as the module's kernel computes it."""
 
     @property
+    def bias(self) -> Tensor | None:
+        """The bias that the module's forward adds, whether it is a parameter, a buffer or an attribute."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
     def is_plain_map(self) -> bool:
         """Whether the module's forward is torch's or a library's own, and so W x + b; not that of a user's subclass."""
         base = getattr(type(self.module), "_surgery_base", type(self.module))
         owner = next(cls for cls in base.__mro__ if "forward" in vars(cls))
-        names = {"torch", *BACKENDS, type(self).__module__.partition(".")[0]}
+        names = {"torch", "gptqmodel", *BACKENDS, type(self).__module__.partition(".")[0]}
         return owner.__name__ in names or owner.__module__.partition(".")[0] in names
 
     @property

@@ -45,9 +45,10 @@ class _GroupedLinear(nn.Module):
         """The weight (out, in) in the dtype of the scales."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.reference().to(x.dtype).t()
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+def _multiply(self: _GroupedLinear, x: Tensor) -> Tensor:
+    y = x @ self.reference().to(x.dtype).t()
+    return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 def _grid(weight: Tensor, groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,6 +71,7 @@ class QuantLinear(_GroupedLinear):
     """As auto-gptq's: version 1 of the format, which stores zero points minus one. Its sizes are `infeatures`, …"""
 
     stored_offset = 1
+    forward = _multiply
 
     def __init__(
         self,
@@ -116,6 +118,8 @@ class TorchLinear(QuantLinear):
 
 class WQLinear_GEMM(_GroupedLinear):  # noqa: N801  # AutoAWQ's name
     """As AutoAWQ's: packed along the outputs, eight columns of a word in another order."""
+
+    forward = _multiply
 
     def __init__(self, linear: nn.Linear, group_size: int = 16):
         super().__init__()
