@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from surgery.arithmetic.corrections import Record, checksum
-from surgery.arithmetic.fold_arithmetic import FoldArithmetic, complex_value, fold_record, new_value, working_copy
+from surgery.arithmetic.fold_arithmetic import (
+    FoldArithmetic,
+    add_in_place,
+    complex_value,
+    fold_record,
+    new_value,
+    working_copy,
+)
 from surgery.arithmetic.low_rank import LowRank, compute_dtype
 from surgery.arithmetic.rounding import Loss, Rounding
 from surgery.arithmetic.weight_copies import fold_copy, restore_copy
@@ -28,6 +35,7 @@ __all__ = [
     "Rows",
     "checksum",
     "fold",
+    "fold_for_good",
     "folded_value",
     "refold",
     "scale_change",
@@ -174,6 +182,16 @@ def folded_value(weight: Tensor, change: Change, rounding: Rounding | None = Non
             new[index] = _rounded(new[index], change.values, rounding)[0]
             return new
         return new.copy_(_rounded(new, change, rounding)[0])
+
+
+def fold_for_good(weight: Tensor, change: Change, where: str = "") -> Tensor:
+    """Returns the value that `fold` would write, and keeps no record. The weight's memory may be used for it."""
+    with torch.no_grad():
+        check_foldable(weight, change, where)
+        if isinstance(change, LowRank) and not weight.is_complex() and weight.is_contiguous():
+            add_in_place(weight, change)
+            return weight
+        return folded_value(weight, change)
 
 
 def scale_change(change: Change, tensor: Tensor, weight: float) -> Change:

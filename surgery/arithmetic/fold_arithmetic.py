@@ -12,7 +12,7 @@ from surgery.arithmetic.corrections import INTEGERS, Corrections, Record, checks
 from surgery.arithmetic.low_rank import LowRank, Product, has_float64, scratch
 from surgery.arithmetic.rounding import Loss, Rounding
 
-__all__ = ["FoldArithmetic", "complex_value", "fold_record", "new_value", "working_copy"]
+__all__ = ["FoldArithmetic", "add_in_place", "complex_value", "fold_record", "new_value", "working_copy"]
 
 
 class FoldArithmetic:
@@ -61,6 +61,10 @@ class FoldArithmetic:
             whole[i:j] = self.add(i, j, rows, delta)
         whole = rounding.whole(whole, dtype)
         return lambda i, j, total: whole[i:j]
+
+    def add_all(self) -> None:
+        for i, j, rows, delta in self.tiles():
+            self.write(i, j, self.add(i, j, rows, delta))
 
     def subtract(self) -> None:
         for i, j, rows, delta in self.tiles():
@@ -134,6 +138,11 @@ def new_value(
         if loss is not None:
             loss.add(rows, total, value, delta if work.gain is None else None)
     return new if rows_of_new is new else rows_of_new.view(weight.shape)  # a view forgets the strides of single rows
+
+
+def add_in_place(weight: Tensor, change: LowRank) -> None:
+    """Writes what `new_value` returns into a weight, which is contiguous and real. Needs the memory of one tile."""
+    FoldArithmetic(weight, change).add_all()
 
 
 def complex_value(weight: Tensor, change: LowRank) -> Tensor:

@@ -1,0 +1,132 @@
+"""`unmerge_files`: restores the files of a base checkpoint from a merged one, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.adapter_files.plain_json import read_json
+from surgery.arithmetic.corrections import Record
+from surgery.arithmetic.exact_fold import unfold
+from surgery.checkpoints.base_skeleton import base_names
+from surgery.checkpoints.checkpoint_files import CheckpointFiles, open_checkpoint
+from surgery.checkpoints.file_reports import FileUnmergeReport
+from surgery.checkpoints.ledger import check_new, open_ledger
+from surgery.checkpoints.merge_record import FOLDER, FORMAT, LIST, VERSION, read_record
+from surgery.checkpoints.name_map import NameGroup, NameMap
+from surgery.checkpoints.other_files import copy_other_files
+from surgery.checkpoints.shard_rewriting import Rewriting, Task, rewrite_shards
+from surgery.errors import MergeError, SurgeryError, abbreviate
+from surgery.progress import Progress
+from surgery.transaction.neutral_context import neutral
+
+__all__ = ["unmerge_files"]
+
+
+def unmerge_files(
+    merged_folder: str | Path,
+    out_folder: str | Path,
+    *,
+    workers: int = 1,
+    model: nn.Module | None = None,
+    progress: Progress = False,
+) -> FileUnmergeReport:
+    """Restore the files of a base from a checkpoint that `merge_files(…, keep_record=True)` wrote, bit for bit.
+
+        unmerge_files("merged", "base")
+
+    As `merge_files`, it needs the memory of a few tensors, goes on after a kill, and gives the folder its name when
+    it is complete.
+
+    Args:
+        merged_folder: the merged checkpoint, with its records.
+        out_folder: the folder to write; new or empty.
+        workers: the number of threads. Default 1.
+        model: as for `merge_files`.
+        progress: as for `merge_files`.
+
+    Returns:
+        A `FileUnmergeReport` with the SHA-256 of each weight file, which is that of the base's file.
+
+    Raises:
+        MergeError: the weights changed since the merge. No folder is made.
+        SurgeryError: files or records are absent or damaged, or the folder is not empty.
+    """
+    merged, out = Path(merged_folder), Path(out_folder)
+    check_new(out)
+    data = _read_list(merged)
+    with neutral(None), torch.no_grad():
+        files = open_checkpoint(merged)
+        shards: dict[str, Any] = data["shards"]
+        if absent := [name for name in shards if name not in files.shards]:
+            raise SurgeryError("weight files are absent", where=str(merged), why=abbreviate(absent, "files"))
+        names = base_names(files, model)
+        tasks = _tasks(files, names, merged, shards)
+        heads = {name: bytes.fromhex(facts["head"]) for name, facts in shards.items() if "head" in facts}
+        job = Rewriting(files, tasks, strong=True, heads=heads)
+        with open_ledger(out) as ledger:
+            ledger.start([files.identity(), "unmerge", {name: facts["base"] for name, facts in shards.items()}])
+            reused = rewrite_shards(job, ledger, workers, progress, "unmerge")
+            sums = {name: line["checksum"] for name, line in ledger.done.items()}
+            if wrong := [name for name, facts in shards.items() if sums[name] != facts["base"]]:
+                why = "other tensors than the merged ones changed since the merge"
+                fix = "restore the merged files, or take the base from its source"
+                raise MergeError("the files of the base do not come back", where=abbreviate(wrong), why=why, fix=fix)
+            texts: dict[str, str] = data["files"]
+            for name, text in texts.items():
+                (ledger.files / name).write_text(text, encoding="utf-8")
+            if files.index is not None and files.index not in texts:
+                (ledger.files / files.index).write_bytes((merged / files.index).read_bytes())
+            own = {*files.shards, *filter(None, [files.index])}
+            left_out = copy_other_files(merged, ledger.files, {*texts, *own})
+            ledger.finish()
+    return FileUnmergeReport(out, sums, tuple(reused), tuple(left_out))
+
+
+def _read_list(merged: Path) -> dict[str, Any]:
+    place = merged / FOLDER / LIST
+    if not place.is_file():
+        fix = "merge_files(…, keep_record=True) writes records"
+        raise SurgeryError(f"{merged} can't be unmerged", why=f"it has no {FOLDER}/{LIST}", fix=fix)
+    data = read_json(place)
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("shards"), dict):
+        raise SurgeryError(f"{LIST} is damaged", where=str(place), why=f"it is not a {FORMAT}")
+    if data.get("version") != VERSION:
+        what = f"its records have version {data.get('version')!r}"
+        raise SurgeryError(what, where=str(place), why=f"this release reads version {VERSION}", fix="update")
+    if not isinstance(data.get("files"), dict) or any(
+        Path(name).name != name for name in (*data["shards"], *data["files"])
+    ):
+        raise SurgeryError(f"{LIST} is damaged", where=str(place), why="it names files outside of the folder")
+    return data
+
+
+def _tasks(files: CheckpointFiles, names: NameMap, merged: Path, shards: Mapping[str, Any]) -> list[Task]:
+    """One task for each group of names with records."""
+    folds: dict[int, list[tuple[str, Path, Any]]] = {}
+    groups: dict[int, NameGroup] = {}
+    for shard, facts in shards.items():
+        file = merged / FOLDER / f"{shard}.record"
+        for fold in facts["folds"]:
+            group = names.of_memory.get(fold["tensor"])
+            if group is None:
+                why = "the files do not hold this tensor"
+                raise SurgeryError(f"{LIST} does not fit the files", where=str(fold["tensor"])[:200], why=why)
+            groups[id(group)] = group
+            folds.setdefault(id(group), []).append((fold["tensor"], file, fold))
+    return [Task(group.disk, partial(_unfold_group, files, group, folds[key])) for key, group in groups.items()]
+
+
+def _unfold_group(
+    files: CheckpointFiles, group: NameGroup, folds: list[tuple[str, Path, Any]]
+) -> tuple[dict[str, Tensor], list[tuple[str, Record]]]:
+    values = dict(group.to_memory({disk: files.read(disk) for disk in group.disk}))
+    for name, file, facts in reversed(folds):
+        values[name] = values[name].contiguous()
+        unfold(values[name], read_record(file, facts), where=name)
+    return group.to_disk(values), []
