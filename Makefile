@@ -84,8 +84,8 @@ onnx-decoders: $(VENV)/.dev ## Decode by the files of all model families, of whi
 onnx-families: $(VENV)/.dev ## Export all model families with slots, and write docs/reference/onnx-families.md
 	JOBS=$(JOBS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.onnx_families $(ARGS)
 
-damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of which make test runs a sample
-	ALL_DAMAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/storage/test_damage.py $(ARGS)
+damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves and 200 merges into files, of which make test runs a sample
+	ALL_DAMAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/storage/test_damage.py tests/checkpoints/test_killed_merges.py $(ARGS)
 
 failures: $(VENV)/.dev ## Break every verb off at FAILURES calls and lines of its code, of which make test tries 12
 	FAILURES=$(FAILURES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_failures.py $(ARGS)

@@ -18,6 +18,9 @@ from .authoring.rule import Rule, SlotRule
 from .authoring.site import Site
 from .authoring.site_module import SiteModule
 from .authoring.structure_rule import StructureRule
+from .checkpoints.file_reports import FileMergeReport, FileUnmergeReport
+from .checkpoints.merge_files import merge_files
+from .checkpoints.unmerge_files import unmerge_files
 from .errors import (
     LoadError,
     MatchError,
@@ -94,6 +97,8 @@ __all__ = [
     "Drawing",
     "Equivalence",
     "ExportReport",
+    "FileMergeReport",
+    "FileUnmergeReport",
     "Found",
     "KeyPrefix",
     "LiveSite",
@@ -174,6 +179,7 @@ __all__ = [
     "load_surgery",
     "maybe",
     "merge",
+    "merge_files",
     "merge_to",
     "module_of",
     "one_of",
@@ -203,6 +209,7 @@ __all__ = [
     "trace",
     "trace_site",
     "unmerge",
+    "unmerge_files",
     "using",
     "verify_onnx",
     "with_layers",

@@ -182,4 +182,4 @@ def _map_tensors(model: nn.Module, files: CheckpointFiles, names: NameMap) -> No
         for holder in (module._parameters, module._buffers):
             for name, tensor in list(holder.items()):
                 if tensor is not None and id(tensor) in replaced:
-                    holder[name] = replaced[id(tensor)]
+                    holder[name] = replaced[id(tensor)]  # type: ignore[assignment]

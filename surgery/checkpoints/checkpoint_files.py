@@ -56,7 +56,7 @@ class Shard:
             raise SurgeryError(f"{key} can't be read", where=self.path.name, why=why)
         tensor = torch.empty(place.shape, dtype=place.dtype)
         if place.nbytes:
-            target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(place.start)
                 at = 0
@@ -142,12 +142,12 @@ def _open_indexed(folder: Path, index: str) -> CheckpointFiles:
     if wrong:
         why = f"{mapping[wrong[0]]} does not contain it"
         raise SurgeryError(f"{index} is damaged", where=abbreviate(wrong, "tensors"), why=why, fix=AGAIN)
-    seen: dict[str, str] = {}
+    seen = dict[str, str]()
     for name, shard in shards.items():
         if twice := next((key for key in shard.tensors if key in seen), None):
             why = f"it is in {seen[twice]} and in {name}"
             raise SurgeryError("a tensor is stored twice", where=twice, why=why, fix=AGAIN)
-        seen |= dict.fromkeys(shard.tensors, name)
+        seen.update((key, name) for key in shard.tensors)
     return CheckpointFiles(folder, shards, index)
 
 

@@ -47,7 +47,14 @@ def load_adapters_on(
         if reports:
             with suppress(SurgeryError):  # one that changed the base's weights stays live
                 deactivate(model)
-        reports.append(load_adapter(model, source, name, **options))
+        try:
+            reports.append(load_adapter(model, source, name, **options))
+        except SurgeryError as error:
+            for problem in (error, *getattr(error, "problems", ())):
+                problem.fix = problem.fix and problem.fix.replace(
+                    "load_adapter(…, same_base", "merge_files(…, same_base"
+                )
+            raise
     if len(names) > 1 or weights is not None:
         activate(model, list(names), weights=weights)
     return reports

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,17 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.checkpoints.base_skeleton import CONFIG, Skeleton, base_skeleton, check_not_quantised, read_config
-from surgery.checkpoints.checkpoint_files import CheckpointFiles, open_checkpoint
+from surgery.checkpoints.base_skeleton import CONFIG, read_config
 from surgery.checkpoints.file_reports import FileMergeReport
-from surgery.checkpoints.ledger import Ledger, check_new, open_ledger
-from surgery.checkpoints.loaded_adapters import load_adapters_on, names_of, sites_to_merge
+from surgery.checkpoints.ledger import Ledger, open_ledger
+from surgery.checkpoints.loaded_adapters import names_of
+from surgery.checkpoints.merge_plan import MergePlan, check_arguments, plan_merge
 from surgery.checkpoints.merge_record import FOLDER, FORMAT, LIST, VERSION
-from surgery.checkpoints.merge_units import MergeUnit, absent_error, merge_unit, merge_units
+from surgery.checkpoints.merge_units import merge_unit
 from surgery.checkpoints.new_dtypes import config_with_dtype, new_dtypes
 from surgery.checkpoints.other_files import copy_other_files
 from surgery.checkpoints.shard_rewriting import Rewriting, Task, rewrite_shards
-from surgery.checkpoints.unit_merge import MergeSite
-from surgery.checkpoints.untied_tensors import check_shared, untie_shared, untied_config
-from surgery.errors import PlanError, SurgeryError
+from surgery.checkpoints.untied_tensors import untied_config
 from surgery.progress import Progress
 from surgery.state.parameter_owners import Owners
 from surgery.transaction.neutral_context import neutral
@@ -35,18 +32,6 @@ from surgery.transaction.neutral_context import neutral
 __all__ = ["merge_files"]
 
 Source = str | Path | Any
-
-
-@dataclass
-class _Plan:
-    """What is merged into which files, before anything is written."""
-
-    files: CheckpointFiles
-    skeleton: Skeleton
-    sites: list[MergeSite]
-    units: list[MergeUnit]
-    loaded: list[Any]
-    untied: bool
 
 
 def merge_files(
@@ -109,10 +94,10 @@ def merge_files(
     """
     base, out = Path(base_folder), Path(out_folder)
     sources = [adapter] if isinstance(adapter, (str, Path)) or not isinstance(adapter, Sequence) else list(adapter)
-    _check_arguments(base, out, sources, dtype, keep_record, weights, workers)
+    check_arguments(base, out, sources, dtype, keep_record, weights, workers)
     names = names_of(sources)
     with neutral(None), torch.no_grad():
-        plan = _plan(base, sources, names, weights, model, untie, same_base, trust, keep_record)
+        plan = plan_merge(base, sources, names, weights, model, untie, same_base, trust, keep_record)
         files = plan.files
         owners = Owners(plan.skeleton.model)
         run = partial(
@@ -146,69 +131,7 @@ def merge_files(
     )
 
 
-def _check_arguments(
-    base: Path,
-    out: Path,
-    sources: Sequence[Any],
-    dtype: torch.dtype | None,
-    keep_record: bool,
-    weights: Sequence[float] | None,
-    workers: int,
-) -> None:
-    if not sources:
-        raise SurgeryError("there is no adapter to merge")
-    if weights is not None and len(weights) != len(sources):
-        raise SurgeryError(f"there are {len(weights)} weights for {len(sources)} adapters")
-    if not isinstance(workers, int) or workers < 1:
-        raise SurgeryError(f"workers={workers!r} is not a number of threads", fix="workers=1, or more")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise SurgeryError(
-            f"dtype={dtype!r} is not a dtype of weights", fix="torch.bfloat16, torch.float16 or torch.float32"
-        )
-    if dtype is not None and keep_record:
-        why = "the files of the base have another dtype, which its weights can't be restored to from the result"
-        raise SurgeryError("keep_record=True needs the dtype of the base", why=why, fix="leave out dtype=")
-    if not base.is_dir():
-        raise SurgeryError(f"{base} is not a folder", fix="name a folder with the base's config.json and weights")
-    check_new(out)
-    if out.resolve() == base.resolve():
-        raise SurgeryError("the result can't be written into the base's folder", fix="name another folder")
-
-
-def _plan(
-    base: Path,
-    sources: Sequence[Any],
-    names: Sequence[str],
-    weights: Sequence[float] | None,
-    model: nn.Module | None,
-    untie: bool,
-    same_base: bool,
-    trust: bool,
-    keep_record: bool,
-) -> _Plan:
-    check_not_quantised(base)
-    files = open_checkpoint(base)
-    if keep_record and files.pickled:
-        fix = "save the base as safetensors files first"
-        raise SurgeryError("keep_record=True needs safetensors files", why=".bin files can't be written again", fix=fix)
-    skeleton = base_skeleton(files, model)
-    loaded = load_adapters_on(skeleton.model, sources, names, weights, {"same_base": same_base, "trust": trust})
-    sites = sites_to_merge(skeleton, names)
-    owners = Owners(skeleton.model)
-    problems, shared = check_shared(sites, skeleton, files, owners, untie)
-    if problems:
-        raise PlanError(problems)
-    if shared:
-        untie_shared(skeleton, shared, owners)
-        for site in sites:
-            site.aliases = skeleton.aliases
-    units = merge_units(sites, skeleton)
-    if without := [unit.sites[0].path for unit in units if not unit.disk]:
-        raise absent_error(without[0])
-    return _Plan(files, skeleton, sites, units, loaded, bool(shared))
-
-
-def _changed_texts(plan: _Plan, job: Rewriting, dtype: torch.dtype | None) -> dict[str, str]:
+def _changed_texts(plan: MergePlan, job: Rewriting, dtype: torch.dtype | None) -> dict[str, str]:
     """The contents of the configuration and of the index, where they are not those of the base."""
     texts: dict[str, str] = {}
     config = read_config(plan.files.folder)
@@ -224,7 +147,7 @@ def _changed_texts(plan: _Plan, job: Rewriting, dtype: torch.dtype | None) -> di
     return texts
 
 
-def _write_rest(plan: _Plan, job: Rewriting, ledger: Ledger, texts: dict[str, str]) -> list[str]:
+def _write_rest(plan: MergePlan, job: Rewriting, ledger: Ledger, texts: dict[str, str]) -> list[str]:
     """Writes the index, the configuration and the other files."""
     for name, text in texts.items():
         (ledger.files / name).write_text(text, encoding="utf-8")
@@ -235,7 +158,7 @@ def _write_rest(plan: _Plan, job: Rewriting, ledger: Ledger, texts: dict[str, st
     return copy_other_files(files.folder, ledger.files, {*texts, *own})
 
 
-def _write_list(plan: _Plan, job: Rewriting, ledger: Ledger, texts: dict[str, str]) -> None:
+def _write_list(plan: MergePlan, job: Rewriting, ledger: Ledger, texts: dict[str, str]) -> None:
     """Writes the description of the records."""
     shards = {}
     for name, shard in plan.files.shards.items():

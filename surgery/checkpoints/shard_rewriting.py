@@ -117,7 +117,8 @@ def rewrite_shards(job: Rewriting, ledger: Ledger, workers: int, progress: Progr
     layouts = {name: job.layout(name) for name in job.files.shards}
     reused = [name for name in layouts if _is_finished(job, ledger, name)]
     tasks_of = {
-        name: [t for t in job.tasks if not t.disk or set(t.disk) & layouts[name].tensors.keys()] for name in layouts
+        name: [task for task in job.tasks if not layout.tensors.keys().isdisjoint(task.disk)]
+        for name, layout in layouts.items()
     }
     total = sum(len(tasks_of[name]) + 1 for name in layouts)
     if job.record:

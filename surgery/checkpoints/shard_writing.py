@@ -39,7 +39,7 @@ class ShardWriter:
             data = tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy()
             with open(self.path, "r+b", buffering=0) as file:
                 file.seek(place.start)
-                _write_all(file, memoryview(data))
+                _write_all(file, data.data)
         self.written.add(key)
 
     def copy(self, source: Path, spans: Iterable[tuple[str, int]]) -> None:

@@ -63,6 +63,7 @@ ORDER: dict[str, int] = {
                 "peft_format",
                 "storage",
                 "lora_conversion",
+                "checkpoints",
                 "trainer",
                 "testing",
             ),

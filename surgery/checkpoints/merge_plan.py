@@ -1,0 +1,103 @@
+"""Plans a merge into files: the base, its model without weights, and what is to be merged. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.checkpoints.base_skeleton import Skeleton, base_skeleton, check_not_quantised
+from surgery.checkpoints.checkpoint_files import CheckpointFiles, open_checkpoint
+from surgery.checkpoints.ledger import check_new
+from surgery.checkpoints.loaded_adapters import load_adapters_on, sites_to_merge
+from surgery.checkpoints.merge_units import MergeUnit, absent_error, merge_units
+from surgery.checkpoints.unit_merge import MergeSite
+from surgery.checkpoints.untied_tensors import check_shared, untie_shared
+from surgery.errors import PlanError, SurgeryError
+from surgery.state.parameter_owners import Owners
+
+__all__ = ["MergePlan", "check_arguments", "plan_merge"]
+
+
+@dataclass
+class MergePlan:
+    """What is merged into which files, before anything is written."""
+
+    files: CheckpointFiles
+    skeleton: Skeleton
+    sites: list[MergeSite]
+    units: list[MergeUnit]
+    loaded: list[Any]
+    untied: bool
+
+
+def check_arguments(
+    base: Path,
+    out: Path,
+    sources: Sequence[Any],
+    dtype: torch.dtype | None,
+    keep_record: bool,
+    weights: Sequence[float] | None,
+    workers: int,
+) -> None:
+    """Raises `SurgeryError` for arguments that do not fit together, and for folders that can't be read or written."""
+    if not sources:
+        raise SurgeryError("there is no adapter to merge")
+    if weights is not None and len(weights) != len(sources):
+        raise SurgeryError(f"there are {len(weights)} weights for {len(sources)} adapters")
+    if not isinstance(workers, int) or workers < 1:
+        raise SurgeryError(f"workers={workers!r} is not a number of threads", fix="workers=1, or more")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise SurgeryError(
+            f"dtype={dtype!r} is not a dtype of weights", fix="torch.bfloat16, torch.float16 or torch.float32"
+        )
+    if dtype is not None and keep_record:
+        why = "the files of the base have another dtype, which its weights can't be restored to from the result"
+        raise SurgeryError("keep_record=True needs the dtype of the base", why=why, fix="leave out dtype=")
+    if not base.is_dir():
+        raise SurgeryError(f"{base} is not a folder", fix="name a folder with the base's config.json and weights")
+    check_new(out)
+    if out.resolve() == base.resolve():
+        raise SurgeryError("the result can't be written into the base's folder", fix="name another folder")
+
+
+def plan_merge(
+    base: Path,
+    sources: Sequence[Any],
+    names: Sequence[str],
+    weights: Sequence[float] | None,
+    model: nn.Module | None,
+    untie: bool,
+    same_base: bool,
+    trust: bool,
+    keep_record: bool,
+) -> MergePlan:
+    """Opens the base, loads the adapters on its model without weights, and finds the units of work.
+
+    Raises:
+        SurgeryError: anything that makes the merge impossible.
+    """
+    check_not_quantised(base)
+    files = open_checkpoint(base)
+    if keep_record and files.pickled:
+        fix = "save the base as safetensors files first"
+        raise SurgeryError("keep_record=True needs safetensors files", why=".bin files can't be written again", fix=fix)
+    skeleton = base_skeleton(files, model)
+    loaded = load_adapters_on(skeleton.model, sources, names, weights, {"same_base": same_base, "trust": trust})
+    sites = sites_to_merge(skeleton, names)
+    owners = Owners(skeleton.model)
+    problems, shared = check_shared(sites, skeleton, files, owners, untie)
+    if problems:
+        raise PlanError(problems)
+    if shared:
+        untie_shared(skeleton, shared, owners)
+        for site in sites:
+            site.aliases = skeleton.aliases
+    units = merge_units(sites, skeleton)
+    if without := [unit.sites[0].path for unit in units if not unit.disk]:
+        raise absent_error(without[0])
+    return MergePlan(files, skeleton, sites, units, loaded, bool(shared))
