@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from surgery.arithmetic.exact_fold import Change, Record, fold_for_good
 from surgery.errors import MergeError
-from surgery.merging.site_folding import SiteFolding, check_foldable
 from surgery.merging.merge_settings import MergeSettings
+from surgery.merging.site_folding import SiteFolding, check_foldable
 from surgery.merging.site_merge import changes_of_rules
 from surgery.state.parameter_owners import Owners
 from surgery.state.records import Applied, SiteState
