@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 __all__ = [
     "Place",
     "counts",
+    "derived_values",
     "fields_of",
     "index_lists",
     "layer_values",
@@ -84,6 +86,27 @@ def layer_values(config: Any, count: int) -> list[Place]:
         if (text or listed) and len(value) == count or _is_runs(value) and len(_expanded(value)) == count:
             places.append(place)
     return [place for place in places if place.name != "architectures"]
+
+
+def derived_values(before: Any, after: Any) -> list[tuple[Place, Any]]:
+    """The fields of a changed configuration that its class derives from other fields, with their new values.
+
+    A class may derive a field when it is made, as Zamba2's `hybrid_layer_ids`. Its value in a changed copy is the old
+    one. `before`: the configuration without the change.
+    """
+    try:
+        old, new = (dict(fields_of(_made_again(config))) for config in (before, after))
+    except Exception:  # whatever the class raises for values that do not fit, which is told elsewhere
+        return []
+    stable = {place for place, value in fields_of(before) if place in old and old[place] == value}
+    return [(p, new[p]) for p, value in fields_of(after) if p in stable and p in new and new[p] != value]
+
+
+def _made_again(config: Any) -> Any:
+    """A configuration that its class makes from the declared fields alone."""
+    declared = getattr(type(config), "__dataclass_fields__", None)
+    data = copy.deepcopy(config.to_dict())
+    return type(config).from_dict({name: data[name] for name in data if declared is None or name in declared})
 
 
 def index_lists(config: Any, count: int) -> list[Place]:

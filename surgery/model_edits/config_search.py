@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from surgery.model_edits.config_fields import Place, counts, layer_values, rename_stages, reordered, suggests_layers
+from surgery.model_edits.config_fields import (
+    Place,
+    counts,
+    derived_values,
+    layer_values,
+    rename_stages,
+    reordered,
+    suggests_layers,
+)
 from surgery.model_edits.layer_config import LayerConfig, NoLayerConfig, blocks
 from surgery.model_edits.layer_placement import place_kinds
 from surgery.model_edits.model_differences import Difference, differences
@@ -45,7 +53,7 @@ def find_layer_config(
     found = search.same_length() if len(order) == count else search.other_length()
     if isinstance(found, LayerConfig):
         found = place_kinds(found, search.attempt, order, count)
-        found = _callable(found, search, count)
+        found = _callable(_with_derived(found, search), search, count)
     if isinstance(found, LayerConfig):
         problem = config_problem(found.config, found.after)
         if problem is not None and config_problem(config, found.before) is None:
@@ -116,7 +124,7 @@ class _Search:
             if open_lists[0] in changed and not changed <= set(self.containers):
                 lists = tuple(dict.fromkeys((*self.containers, *sorted(changed))))
                 return NoLayerConfig(f"{name}.{place} says the length of {', '.join(lists)}", lists, final=True)
-        return NoLayerConfig(f"no field of {name} says the number of layers in {open_lists[0]}")
+        return NoLayerConfig(f"{name} does not build {len(self.order)} layers in {open_lists[0]}")
 
     def _lists_of(self, place: Place) -> set[str]:
         """The lists that are longer if a number is larger by one: there are models that can't be built smaller."""
@@ -153,7 +161,7 @@ class _Search:
         yield from dict.fromkeys(modes)
 
     def _effect(self, place: Place, count: int) -> bool | None:
-        """Whether a field's values belong to the layers: exchanging them exchanges the layers and changes nothing else.
+        """Whether a field's values belong to the layers: exchanging them exchanges layers, and no tensors elsewhere.
 
         None: exchanging them changes nothing that can be compared.
         """
@@ -166,12 +174,15 @@ class _Search:
         after = build_plain(self.module, changed)
         if after is None:
             return None
-        if self._changed_lists(after) or differences(self.before, after, self.containers):
+        outside = differences(self.before, after, self.containers)
+        if self._changed_lists(after) or any(difference.tensors or difference.modules for difference in outside):
             return False
         unmoved = self._score(after, self.containers, range(count))
         if unmoved == (0, 0, 0):
             return None
-        return self._score(after, self.containers, turned) < unmoved
+        moved = self._score(after, self.containers, turned)
+        # A layer may have tensors of its position (the first without a norm), which differ wherever layers move.
+        return moved < unmoved or moved < self._score(self.before, self.containers, turned)
 
     def _changed(self, config: Any, fields: Sequence[Place], lists: Sequence[Place]) -> Any:
         changed = copy.deepcopy(config)
@@ -206,9 +217,9 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def _counted(difference: Difference, moved: int) -> int:
-    """The attributes that differ, without indices of layers, numbers that depend on the depth, and lists."""
+    """The attributes that differ, without indices of layers, numbers that depend on the depth, and collections."""
     values = difference.attributes.values()
-    return sum(not (isinstance(was, (float, list, tuple)) or _is_index(was, now, moved)) for was, now in values)
+    return sum(not (isinstance(was, (float, list, tuple, dict)) or _is_index(was, now, moved)) for was, now in values)
 
 
 def _is_index(was: Any, now: Any, moved: int) -> bool:
@@ -217,6 +228,20 @@ def _is_index(was: Any, now: Any, moved: int) -> bool:
 
 def _best(candidates: Sequence[LayerConfig]) -> LayerConfig | None:
     return min(candidates, key=lambda candidate: candidate.score, default=None)
+
+
+def _with_derived(found: LayerConfig, search: _Search) -> LayerConfig:
+    """The configuration with the values that its class derives from the changed fields when a file is read."""
+    derived = derived_values(search.config, found.config)
+    if not derived:
+        return found
+    changed = copy.deepcopy(found.config)
+    for place, value in derived:
+        place.write(changed, value)
+    other = search.attempt(changed, ())
+    if not isinstance(other, LayerConfig):
+        return found
+    return replace(other, fields=(*found.fields, *(str(place) for place, _ in derived)))
 
 
 def _callable(found: LayerConfig, search: _Search, count: int) -> LayerConfig | NoLayerConfig:

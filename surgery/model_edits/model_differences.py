@@ -105,7 +105,7 @@ def has_tensors(module: nn.Module) -> bool:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that are plain values: numbers, texts, and lists of these."""
+    """The attributes of a module that are plain values: numbers, texts, and lists and mappings of these."""
     return {
         name: value
         for name, value in module.__dict__.items()
@@ -159,6 +159,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
     return value is None or isinstance(value, (bool, int, float, str))
 
 

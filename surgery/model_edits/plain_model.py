@@ -92,7 +92,7 @@ def _call_error(model: nn.Module, inputs: dict[str, Any]) -> Exception | None:
 
 
 def _small_inputs(model: nn.Module) -> list[dict[str, Any]]:
-    """Inputs of calls on the meta device: token ids with and without a mask, or pixels of the configuration's size."""
+    """Inputs of calls on the meta device: token ids with and without a mask, pixels, or a wave."""
     config: Any = model.config
     name = getattr(model, "main_input_name", "input_ids")
     if name == "input_ids":
@@ -102,10 +102,13 @@ def _small_inputs(model: nn.Module) -> list[dict[str, Any]]:
             more = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
             inputs += [{"input_ids": ids, **more}, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}]
         return inputs
+    if name == "input_values":
+        return [{"input_values": torch.zeros(1, length, device="meta")} for length in (8000, 400)]
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    if name == "pixel_values" and size is not None and type(channels) is int:
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return [{"pixel_values": torch.zeros(1, channels, height, width, device="meta")}]
+    if name == "pixel_values" and type(channels) is int:
+        sizes = [64, 224] if size is None else [size]  # convolutions take any size
+        shapes = [tuple(size) if isinstance(size, (list, tuple)) else (size, size) for size in sizes]
+        return [{"pixel_values": torch.zeros(1, channels, *shape, device="meta")} for shape in shapes]
     return []
 
 

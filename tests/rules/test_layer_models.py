@@ -14,6 +14,7 @@ from transformers import BartConfig, BartForConditionalGeneration, XLMConfig, XL
 from surgery import SurgeryError, apply_rules, remove
 from surgery.rules import DropRule, LoraRule, ReorderRule, RepeatRule
 from surgery.testing import Snapshot
+from tests.support.families import FAMILIES
 from tests.support.layers import IDS, llama
 
 
@@ -62,6 +63,42 @@ def test_a_model_without_a_configuration(rule: Any, order: list[int]) -> None:
     assert torch.equal(ours, theirs) and list(cache) == list(expected) == list(range(len(order)))
     assert model.num_layers == len(order)
     remove(model)
+    assert not snapshot.differences(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*as in a model built with these layers")
+@pytest.mark.parametrize(
+    ("family", "rule", "fields"),
+    [
+        ("modernbert_decoder", DropRule("model.layers.1"), {"layer_types": ["full_attention"]}),
+        (
+            "zamba2",
+            ReorderRule("model.layers", order=[1, 0]),
+            {"hybrid_layer_ids": [0], "layers_block_type": ["hybrid", "linear_attention"]},
+        ),
+        ("efficientnet", RepeatRule("efficientnet.encoder.blocks", times=2), {"num_hidden_layers": 16}),
+    ],
+)
+def test_fields_that_follow_the_layers(family: str, rule: Any, fields: dict[str, Any]) -> None:
+    """Of layers with tensors of their position, in a copy at the model, and derived when the configuration is made."""
+    torch.manual_seed(0)
+    model: Any = FAMILIES[family].make().eval()
+    snapshot, inputs = Snapshot(model), FAMILIES[family].inputs()
+    apply_rules(model, [rule])
+    assert {name: getattr(model.config, name) for name in fields} == fields
+    plain = type(model)(type(model.config).from_dict(model.config.to_dict())).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+    remove(model)
+    assert not snapshot.differences(model)
+
+
+def test_a_cut_that_only_a_call_shows_is_refused() -> None:
+    """The class token of CvT is in its last stage, and its configuration does not say the size of images."""
+    model = FAMILIES["cvt"].make()
+    snapshot = Snapshot(model)
+    with pytest.raises(SurgeryError, match="fails when it is called: IndexError"):
+        apply_rules(model, [DropRule("cvt.encoder.stages.2")])
     assert not snapshot.differences(model)
 
 
