@@ -42,7 +42,7 @@ def layer_lists(name: str, model: nn.Module) -> tuple[list[str], int]:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 1
     ]
-    alike = [entry for entry in lists if len({type(layer) for layer in model.get_submodule(entry[1])}) == 1]
+    alike = [entry for entry in lists if len({type(layer) for layer in model.get_submodule(entry[1]).children()}) == 1]
     lists = alike or lists  # hybrid models have layers of two kinds
     if not lists:
         raise DoesNotApply
