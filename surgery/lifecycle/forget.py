@@ -102,7 +102,7 @@ def forget_adapters(
     for name in names:
         state.forget(name)
     state.flags |= flags
-    state.untied = Untied()
+    state.untied, state.unquantised = Untied(), []
     unguard_merged(root, journal)
     forget_statistics(root, state.moving, journal)  # those with the forgotten adapters are now the base's
     state.moving = keep_statistics(root, journal) if state.freezing else []

@@ -17,10 +17,13 @@ from surgery.forward.parameter_view import tensor_at
 from surgery.merging.example_effect import run_examples
 from surgery.merging.merge_objections import already_merged, objections_to_merge
 from surgery.merging.merge_report import MergeLoss, MergeReport, TensorLoss, tensor_losses, warn_of_losses
-from surgery.merging.merge_settings import Keep, MergeSettings
+from surgery.merging.merge_settings import Keep, MergeSettings, Quantised
 from surgery.merging.offloaded_merge import merge_offloaded_site, unmerge_offloaded_site
+from surgery.merging.packed_merge import merge_packed, plain_dtype, unmerge_packed
+from surgery.merging.quantisation_marks import restore_marks, take_off_marks
 from surgery.merging.site_folding import fold_together, verify_records
 from surgery.merging.site_merge import check_finite, merge_site, owner_of
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.progress import Progress, each_step
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of
@@ -50,6 +53,9 @@ def merge(
     safe: bool = False,
     rounding: RoundingMode = "nearest",
     generator: torch.Generator | None = None,
+    quantised: Quantised = "refuse",
+    dtype: torch.dtype | None = None,
+    limit: float | None = 0.10,
     example_inputs: Any = None,
     progress: Progress = False,
 ) -> MergeReport:
@@ -80,6 +86,12 @@ def merge(
             error of each entry out of the next ones of its row; with `example_inputs` it weighs them by the site's
             inputs, as GPTQ does. `unmerge` is exact in every case.
         generator: draws the numbers of stochastic rounding. None: torch's default generator.
+        quantised: what happens to quantised weights. "refuse" (default): an error names the sites. "dequantise": the
+            module is a plain `nn.Linear` while merged, and `unmerge` gives the quantised module back to the bit.
+            "requantise": the merged weight gets new codes and scales, and `unmerge` restores the old ones to the bit.
+            With `example_inputs`, codes are chosen by error feedback, as GPTQ does.
+        dtype: the dtype of these plain Linears. None: that of the model's other parameters.
+        limit: the share of ‖ΔW‖ that requantising may lose at a site; more is an error. None: any share.
         example_inputs: inputs of a call, as for `apply_rules`; a list holds several. The report then says how the
             outputs of the live and the merged model differ.
         progress: True draws a bar on a terminal, with rich. A function is called with (what is done, steps done,
@@ -99,7 +111,7 @@ def merge(
 
     PEFT: `merge_adapter`.
     """
-    settings = MergeSettings(keep, untie, rounding, generator)
+    settings = MergeSettings(keep, untie, rounding, generator, safe, quantised, dtype, limit)
     model, state = rewritten(model)
     names = adapter_names(state, adapter)
     check_free(model)
@@ -124,7 +136,7 @@ def merge(
     problems = [
         problem
         for path, module, site in chosen_sites
-        for problem in objections_to_merge(path, module, site, chosen_at[id(module)], all_at[id(module)])
+        for problem in objections_to_merge(path, module, site, chosen_at[id(module)], all_at[id(module)], quantised)
     ]
     merged = [(path, module, site) for path, module, site in all_sites if site.merged is not None]
     if merged and all(set(_merged(site).adapters) == set(names) for _, _, site in merged):
@@ -136,13 +148,22 @@ def merge(
         raise PlanError(problems)
     owners, waiting = Owners(model), list[Any]()
     live_outputs = None
+    packed_sites = (
+        [] if quantised == "refuse" else [m for _, m, _ in chosen_sites if packed_weight_of(m) and not is_offloaded(m)]
+    )
+    packed_ids = set(map(id, packed_sites))
+    if packed_sites and quantised == "dequantise":
+        settings = replace(settings, dtype=dtype or plain_dtype(model))
     if example_inputs is not None:
-        watched = [module for _, module, _ in chosen_sites] if rounding == "error-feedback" else []
+        watched = packed_sites if quantised == "requantise" else []
+        watched = [module for _, module, _ in chosen_sites] if rounding == "error-feedback" else watched
         live_outputs = run_examples(model, example_inputs, watched)
         settings = replace(settings, products=live_outputs.products)
     with torch.no_grad():
         if safe:
             for path, module, site in chosen_sites:
+                if id(module) in packed_ids:
+                    continue
                 with weights_present(module):
                     check_finite(owners, path, module, site, chosen_at[id(module)], untie)
         with Journal() as journal, each_step(chosen_sites, progress, f"merge {', '.join(names)}") as counted_sites:
@@ -150,6 +171,9 @@ def merge(
                 chosen = chosen_at[id(module)]
                 if is_offloaded(module):
                     merge_offloaded_site(owners, path, module, site, names, chosen, settings, journal)
+                elif id(module) in packed_ids:
+                    problem = merge_packed(owners, path, module, site, names, chosen, settings, journal)
+                    problems += [problem] if problem is not None else []
                 else:
                     merge_site(owners, path, module, site, names, chosen, settings, journal, waiting)
                 staying = [
@@ -159,6 +183,12 @@ def merge(
                 ]
                 install_live(module, journal, live=staying)
             fold_together(waiting)
+            if problems:
+                raise PlanError(problems)
+            if packed_sites and quantised == "dequantise":
+                journal.keep(state.__dict__, state.unquantised)
+                plain = [path for path, module, _ in chosen_sites if id(module) in packed_ids]
+                take_off_marks(model, plain, state, journal)
             if any(_merged(site).tied for _, _, site in chosen_sites):
                 journal.keep(state.__dict__)
                 state.untied = say_untied(model, journal)
@@ -179,9 +209,11 @@ def _report(names: Sequence[str], merged_sites: Sequence[tuple[str, nn.Module, S
         (tensor_at(module, name), record) for _, module, site in merged_sites for name, record in _merged(site).folds
     ]
     entries = {id(tensor): tensor.numel() for tensor, _ in folds}
-    loss = MergeLoss(tuple(loss for path, _, site in merged_sites for loss in tensor_losses(path, _merged(site).folds)))
-    nbytes = sum(record.nbytes for _, record in folds)
-    return MergeReport(tuple(names), len(merged_sites), nbytes, sum(entries.values()), loss)
+    losses = [loss for path, _, site in merged_sites for loss in tensor_losses(path, _merged(site))]
+    packed = [fold for _, _, site in merged_sites if (fold := _merged(site).packed) is not None]
+    nbytes = sum(record.nbytes for _, record in folds) + sum(fold.nbytes for fold in packed)
+    count = sum(entries.values()) + sum(fold.entries for fold in packed)
+    return MergeReport(tuple(names), len(merged_sites), nbytes, count, MergeLoss(tuple(losses)))
 
 
 @verb
@@ -239,14 +271,19 @@ def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: boo
         with weights_present(module):
             verify_records([(tensor_at(module, name), record) for name, record in kept_folds], path, check)
     verify_records([(tensor, record) for tensor, record, _ in folds], [path for *_, path in folds], check)
+    packed = [(path, module, fold) for path, module, site in merged_sites if (fold := _merged(site).packed) is not None]
+    for path, module, fold in packed if check else ():
+        fold.check(module, path)
     live = state.rules_at([name for name, standing in state.standing.items() if standing.live])
     with torch.no_grad(), Journal() as journal:
         take_out_folds(journal, folds[::-1], check=check)
         for path, module, kept_folds in offloaded[::-1]:
             unmerge_offloaded_site(module, path, kept_folds, check, journal)
-        for _, module, site in merged_sites:
+        for path, module, site in merged_sites:
             keep_site(journal, module)
             merged = _merged(site)
+            if merged.packed is not None:
+                unmerge_packed(path, module, site, merged, journal)
             for name, parameter in merged.tied.items():
                 parameters = owner_of(module, name)._parameters
                 journal.keep(parameters)
@@ -257,6 +294,7 @@ def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: boo
         retie(root, state.untied, journal)
         unguard_merged(root, journal)
         state.untied = Untied()
+        restore_marks(state, journal)
 
 
 def _merged(site: SiteState) -> Merged:

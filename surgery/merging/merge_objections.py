@@ -7,6 +7,7 @@ from torch import nn
 from surgery.errors import MergeError, SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, is_packed
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.state.absent_values import without_values
 from surgery.state.adapter_tensors import box_of
 from surgery.state.records import Applied, Merged, SiteState
@@ -17,7 +18,12 @@ __all__ = ["already_merged", "objections_to_merge"]
 
 
 def objections_to_merge(
-    path: str, module: nn.Module, site: SiteState, chosen: list[Applied], counted: list[Applied]
+    path: str,
+    module: nn.Module,
+    site: SiteState,
+    chosen: list[Applied],
+    counted: list[Applied],
+    quantised: str = "refuse",
 ) -> list[SurgeryError]:
     """Why the chosen rules can't be merged at a site. `counted`: the chosen rules and the other live rules there."""
     problems: list[SurgeryError] = []
@@ -52,19 +58,29 @@ def objections_to_merge(
         problem = find_hidden_rule(chosen, site.path, "merged together")
         problem = problem or find_live_conflict(chosen, module, site.path, own_forward(module, site.base))
         problems += [problem] if problem is not None else []
-    if not problems:
+    if not problems and (quantised == "refuse" or packed_weight_of(module) is None):
         problems += _packed(path, module, site, chosen)
     return problems
 
 
 def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> list[SurgeryError]:
     weight = module._parameters.get("weight")
-    if weight is None or not (hasattr(weight, "device_mesh") or is_packed(weight)):
+    packed = packed_weight_of(module)
+    if packed is None and (weight is None or not (hasattr(weight, "device_mesh") or is_packed(weight))):
         return []
-    why, fix = f"its weight is a {type(weight).__name__} of {weight.dtype}", "keep it unmerged"
-    if is_packed(weight):
+    what = f"a {type(weight).__name__} of {weight.dtype}" if weight is not None else f"packed ({packed.layout})"  # type: ignore[union-attr]
+    why, fix = f"its weight is {what}", "keep it unmerged"
+    if packed is not None:
+        why, fix = f"{why}: quantised, so a sum would be rounded away", f"keep it unmerged, {_WAYS}"
+    elif is_packed(weight):
         why, fix = f"{why}: quantised, so a sum would be rounded away", f"keep it unmerged, or {UNPACKED}"
     return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix=fix)]
+
+
+_WAYS = (
+    'or merge(model, quantised="dequantise"), which makes the module a plain Linear (quantised="requantise": new '
+    f"codes, if they lose little); or {UNPACKED}"
+)
 
 
 def already_merged(path: str, merged: Merged) -> MergeError:

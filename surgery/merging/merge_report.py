@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from surgery.arithmetic.corrections import Record
 from surgery.errors import SurgeryWarning, abbreviate
 from surgery.results import Report
+from surgery.state.records import Merged
 
 __all__ = ["MergeLoss", "MergeReport", "TensorLoss", "tensor_losses", "warn_of_losses"]
 
@@ -27,6 +30,7 @@ class TensorLoss:
         dtype: the dtype of the tensor, or the layout of a packed weight.
         norm: ‖ΔW‖.
         error: ‖merged − (base + ΔW)‖. None: not known, because the rule computes its value in the tensor's own dtype.
+        outputs: for a weight that was quantised anew with `example_inputs`: the lost share of its outputs' change.
     """
 
     site: str
@@ -34,6 +38,7 @@ class TensorLoss:
     dtype: str
     norm: float | None
     error: float | None
+    outputs: float | None = None
 
     @property
     def share(self) -> float | None:
@@ -120,22 +125,25 @@ class MergeReport(Report):
         return f"merged {', '.join(self.adapters)} at {self.sites} sites; {kept_bytes}"
 
 
-def tensor_losses(site: str, folds: Iterable[tuple[str, Record]]) -> list[TensorLoss]:
+def tensor_losses(site: str, merged: Merged) -> list[TensorLoss]:
     """The loss of each tensor at a site. The norms of several folds of one tensor are added as squares."""
     by_name: dict[str, list[Record]] = {}
-    for name, record in folds:
+    for name, record in merged.folds:
         by_name.setdefault(name, []).append(record)
     losses = []
     for name, records in by_name.items():
         norms, errors = [record.norm for record in records], [record.error for record in records]
         dtype = str(records[0].dtype).removeprefix("torch.")
         losses.append(TensorLoss(site, name, dtype, _together(norms), _together(errors)))
+    if (packed := merged.packed) is not None:
+        losses.insert(0, TensorLoss(site, "weight", packed.layout, packed.norm, packed.error, packed.outputs))
     return losses
 
 
 def warn_of_losses(loss: MergeLoss, stacklevel: int) -> None:
     """Warn where more than 10 % of a change was lost."""
-    heavy = [tensor for tensor in loss.tensors if (tensor.share or 0.0) > LIMIT]
+    # A weight that is quantised anew has a limit of its own.
+    heavy = [tensor for tensor in loss.tensors if (tensor.share or 0.0) > LIMIT and hasattr(torch, tensor.dtype)]
     if not heavy:
         return
     worst = max(heavy, key=_share)

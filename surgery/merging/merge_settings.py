@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from surgery.arithmetic.rounding import HALF, Rounding, RoundingMode, feedback_factor
 from surgery.errors import MergeError, qualified_name
 
-__all__ = ["Keep", "MergeSettings"]
+__all__ = ["Keep", "MergeSettings", "Quantised"]
 
 Keep = Literal["record", "copy"]
+Quantised = Literal["refuse", "dequantise", "requantise"]
+
+
+_DTYPE = 'merge(model, quantised="dequantise", dtype=…)'
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,10 @@ class MergeSettings:
         untie: whether a site whose weight another module shares gets a weight of its own.
         rounding: how sums are rounded to half precision.
         generator: draws the numbers of stochastic rounding.
+        safe: whether values that are not finite are an error.
+        quantised: what happens to a packed weight.
+        dtype: the dtype of a plain Linear in the place of a quantised module. None: that of its dequantised weight.
+        limit: the share of ‖ΔW‖ that requantising may lose. None: any.
         products: H = XᵀX of the inputs of an example, by the id of the site's module.
     """
 
@@ -33,12 +41,21 @@ class MergeSettings:
     untie: bool = False
     rounding: RoundingMode = "nearest"
     generator: torch.Generator | None = None
+    safe: bool = False
+    quantised: Quantised = "refuse"
+    dtype: torch.dtype | None = None
+    limit: float | None = 0.10
     products: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rounding not in get_args(RoundingMode):
             names = ", ".join(map(repr, get_args(RoundingMode)))
             raise MergeError(f"rounding={self.rounding!r} is not known", fix=f"use one of {names}")
+        if self.quantised not in get_args(Quantised):
+            names = ", ".join(map(repr, get_args(Quantised)))
+            raise MergeError(f"quantised={self.quantised!r} is not known", fix=f"use one of {names}")
+        if self.dtype is not None and self.quantised != "dequantise":
+            raise MergeError("a dtype is not used", why="only quantised weights change theirs", fix=_DTYPE)
         if self.generator is not None and self.rounding != "stochastic":
             why = f"rounding={self.rounding!r} does not draw numbers"
             raise MergeError("a generator is not used", why=why, fix='rounding="stochastic"')

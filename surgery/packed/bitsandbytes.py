@@ -90,6 +90,7 @@ class Bits4Weight(PackedWeight):
     """
 
     backend = "bitsandbytes"
+    rearranges = True
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -49,9 +49,11 @@ class PackedWeight(ABC):
     Attributes:
         backend: the name of the backend, such as "bitsandbytes".
         module: the quantised module.
+        rearranges: whether a call of the module may arrange its codes anew, under other names in `tensors`.
     """
 
     backend: ClassVar[str]
+    rearranges: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module):
         self.module: Any = module

@@ -23,6 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.tape import Layer
 from surgery.patterns.module_walk import base_modules
 from surgery.state.adapter_tensors import AdapterTensors, box_of
+from surgery.state.packed_module import PackedFold
 from surgery.state.restructuring import Restructuring
 from surgery.state.site_links import Links
 from surgery.state.tied_weights import Untied
@@ -83,11 +84,15 @@ class Applied:
 
 @dataclass
 class Merged:
-    """The record of a merge at a site: the folded adapters, the folds with their inverses, and untied parameters."""
+    """The record of a merge at a site: the folded adapters, the folds with their inverses, and untied parameters.
+
+    `packed`: the merge into a quantised weight.
+    """
 
     adapters: tuple[str, ...]
     folds: list[tuple[str, Record]] = field(default_factory=list)
     tied: dict[str, nn.Parameter] = field(default_factory=dict)
+    packed: PackedFold | None = None
 
 
 @dataclass
@@ -192,6 +197,7 @@ class ModelState:
     `untied`: the ties of a transformers model before a merge. `peft_fields`: fields of PEFT's configuration of a loaded
     adapter that no rule has, such as the task, for the next save. `structure`: the structural rules, in the order of
     application. `moved`: the structure changed while adapters were on the model, so rules may match other modules now.
+    `unquantised`: what transformers noted on objects about the quantisation, while a merge has taken it off.
     """
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -210,6 +216,7 @@ class ModelState:
     untied: Untied = field(default_factory=Untied)
     structure: list[Restructuring] = field(default_factory=list)
     moved: bool = False
+    unquantised: list[tuple[Any, dict[str, Any]]] = field(default_factory=list, compare=False, repr=False)
 
     def __new__(cls, *_: Any, **__: Any) -> ModelState:  # copying and unpickling come here, too
         record = super().__new__(cls)
@@ -229,6 +236,7 @@ class ModelState:
                 "peft_fields": {},
                 "structure": [],
                 "moved": False,
+                "unquantised": [],
                 **state,
             }
         )

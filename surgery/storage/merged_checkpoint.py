@@ -10,10 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from surgery.arithmetic.rounding import RoundingMode
 from surgery.errors import SurgeryError, abbreviate
 from surgery.merging.merge import merge
+from surgery.merging.merge_settings import Quantised
+from surgery.merging.packed_merge import dequantise_all
 from surgery.model_edits.shared_copies import separate_copies
 from surgery.progress import Progress, steps
 from surgery.rewritten_model.save_pretrained import plain_saving
@@ -38,6 +42,12 @@ def merge_to(
     *,
     untie: bool = False,
     tokenizer: Any = None,
+    rounding: RoundingMode = "nearest",
+    generator: torch.Generator | None = None,
+    quantised: Quantised = "refuse",
+    dtype: torch.dtype | None = None,
+    limit: float | None = 0.10,
+    example_inputs: Any = None,
     progress: Progress = False,
 ) -> Path:
     """Write the model with adapters merged, as a plain transformers checkpoint.
@@ -59,6 +69,13 @@ def merge_to(
         untie: as for `merge`, for a head that shares the embedding's weight. The checkpoint says that they are not
             tied.
         tokenizer: a tokenizer or processor to save. None: copies the files of the folder that the model comes from.
+        rounding: as for `merge`.
+        generator: as for `merge`.
+        quantised: as for `merge`. "dequantise" writes an unquantised checkpoint: also the modules without an adapter
+            are dequantised. "requantise" writes a checkpoint in the model's own quantisation.
+        dtype: the dtype of dequantised weights. None: that of the model's other parameters.
+        limit: as for `merge`.
+        example_inputs: as for `merge`.
         progress: as for `merge`; writing is a step of its own.
 
     Returns:
@@ -88,9 +105,14 @@ def merge_to(
             "no plain checkpoint can hold this model", why=abbreviate(list(dict.fromkeys(reasons))), fix=_SURGERY
         )
     with created_folder(folder) as folder, _temporary(folder) as place, Trial() as trial:
-        write_as_ordinary(model, trial)
+        if quantised != "dequantise":
+            write_as_ordinary(model, trial)
         separate_copies(model, [pair for record in state.structure for pair in record.copies], trial)
-        _merge(model, adapter, untie, progress)
+        options = {"rounding": rounding, "generator": generator, "quantised": quantised, "dtype": dtype, "limit": limit}
+        _merge(model, adapter, progress, untie=untie, example_inputs=example_inputs, **options)
+        if quantised == "dequantise":
+            dequantise_all(model, dtype, trial)
+            write_as_ordinary(model, trial)
         if why := why_not_said(model):
             raise SurgeryError("the checkpoint of this model can't hold untied weights", why=why, fix=_UNTIED)
         with steps(progress, "write", 1) as step:
@@ -119,9 +141,9 @@ _SURGERY = "save_surgery(model, folder) writes rules and tensors, which load_sur
 _UNTIED = "merge(model, untie=True) and keep this model; or exclude the tied modules from the rule's targets"
 
 
-def _merge(model: nn.Module, adapter: str | Sequence[str] | None, untie: bool, progress: Progress) -> None:
+def _merge(model: nn.Module, adapter: str | Sequence[str] | None, progress: Progress, **options: Any) -> None:
     try:
-        merge(model, adapter, untie=untie, progress=progress)
+        merge(model, adapter, progress=progress, **options)
     except SurgeryError as error:
         for problem in (error, *getattr(error, "problems", ())):
             problem.fix = problem.fix and problem.fix.replace("merge(model, untie=True)", "merge_to(…, untie=True)")

@@ -1,0 +1,60 @@
+"""What transformers notes about a quantised model, while its quantised modules are plain Linears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from surgery.packed.packed_weight import packed_weight_of
+from surgery.patterns.module_walk import base_modules
+from surgery.state.records import ModelState
+from surgery.transaction.undo_log import Journal
+
+__all__ = ["restore_marks", "take_off_marks"]
+
+_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+_SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+def take_off_marks(model: nn.Module, plain: list[str], state: ModelState | None, journal: Journal) -> None:
+    """Let the model and its config say which modules are quantised now.
+
+    If no module is quantised any more, the marks of transformers and `config.quantization_config` are taken off.
+    Otherwise the modules at the paths `plain` are added to the config's list of modules that are not quantised.
+    `state`: notes what was there, for `restore_marks`.
+    """
+    modules = list(base_modules(model))
+    remaining = any(packed_weight_of(module) is not None for _, module in modules)
+    owners: dict[int, Any] = {}
+    for _, module in modules:
+        config = module.__dict__.get("config")
+        if remaining:
+            owner = getattr(config, "quantization_config", None)
+            owners |= {id(owner): owner} if hasattr(owner, "__dict__") else {}
+        else:
+            owners |= {id(module): module}
+            owners |= {id(config): config} if hasattr(config, "__dict__") else {}
+    for owner in owners.values():
+        if remaining:
+            before = {name: owner.__dict__[name] for name in _SKIPPED if name in owner.__dict__}
+            after = {name: [*(value or ()), *plain] for name, value in before.items()}
+        else:
+            before = {name: owner.__dict__[name] for name in (*_MARKS, "quantization_config") if name in owner.__dict__}
+            after = {}
+        if not before:
+            continue
+        journal.keep(owner.__dict__)
+        for name in before:
+            del owner.__dict__[name]
+        owner.__dict__.update(after)
+        if state is not None:
+            state.unquantised.append((owner, before))
+
+
+def restore_marks(state: ModelState, journal: Journal) -> None:
+    """Put back what `take_off_marks` took off."""
+    for owner, before in state.unquantised:
+        journal.keep(owner.__dict__)
+        owner.__dict__.update(before)
+    state.unquantised = []
