@@ -36,6 +36,7 @@ every_backend = pytest.mark.parametrize("backend", CHOSEN, ids=lambda backend: b
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*no gradient passes:surgery.errors.SurgeryWarning"),
 ]
 LORA = LoraRule(["0", "2"], rank=4, init="random")
 MODES: Any = ["dequantise", "requantise"]
