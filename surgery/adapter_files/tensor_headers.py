@@ -62,7 +62,7 @@ def read_header(path: Path, most: int = MOST) -> Header:
     except OSError as error:
         raise SurgeryError(f"{path.name} can't be read", why=str(error)) from None
     space = size - 8 - length
-    metadata = data.pop("__metadata__", {}) if isinstance(data, dict) else None
+    metadata = data.pop("__metadata__", None) or {} if isinstance(data, dict) else None  # MLX writes null
     if not isinstance(data, dict) or not isinstance(metadata, dict):
         raise SurgeryError(f"{path.name} is damaged", why="its header is not a mapping of tensors", fix=AGAIN)
     tensors: dict[str, TensorHeader] = {}

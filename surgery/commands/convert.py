@@ -13,7 +13,7 @@ from surgery.commands.paths import existing
 
 __all__ = ["convert"]
 
-FILE_ENDINGS = (".safetensors", ".gguf")
+FILE_ENDINGS = (".safetensors", ".gguf", ".onnx_adapter")
 
 
 def convert(

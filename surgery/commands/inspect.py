@@ -54,6 +54,8 @@ def _describe(path: Path) -> dict[str, Any]:
         return describe_adapter(path.parent)
     if path.suffix == ".safetensors":
         return describe_other(path) or describe_tensors(path)
+    if path.suffix == ".gguf" and (described := describe_other(path)):
+        return described
     if path.name in (CONFIG, INDEX):
         return describe_model(path.parent)
     if path.suffix in PICKLES:

@@ -40,7 +40,9 @@ _WORDS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"opset=(\d+)", "opset", r"--opset \1"),
         (r"verify=False", "verify", "--no-verify"),
         (r"\bbase=", "base", "--base"),
+        (r"\bcomponent=(?= )", "component", "--component"),
         (r"\bcomponent=", "component", "--component "),
+        (r"\bformat=(?= )", "source_format", "--from"),
         (r"\bformat=", "source_format", "--from "),
     )
 )  # fmt: skip

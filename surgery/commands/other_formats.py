@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from surgery.adapter_files.plain_json import read_json
-from surgery.adapter_files.tensor_headers import Header, read_header
+from surgery.adapter_files.tensor_headers import Header, TensorHeader, read_header
 from surgery.commands.adapter_description import totals
 from surgery.errors import SurgeryError
 from surgery.storage.formats.detection import format_of_keys
+from surgery.storage.formats.place import ENDINGS
 from surgery.storage.formats.split import split_keys
 from surgery.storage.formats.table import AdapterFormat
 
@@ -21,11 +22,11 @@ SHOWN = 200  # letters of a header's text
 
 def describe_other(file: Path) -> dict[str, Any] | None:
     """The format, modules and ranks of an adapter in another program's format; None if it is not one of these."""
-    if file.suffix != ".safetensors":
+    if file.suffix not in (".safetensors", ".gguf"):
         return None
-    header = read_header(file)
+    header = read_header(file) if file.suffix == ".safetensors" else _gguf_header(file)
     try:
-        adapter_format = format_of_keys(list(header.tensors))
+        adapter_format = format_of_keys(list(header.tensors), (ENDINGS[file.suffix],))
     except SurgeryError as error:  # several formats have these keys
         return {"format": "an adapter", **totals(header), "sites": [], "notes": [str(error)], "opens_with": []}
     if adapter_format is None:
@@ -40,6 +41,19 @@ def describe_other(file: Path) -> dict[str, Any] | None:
         "sites": sites,
         "opens_with": [f"surgery.load_adapter(…, format={adapter_format.name!r})"],
     }
+
+
+def _gguf_header(file: Path) -> Header:
+    """The header of a GGUF file; the package gguf reads it."""
+    from surgery.storage.formats.gguf_file import open_gguf
+
+    opened = open_gguf(file)
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+    tensors = {
+        key: TensorHeader(names[str(opened.dtypes[key]).removeprefix("torch.")], shape, 0, 0)
+        for key, shape in opened.shapes.items()
+    }
+    return Header(tensors, {name: str(value) for name, value in opened.metadata.items()}, 0, 0)
 
 
 def _sites(adapter_format: AdapterFormat, header: Header) -> list[dict[str, Any]]:

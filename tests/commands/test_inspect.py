@@ -134,3 +134,16 @@ def test_wrong_paths_get_near_misses(files: Files, tmp_path: Path) -> None:
     assert done.code == 1 and done.data["error"]["why"] == "it is empty"
     (tmp_path / "x.txt").write_text("")
     assert "a format that is not known here" in run("inspect", tmp_path / "x.txt").err
+
+
+def test_formats_of_other_programs(files: Files, tmp_path: Path) -> None:
+    done = run("convert", files.peft, "--to", "mlx", "--out", tmp_path / "mlx")
+    assert done.code == 0, done
+    shown = run("inspect", tmp_path / "mlx")
+    assert "MLX-LM" in shown.out and "A[4, 16] B[16, 4]" in shown.out and "fine_tune_type" in shown.out
+    data = run("inspect", tmp_path / "mlx/adapters.safetensors", "--json").data
+    assert data["ranks"] == {"4": 2} and data["opens_with"] == ["surgery.load_adapter(…, format='mlx')"]
+    refused = run("convert", files.ours, "--to", "mlx", "--out", tmp_path / "other")
+    assert refused.code == 1 and "in Python" in refused.err and not (tmp_path / "other").exists()
+    again = run("convert", files.peft, "--to", "kohya", "--out", tmp_path / "a.safetensors")
+    assert again.code == 1 and "--component says which" in again.err and not list(tmp_path.glob("a.*"))

@@ -211,6 +211,50 @@ def test_openvino_multiplies_by_no_alpha(tmp_path: Path) -> None:
     assert "the format does not have a scale: it is 1" in report.assumed
 
 
+def test_onnxruntime_genai_has_the_scale_in_b(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    path = "model.layers.0.self_attn.q_proj"
+    model = model_of_paths({path: nn.Linear(4, 6)})
+    base, x = copy.deepcopy(model), random(2, 4)
+    apply_rules(model, LoraRule("q_proj", rank=2, alpha=8, init="random"))
+    with pytest.warns(SurgeryWarning, match="no scale"):
+        save_adapter(model, tmp_path, format="onnxruntime-genai")
+    values = runtime.AdapterFormat.read_adapter(str(tmp_path / "adapter.onnx_adapter")).get_parameters()
+    A, B = (values[f"model.layers.0.attn.q_proj.lora_{name}.MatMul.weight"].numpy() for name in "AB")
+    expected = x @ torch.from_numpy(A) @ torch.from_numpy(B)  # as the graph multiplies
+    assert torch.allclose(change_of(model, path, x, base), expected, **CLOSE)
+    again = copy.deepcopy(base)
+    assert load_adapter(again, tmp_path).format == "onnxruntime-genai"
+    assert torch.allclose(change_of(again, path, x, base), expected, **CLOSE)
+    (tmp_path / "adapter.onnx_adapter").write_bytes(b"damaged" * 20)
+    with pytest.raises(LoadError, match="is damaged"):
+        load_adapter(copy.deepcopy(base), tmp_path)
+
+
+def test_embeddings_of_the_base_are_left_to_the_model(tmp_path: Path) -> None:
+    tensors = {"base_model.model.embed_tokens.base_layer.weight": random(8, 4)}
+    tensors |= {
+        f"base_model.model.embed_tokens.lora_embedding_{n}": random(*s)
+        for n, s in zip("AB", ((2, 8), (4, 2)), strict=True)
+    }
+    write(tmp_path / "a/adapter_model.safetensors", tensors)
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    with pytest.raises(LoadError, match="embeddings of the base"):
+        convert_adapter(tmp_path / "a", tmp_path / "b", format="mlx")
+
+
+def test_paths_of_before_transformers_5(tmp_path: Path) -> None:
+    """A model's text model moved; MLX's file of the old path is read at the new one."""
+    path = "language_model.model.layers.0.self_attn.q_proj"
+    write(tmp_path / "adapters.safetensors", {f"{path}.lora_a": random(4, 2), f"{path}.lora_b": random(2, 6)})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 2, "scale": 2.0}}))
+    here = "model.language_model.layers.0.self_attn.q_proj"
+    report = check(
+        model_of_paths({here: nn.Linear(4, 6)}), tmp_path, here, 2.0 * (random(4, 2) @ random(2, 6)).T, "mlx"
+    )
+    assert any(f"such as {path} for {here}" in text for text in report.assumed)
+
+
 def test_old_diffusers(tmp_path: Path) -> None:
     paths = ("down_blocks.0.attn1.to_q", "down_blocks.0.attn1.to_out.0", "mid.proj")
     model = model_of_paths({path: nn.Linear(4, 4) for path in paths})

@@ -249,6 +249,20 @@ register_module_names(
     )
 )
 
+# onnxruntime-genai: the model builder's names of graph inputs.
+register_module_names(
+    ModuleNames(
+        "onnxruntime-genai",
+        (
+            NameRow("model.layers.{n}.attn.{rest}", ("model.layers.{n}.self_attn.{rest}",)),
+            NameRow("model.layers.{n}.mlp.{rest}", ("model.layers.{n}.mlp.{rest}",)),
+            NameRow("lm_head", ("lm_head",)),
+        ),
+        marks=(r"model\.layers\.\d+\.(attn|mlp)\.", r"lm_head$"),
+        own_marks=(r"^model\.layers\.\d+\.(self_attn|mlp)\.", r"^lm_head$"),
+    )
+)
+
 # Llama and its relatives: torchtune's names. Its rows of query and key heads are pairs, those of transformers halves.
 register_module_names(
     ModuleNames(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,8 @@ def convert_adapter(
         SurgeryError: the format can't hold the adapter. Nothing is written.
 
     Notes:
-        Tensors are read and written one at a time. Numbers and dtypes stay, except where the report's notes say so. One
-        rename commits the result.
+        Tensors of safetensors are read and written one at a time. Numbers and dtypes stay, except where the report's
+        notes say so. One rename commits the result.
     """
     written = format_named(format)
     try:
@@ -156,6 +157,14 @@ def _of_peft(path: Path, base: BaseFacts) -> tuple[str, Contents]:
         first = spelt.others[0]
         why = "they are of another component, or of no adapter"
         raise SurgeryError(f"{len(spelt.others)} keys have no place in an adapter", where=first, why=why)
+    whole = [key for key in here if re.search(r"(embed\w*|wte|lm_head)(\.base_layer)?\.weight$", key)]
+    if whole:
+        raise SurgeryError(
+            "the file holds embeddings of the base, which other formats do not have",
+            where=here[whole[0]],
+            why="only the model shows whether their rows are those of the base",
+            fix="load_adapter(model, source), then save_adapter(model, target, format=…)",
+        )
     of_pipeline = settings is None and all(key.startswith(starts) for key in here)
     name = "diffusers" if of_pipeline else "peft"
     start = "" if of_pipeline else PREFIX

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery.adapter_files.tensor_files import TensorFile
 
-__all__ = ["FileTensor", "tensor_of"]
+__all__ = ["FileTensor", "LazyTensors", "tensor_of"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,22 @@ class FileTensor:
     @staticmethod
     def of(tensor: Tensor, key: str = "") -> FileTensor:
         return FileTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, key)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for, so that one at a time is in memory."""
+
+    def __init__(self, tensors: Mapping[str, FileTensor]):
+        self.tensors = tensors
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def tensor_of(file: TensorFile, key: str) -> FileTensor:

@@ -14,7 +14,9 @@ from surgery.adapter_files.plain_json import read_json
 from surgery.adapter_files.tensor_files import TensorFile, open_tensors, replace_files, write_safetensors
 from surgery.errors import SurgeryError
 from surgery.progress import Progress
+from surgery.storage.formats.file_tensor import LazyTensors
 from surgery.storage.formats.gguf_file import open_gguf, write_gguf
+from surgery.storage.formats.onnx_adapter_file import open_onnx_adapter, write_onnx_adapter
 from surgery.storage.formats.place import ENDINGS
 from surgery.storage.formats.table import AdapterFormat
 from surgery.storage.formats.writing import FileContents
@@ -25,7 +27,8 @@ __all__ = ["open_file", "settings_beside", "write_files"]
 
 def open_file(path: Path) -> TensorFile:
     """Opens a file of tensors by its container. Pickles are opened with `weights_only`."""
-    return open_gguf(path) if path.suffix == ".gguf" else open_tensors(path)
+    openers = {".gguf": open_gguf, ".onnx_adapter": open_onnx_adapter}
+    return openers.get(path.suffix, open_tensors)(path)
 
 
 def settings_beside(path: Path, adapter_format: AdapterFormat) -> Any:
@@ -43,9 +46,12 @@ def write_files(place: Path, adapter_format: AdapterFormat, files: FileContents,
         ending = Path(adapter_format.files[0]).suffix
         raise SurgeryError(f"a file of the format {adapter_format.name!r} ends in {ending}", where=str(place))
     path = place if as_file else place / adapter_format.files[0]
-    tensors = {key: tensor.read() for key, tensor in files.tensors.items()}
+    tensors = LazyTensors(files.tensors)
     if adapter_format.container == "gguf":
         _write_one(path, lambda temporary: write_gguf(temporary, tensors, files.header))
+        return place
+    if adapter_format.container == "onnx_adapter":
+        _write_one(path, lambda temporary: write_onnx_adapter(temporary, tensors))
         return place
     header = {name: text if isinstance(text, str) else json.dumps(text) for name, text in files.header.items()}
     write = partial(write_safetensors, tensors=tensors, metadata=header, progress=progress)

@@ -89,6 +89,7 @@ def write_gguf(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, A
         why = "the package gguf is absent"
         raise SurgeryError("a GGUF file can't be written", why=why, fix="pip install gguf") from None
     kinds = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+    tensors = dict(tensors)  # the writer holds all of them
     if wrong := [name for name, tensor in tensors.items() if tensor.dtype not in kinds]:
         raise SurgeryError("GGUF adapters hold float32, float16 and bfloat16", where=wrong[0])
     writer = GGUFWriter(path, str(header["general.architecture"]))

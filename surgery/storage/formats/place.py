@@ -10,7 +10,13 @@ from surgery.storage.formats.table import AdapterFormat, formats
 
 __all__ = ["ENDINGS", "adapter_file"]
 
-ENDINGS = {".safetensors": "safetensors", ".bin": "safetensors", ".pt": "safetensors", ".gguf": "gguf"}
+ENDINGS = {
+    ".safetensors": "safetensors",
+    ".bin": "safetensors",
+    ".pt": "safetensors",
+    ".gguf": "gguf",
+    ".onnx_adapter": "onnx_adapter",
+}
 _OF_MODELS = ("model", "diffusion_pytorch_model", "consolidated")  # beginnings of files of whole models
 
 

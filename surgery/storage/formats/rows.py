@@ -234,3 +234,20 @@ register_format(
         contains=("peft",),
     )
 )
+
+# onnxruntime-genai: src/python/py/models/builders/base.py; the scale is multiplied into B
+register_format(
+    AdapterFormat(
+        "onnxruntime-genai",
+        "onnxruntime-genai",
+        (
+            TensorKey("A", ".lora_A.MatMul.weight", "transposed"),
+            TensorKey("B", ".lora_B.MatMul.weight", "transposed"),
+        ),
+        files=("adapter.onnx_adapter",),
+        names=("onnxruntime-genai",),
+        names_required=True,
+        scale="none",
+        container="onnx_adapter",
+    )
+)

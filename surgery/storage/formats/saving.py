@@ -40,7 +40,8 @@ def save_other(
     """Writes an adapter in a registered format. `SurgeryError` if the format can't hold it; nothing is written then."""
     adapter_format = format_named(format)
     facts = facts_of_model(model)
-    fields, tensors = to_peft(model, adapter, False, state_dict, config)
+    # the base's own embeddings, which PEFT writes beside an adapter on them, do not belong to it
+    fields, tensors = to_peft(model, adapter, False, state_dict, config, save_embedding_layers=False)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
     peft = format_named("peft")
