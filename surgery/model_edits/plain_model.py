@@ -8,6 +8,7 @@ layer's position: the index that caches use, a scale that grows with the depth.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -96,20 +97,27 @@ def _small_inputs(model: nn.Module) -> list[dict[str, Any]]:
     config: Any = model.config
     name = getattr(model, "main_input_name", "input_ids")
     if name == "input_ids":
-        inputs = []
+        inputs, pixels = list[dict[str, Any]](), _pixels(getattr(config, "vision_config", None))
+        takes_pixels = "pixel_values" in inspect.signature(class_of(model).forward).parameters
+        images = [{"pixel_values": one} for one in pixels] if takes_pixels else []
         for length in (64, 8):  # long enough for models that shorten the text, else short
             ids = torch.zeros(1, length, dtype=torch.long, device="meta")
             more = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
             inputs += [{"input_ids": ids, **more}, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}]
-        return inputs
+        return [{**text, **image} for image in images for text in inputs] + inputs
     if name == "input_values":
         return [{"input_values": torch.zeros(1, length, device="meta")} for length in (8000, 400)]
+    return [{"pixel_values": pixels} for pixels in _pixels(config)] if name == "pixel_values" else []
+
+
+def _pixels(config: Any) -> list[torch.Tensor]:
+    """Images on the meta device for a configuration of a vision model; none if it does not say their channels."""
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    if name == "pixel_values" and type(channels) is int:
-        sizes = [64, 224] if size is None else [size]  # convolutions take any size
-        shapes = [tuple(size) if isinstance(size, (list, tuple)) else (size, size) for size in sizes]
-        return [{"pixel_values": torch.zeros(1, channels, *shape, device="meta")} for shape in shapes]
-    return []
+    if type(channels) is not int:
+        return []
+    sizes = [64, 224] if size is None else [size]  # convolutions take any size
+    shapes = [tuple(size) if isinstance(size, (list, tuple)) else (size, size) for size in sizes]
+    return [torch.zeros(1, channels, *shape, device="meta") for shape in shapes]
 
 
 def _prefixes(path: str) -> Iterator[str]:
