@@ -15,7 +15,7 @@ from surgery.packed.quantised_class import runs_more, short_names
 
 __all__ = ["AwqWeight"]
 
-_KERNELS = {"WQLinear_GEMM", "AwqTorchLinear", "AwqGEMMLinear", "AwqGEMMTritonLinear"}
+_KERNELS = {"WQLinear_GEMM", "AwqTorchLinear", "TorchAtenAwqLinear", "AwqGEMMLinear", "AwqGEMMTritonLinear"}
 _OTHERS = {"_MlxLinearContract", "ParoLinear"}
 _BUFFERS = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which column of eight lies at each place of a word of 4-bit codes

@@ -52,6 +52,10 @@ class Fp8Weight(PackedWeight):
         return f"float8, {'one scale from calibration' if static else 'scales of each call'}"
 
     @property
+    def passes_gradient(self) -> bool:
+        return self._scale_name == "weight_scale_inv"  # the other kernels are for inference alone
+
+    @property
     def shape(self) -> tuple[int, int]:
         rows, columns = self.module.weight.shape
         return rows, columns

@@ -16,7 +16,14 @@ from surgery.packed.quantised_class import base_of, runs_more, short_names
 __all__ = ["GptqWeight"]
 
 # Classes whose forward computes with the four buffers as they are. Other kernels (Marlin, ExLlama, …) rearrange them.
-_KERNELS = {"QuantLinear", "TorchLinear", "TorchQuantLinear", "TritonV2Linear", "TritonV2QuantLinear"}
+_KERNELS = {
+    "QuantLinear",
+    "TorchLinear",
+    "TorchAtenLinear",
+    "TorchQuantLinear",
+    "TritonV2Linear",
+    "TritonV2QuantLinear",
+}
 _OTHERS = {"TorchQuantEmbeddings", "_MlxLinearContract"}
 _REARRANGING = ("exllama", "marlin", "qigen", "hpu", "ipex", "bitblas", "machete")
 _BUFFERS = ("qweight", "qzeros", "scales", "g_idx")

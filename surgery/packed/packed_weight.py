@@ -30,12 +30,19 @@ W = TypeVar("W", bound="type[PackedWeight]")
 # or of its scheme.
 # A file is imported when a model has such a class, and imports the backend's package then.
 BACKENDS: dict[str, str] = {
-    **{package: f"surgery.packed.{package}" for package in ("bitsandbytes", "torchao")},
-    **dict.fromkeys(("auto_gptq", "QuantLinear", "TorchLinear", "TorchQuantLinear"), "surgery.packed.gptq"),
-    **{"HQQLinear": "surgery.packed.hqq", "optimum": "surgery.packed.quanto"},
-    **{"compressed_tensors": "surgery.packed.compressed_tensors"},
-    **dict.fromkeys(("FP8Linear", "CompressedTensorsFP8Linear", "FbgemmFp8Linear"), "surgery.packed.fp8"),
-    **dict.fromkeys(("awq", "AwqTorchLinear", "AwqGEMMLinear", "WQLinear_GEMM"), "surgery.packed.awq"),
+    name: f"surgery.packed.{file}"
+    for file, names in {
+        "bitsandbytes": ("bitsandbytes",),
+        "torchao": ("torchao",),
+        "gptq": ("auto_gptq", "QuantLinear", "TorchLinear", "TorchQuantLinear", "PackableQuantLinear"),
+        "awq": ("awq", "WQLinear_GEMM", "AwqTorchLinear", "AWQuantLinear"),
+        "aten_int4": ("TorchAtenLinear", "TorchAtenAwqLinear"),
+        "hqq": ("HQQLinear",),
+        "quanto": ("optimum",),
+        "compressed_tensors": ("compressed_tensors",),
+        "fp8": ("FP8Linear", "CompressedTensorsFP8Linear", "FbgemmFp8Linear"),
+    }.items()
+    for name in names
 }
 _registered: list[type[PackedWeight]] = []
 

@@ -166,7 +166,7 @@ def _plan_rule(plan: Plan, rule: Rule, targets: Sequence[Match], reads: _DirectR
     if blocked := [match.path for match in targets if _stops_gradients(match.module)]:
         plan.warnings.append(
             f"{rule.label}: no gradient passes through the kernels of {abbreviate(blocked)}: "
-            "they quantise inputs, and what comes before them trains by the adapters' own branches alone"
+            "what comes before them trains by the adapters' own branches alone"
         )
     if targets and not is_companion and len(plan.passed) == len(targets):
         plan.problems.append(nothing_to_do(rule, plan.passed, plan.reasons))

@@ -116,6 +116,37 @@ class TorchLinear(QuantLinear):
         return object()
 
 
+class TorchAtenLinear(nn.Module):
+    """As gptqmodel's after its first call in evaluation: codes for torch's CPU kernel, the inputs sorted by group."""
+
+    def __init__(self, linear: nn.Linear, group_size: int = 32, order: Tensor | None = None):
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = linear.in_features, linear.out_features, group_size
+        self.linear_mode, self.bias = "inference", None if linear.bias is None else linear.bias.detach().half()
+        self.ret_idx = torch.arange(self.in_features) if order is None else order
+        groups = torch.arange(self.in_features) // group_size
+        weight = linear.weight.detach().float().t()[self.ret_idx]
+        scales, zeros, codes = _grid(weight, groups, 4, symmetric=False)
+        pack: Any = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        self.register_buffer("qweight", pack(codes.t().int().contiguous(), 1))
+        self.scales_and_zeros = torch.stack((scales, (scales * (8 - zeros)).half()), 2).contiguous()
+        self.numbers = (self.scales_and_zeros[groups, :, 0].float() * (codes - 8)).t()
+        self.numbers += self.scales_and_zeros[groups, :, 1].float().t()
+
+    def reference(self) -> Tensor:
+        weight = torch.empty_like(self.numbers)
+        weight[:, self.ret_idx] = self.numbers
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel: Any = torch.ops.aten._weight_int4pack_mm_for_cpu
+        rows = x.reshape(-1, self.in_features)[:, self.ret_idx].contiguous()
+        with torch.no_grad():
+            y = kernel(rows, self.qweight, self.group_size, self.scales_and_zeros)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
 class WQLinear_GEMM(_GroupedLinear):  # noqa: N801  # AutoAWQ's name
     """As AutoAWQ's: packed along the outputs, eight columns of a word in another order."""
 
