@@ -47,6 +47,7 @@ from .lifecycle.forget import forget
 from .lifecycle.remove import remove
 from .lifecycle.rename_copy import copy_adapter, rename_adapter
 from .lora_conversion.as_lora import as_lora
+from .lora_conversion.extract import extract_lora
 from .lora_conversion.report import LoraReport, LoraSite
 from .merging.merge import MergeLoss, MergeReport, TensorLoss, merge, unmerge
 from .model_edits.model_edits import ModelEdits
@@ -167,6 +168,7 @@ __all__ = [
     "draw",
     "explain",
     "export_onnx",
+    "extract_lora",
     "folded_adapter",
     "forget",
     "graph_of",

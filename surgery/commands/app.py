@@ -16,6 +16,7 @@ from surgery.commands.convert import convert
 from surgery.commands.diff import diff
 from surgery.commands.doctor import doctor
 from surgery.commands.export import export
+from surgery.commands.extract import extract
 from surgery.commands.inspect import inspect
 from surgery.commands.merge import merge
 from surgery.commands.plan import plan
@@ -24,7 +25,7 @@ from surgery.commands.rules import rules
 __all__ = ["app"]
 
 COMMANDS: tuple[Callable[..., Answer], ...] = (
-    inspect, plan, apply, merge, convert, export, diff, rules, doctor, bench,
+    inspect, plan, apply, merge, convert, extract, export, diff, rules, doctor, bench,
 )  # fmt: skip
 
 app = typer.Typer(cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")

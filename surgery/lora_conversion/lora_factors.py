@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def _by_group(choice: RankChoice, groups: int, m: int, n: int) -> int:
 
 
 def _of_group(choice: RankChoice, groups: int) -> RankChoice:
-    return RankChoice(choice.rank // groups if choice.rank is not None else None, choice.tolerance)
+    return replace(choice, rank=choice.rank // groups if choice.rank is not None else None)
 
 
 def _rounded(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from surgery.arithmetic.exact_fold import LowRank
@@ -26,8 +27,8 @@ class LoraLike(Protocol):
     ) -> dict[str, Tensor]: ...
 
 
-def lora_rule(rank: int = 1, bias: bool = False, targets: Any = ()) -> tuple[Rule, LoraLike]:
-    """Returns a LoRA with the scale 1: as a rule, and with its further methods."""
-    data = {"rule": "lora", "rank": rank, "alpha": rank, "lora_bias": bias}
-    rule = Rule.from_dict({**data, "targets": targets} if targets else data)
+def lora_rule(rank: int = 1, bias: bool = False, dtype: torch.dtype | None = None) -> tuple[Rule, LoraLike]:
+    """Returns a LoRA with the scale 1, without targets: as a rule, and with its further methods."""
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    rule = Rule.from_dict({"rule": "lora", "rank": rank, "alpha": rank, "lora_bias": bias, "dtype": name})
     return rule, cast(LoraLike, rule)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from surgery.arithmetic.exact_fold import LowRank
-from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import MergeError, PlanError, SurgeryError
-from surgery.forward.offloaded_weights import value_at
 from surgery.forward.own_forward import own_forward
-from surgery.lora_conversion.lora_factors import LoraFactors, factorise
+from surgery.lora_conversion.lora_factors import LoraFactors
 from surgery.lora_conversion.lora_rule import lora_rule
+from surgery.lora_conversion.lora_tensors import lora_tensors, lost_too_much
 from surgery.lora_conversion.site_change import SiteChange, change_of_site
 from surgery.lora_conversion.truncated_svd import RankChoice
 from surgery.progress import Progress, each_step
@@ -33,7 +30,7 @@ class ConvertedSite:
 
     def __init__(self, path: str, module: nn.Module, chosen: list[Applied], change: SiteChange):
         self.path, self.module, self.chosen, self.change = path, module, chosen, change
-        self.factors: dict[str, LoraFactors] = {}
+        self.factors: Mapping[str, LoraFactors] = {}
         self.rule: Rule | None = None
         self.tensors: Mapping[str, Tensor] = {}
 
@@ -42,10 +39,6 @@ class ConvertedSite:
         """The rules that the LoRA stands for."""
         kept = {id(applied) for applied in self.change.kept}
         return [applied for applied in self.chosen if id(applied) not in kept]
-
-    @property
-    def rank(self) -> int:
-        return max(factors.rank for factors in self.factors.values())
 
 
 def convert_sites(
@@ -65,7 +58,7 @@ def convert_sites(
                 problems.append(problem)
             else:
                 converted.append(result)
-                problems += _lost_too_much(result, choice)
+                problems += lost_too_much(result.path, result.factors, choice)
     if problems:
         raise PlanError(problems)
     if not any(site.factors for site in converted):
@@ -111,39 +104,6 @@ def _convert_site(
         raise MergeError("the site's change can't be held by LoRA", where=path, why=why, fix="keep the rule as it is")
     if not change.weights:
         return result
-    live = LiveSite(module, site.path, "", {}, lambda name, _: value_at(module, name))
-    for name, delta in change.weights.items():
-        shape, groups = possible[name]
-        values = (delta.B, delta.A) if isinstance(delta, LowRank) else (delta,)
-        if not all(bool(value.isfinite().all()) for value in values):
-            why = f"the change of its {name} has NaN or infinity in it"
-            raise MergeError("the site's change is not finite", where=path, why=why, fix="load the adapter again")
-        result.factors[name] = factorise(delta, shape, groups, choice, live.dtype)
-    rank = max(result.rank, choice.rank or 1) if choice.uniform else result.rank
-    changes = {name: result.factors[name].padded(rank, possible[name][1]) for name in result.factors}
-    own = next(iter(changes.values()))
-    for name in possible:
-        if name not in changes:
-            shape, groups = possible[name]
-            zeros = LowRank(own.B.new_zeros(shape[0], 1), own.A.new_zeros(1, math.prod(shape[1:])))
-            changes[name] = LoraFactors(zeros, 0.0, 0.0).padded(rank, groups)
-    rank = max(len(low_rank.A) for low_rank in changes.values())
-    result.rule, lora = lora_rule(rank, change.bias is not None)
-    if why := lora.check(module, path):
-        raise MergeError("the site's change can't be held by LoRA", where=path, why=why, fix="keep the rule as it is")
-    bias = change.bias.to(live.dtype) if change.bias is not None else None
-    result.tensors = lora.tensors_of(live, changes, bias)
+    lora = lora_tensors(site.path, module, change.weights, change.bias, choice)
+    result.rule, result.tensors, result.factors = lora.rule, lora.tensors, lora.factors
     return result
-
-
-def _lost_too_much(site: ConvertedSite, choice: RankChoice) -> Iterator[SurgeryError]:
-    if choice.rank is None or choice.tolerance is None:
-        return
-    for name, factors in site.factors.items():
-        if factors.error > choice.tolerance + 1e-6:
-            yield SurgeryError(
-                f"rank {choice.rank} loses more than the tolerance",
-                where=f"{site.path}.{name}".strip("."),
-                why=f"{factors.error:.2%} of the change, and the tolerance is {choice.tolerance:.2%}",
-                fix="give a higher rank, a higher tolerance, or only one of the two",
-            )

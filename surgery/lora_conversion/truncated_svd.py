@@ -22,11 +22,13 @@ class RankChoice:
     """The rank of a result: at most `rank`, and as low as `tolerance` allows.
 
     `tolerance`: the share of the change's Frobenius norm that may be lost. With a rank alone, every site has that rank,
-    and factors are filled up with zeros. With neither, only singular values are left out that are rounding errors.
+    and factors are filled up with zeros. With neither, only singular values are left out that are rounding errors:
+    those of float32, and those up to `noise`.
     """
 
     rank: int | None = None
     tolerance: float | None = None
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
@@ -56,7 +58,8 @@ class RankChoice:
             enough = (lost <= (self.tolerance * norm) ** 2 + 1e-14 * norm**2).nonzero()
             return max(1, min(most, int(enough[0]) + 1 if len(enough) else most)) if norm else 1
         top, noise = values.double().amax(), 2 * torch.finfo(torch.float32).eps * math.sqrt(max(sides))
-        real = (values.double().reshape(-1, values.shape[-1]).amax(0) > noise * top).sum() if norm else 0
+        least = max(noise * float(top), self.noise)
+        real = (values.double().reshape(-1, values.shape[-1]).amax(0) > least).sum() if norm else 0
         return max(1, min(most, int(real)))
 
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.command_line import Files, Result, run_apart, run_forked
+
+
+def tuned(files: Files) -> Path:
+    """A fine-tune of the model: one weight differs."""
+    place = files.folder / "tuned"
+    if not place.exists():
+        shutil.copytree(files.model, place)
+        tensors = load_file(place / "model.safetensors")
+        tensors["bert.encoder.layer.0.attention.self.query.weight"][0] += 1
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    return place
+
 
 COMMANDS: dict[str, tuple[Callable[[Files], list[object]], str]] = {
     "inspect": (lambda files: ["inspect", files.peft], "lora_A[4, 16]"),
@@ -16,6 +30,7 @@ COMMANDS: dict[str, tuple[Callable[[Files], list[object]], str]] = {
     "apply": (lambda files: ["apply", files.model, files.rules, "--out", "new"], "an adapter of 256 parameters"),
     "merge": (lambda files: ["merge", files.model, files.peft, "--out", "merged"], "with news merged"),
     "convert": (lambda files: ["convert", files.peft, "--to", "mlx", "--out", "mlx"], "2 modules, peft to mlx"),
+    "extract": (lambda files: ["extract", files.model, tuned(files), "--out", "new"], "LoRA at 1 weights, rank 1"),
     "export": (lambda files: ["export", files.model, files.peft, "--out", "m.onnx", "--no-verify"], "merged; "),
     "diff": (lambda files: ["diff", files.peft, files.ours], "other shape [4, 16] and [2, 16]"),
     "rules": (lambda files: ["rules", "lora"], "rank"),
