@@ -65,4 +65,4 @@ def extract(
         files = sorted(file.name for file in place.iterdir())
     size = size_of(out)
     data = {"out": str(out), "files": files, "nbytes": size, **report.to_dict()}
-    return Answer(data, [*report._display_parts(), f"{out}: {size_text(size)} ({', '.join(files)})"])
+    return Answer(data, [str(report), f"{out}: {size_text(size)} ({', '.join(files)})"])
