@@ -78,7 +78,7 @@ class RewriteRule(Rule):
     omits: bool = False
     across_modules: bool = True
 
-    imports = repeatable = skips_calls = True
+    imports = repeatable = skips_calls = skips_sites = True
     why_not_merged = "it puts other operations in the place of operations, which no weight holds"
 
     def validate(self) -> None:

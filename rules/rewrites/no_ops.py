@@ -24,7 +24,7 @@ _DROPOUT = Structure(lambda x: F.dropout(x))
 class _GraphRule(Rule):
     """A rule that changes single operations of each forward, wherever its targets have one."""
 
-    skips_calls = True
+    skips_calls = skips_sites = True
     why_not_merged = "it changes which operations run, and not a weight"
 
     def validate(self) -> None:

@@ -36,6 +36,7 @@ class Declaration:
     exclusive: ClassVar[bool] = False  # no other rule of the adapter may be at its sites
     repeatable: ClassVar[bool] = False  # an adapter may have several rules of this kind at a site
     skips_calls: ClassVar[bool] = False  # kinds of calls for which its rewrite returns NotImplemented run as they are
+    skips_sites: ClassVar[bool] = False  # modules that it can't rewrite stay, with a warning, if it rewrites others
     imports: ClassVar[bool] = False  # its fields name code to import
     scalable: ClassVar[bool] = True  # its change can be multiplied by a weight
 

@@ -312,6 +312,7 @@ class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
 
     - `exclusive = True`: other rules of the same adapter can't be at its sites.
     - `repeatable = True`: several rules of this class and adapter can be at one site.
+    - `skips_sites = True`: modules that it can't rewrite stay, with a warning, if it rewrites other modules.
     - `skips_calls = True`: where its rewrite returns NotImplemented for a later kind of call, the call runs without it.
     - `imports = True`: its fields name code to import, so `load_adapter` reads it only from trusted files.
     - `linear = True`: it adds to the output a linear function of the input, so `merge` derives ΔW from it.

@@ -123,11 +123,14 @@ def _compare(steps: Sequence[PlannedRule], module: nn.Module, words: str, args: 
             after = _run(run_new, module, args, kwargs, before.outputs if demand.omits else None)
             if demand.omits and after.outputs.keys() < before.outputs.keys():
                 before = _run(run_own, module, args, kwargs, after.outputs)
+            top = max(map(_largest, before.gradients.values()), default=0.0)
             nudged = None if demand.exact else _run(run_own, module, args, kwargs, before.outputs, nudge=True)
         for name, expected in before.named().items():
             allowed = 0.0
             if nudged is not None and name in nudged.named():
-                allowed = _allowed(expected, nudged.named()[name], module, demand, name in before.gradients)
+                allowed = _allowed(
+                    expected, nudged.named()[name], module, demand, top if name in before.gradients else None
+                )
             problem = _difference(expected, after.named().get(name), allowed)
             if problem is not None:
                 mode = ", in training" if training else ""
@@ -166,7 +169,10 @@ def _run(
         named |= {f"the gradient of {name}": p for name, p in parameters if p.requires_grad}
         gradients: dict[str, Tensor] = {}
         if total is not None and total.requires_grad and named:
-            found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+            try:
+                found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+            except RuntimeError:  # the forward writes to what its backward needs, or kept a graph of an earlier call
+                named, found = {}, ()
             for (name, tensor), gradient in zip(named.items(), found, strict=True):
                 gradients[name] = torch.zeros_like(tensor) if gradient is None else gradient.detach()
     return _Results({name: tensor.detach() for name, tensor in outputs.items()}, gradients)
@@ -221,9 +227,13 @@ def _same(one: _Results, other: _Results) -> bool:
     return all(_difference(tensor, again, 0.0) is None for tensor, again in pairs)
 
 
-def _allowed(expected: Tensor, nudged: Tensor, module: nn.Module, demand: Equivalence, gradient: bool) -> float:
-    """Returns the largest difference between two tensors that rounding explains."""
-    largest = _largest(expected)
+def _allowed(expected: Tensor, nudged: Tensor, module: nn.Module, demand: Equivalence, gradient: float | None) -> float:
+    """Returns the largest difference between two tensors that rounding explains.
+
+    `gradient`: for a gradient, the largest value of all gradients. Where the parts of a gradient cancel to 0, their
+    rounding is relative to them.
+    """
+    largest = _largest(expected) or gradient or 0.0
     if demand.tolerance is not None:
         return demand.tolerance * largest
     if not expected.is_floating_point() or expected.shape != nudged.shape:
@@ -233,7 +243,7 @@ def _allowed(expected: Tensor, nudged: Tensor, module: nn.Module, demand: Equiva
     sizes = [size for tensor in (expected, *module.parameters()) for size in tensor.shape]
     rounding = 2 * math.sqrt(_operations(module)) + (math.sqrt(max(sizes, default=1)) if eps < 1e-6 else 0)
     condition = _largest(torch.nan_to_num(expected - nudged, posinf=0, neginf=0))
-    return (2 if gradient else 1) * eps * rounding * largest + 16 * condition
+    return (1 if gradient is None else 2) * eps * rounding * largest + 16 * condition
 
 
 def _operations(module: nn.Module) -> int:

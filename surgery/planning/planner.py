@@ -191,8 +191,7 @@ def _plan_site(
     path, module = match.path, match.module
     by_structures = type(rule).structures is not Rule.structures
     if (problem := _class_problem(rule, match, adds_tensors=not by_structures)) is not None:
-        plan.problems.append(problem)
-        return
+        return _refuse_site(plan, rule, match, problem)
     state = site_state(module)
     base = state.base if state else type(module)
     try:
@@ -202,10 +201,10 @@ def _plan_site(
             fix = way_without_packing(module) if packed_in(module) and "packed" in why else None
             raise SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why, fix=fix)
     except SurgeryError as error:
-        plan.problems.append(error)
-        return
+        return _refuse_site(plan, rule, match, error)
     bypasses_here = reads.of(match)
-    if bypasses_here and not _check_bypasses(plan, rule, match, bypasses_here, is_companion):
+    if bypasses_here and not _check_bypasses(plan, rule, match, bypasses_here, is_companion or rule.skips_sites):
+        plan.passed += [path] if rule.skips_sites else []
         return
     _switch_fast_paths(plan, path, reads.fast_paths)
     facts: dict[str, Any] = dict(match.facts)
@@ -218,12 +217,7 @@ def _plan_site(
             if key is not None and not recording.inside and not facts:
                 recordings[key] = recording
     except TraceError as error:
-        if not by_structures:
-            plan.problems.append(error)
-            return
-        plan.passed.append(path)
-        plan.reasons.append(_untraceable(rule, path, facts, error))
-        return
+        return _refuse_site(plan, rule, match, error)
     except SurgeryError as error:
         plan.problems.append(error)
         return
@@ -252,12 +246,16 @@ def _plan_site(
     )
 
 
-def _untraceable(rule: Rule, path: str, facts: dict[str, Any], error: TraceError) -> str:
-    """Why a rule leaves out a site that it found in the call of the model: the site's forward can't be traced."""
-    inlined = facts.get(INLINED, ())
+def _refuse_site(plan: Plan, rule: Rule, match: Match, error: SurgeryError) -> None:
+    """Note that a rule can't rewrite a module: as a problem, or as a reason of a rule that skips such modules."""
+    if not rule.skips_sites:
+        plan.problems.append(error)
+        return
+    inlined = match.facts.get(INLINED, ())
     inside = f" with the operations of {abbreviate(list(inlined))} in it" if inlined else ""
-    reason = "; ".join(filter(None, (error.what, error.why, error.where)))
-    return f"{rule.label} leaves out a match at {path or 'the model itself'}{inside}: {reason}"
+    reason = "; ".join(filter(None, (error.what, error.why, error.where if error.where != match.path else None)))
+    plan.passed.append(match.path)
+    plan.reasons.append(f"{rule.label} leaves out {match.path or 'the model itself'}{inside}: {reason}")
 
 
 def _class_problem(rule: Rule, match: Match, adds_tensors: bool) -> SiteError | None:

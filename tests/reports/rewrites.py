@@ -59,7 +59,8 @@ INTRO = """# Rewrites on all families
 Where each of the [rewrites](rules/rewrites.md) fits in transformers' models. Each family is a tiny model with random
 weights, in evaluation, with attention written out (`attn_implementation="eager"`). A row says how many modules of which
 classes were rewritten, and by how much the outputs and the gradients of the parameters moved, as a share of the largest
-value. Rewrites that change weights or modules are not in the list: their page says how each is tested.
+value. "–": autograd refuses the gradients of the model itself. Rewrites that change weights or modules are not in the
+list: their page says how each is tested.
 
 `python -m tests.reports.rewrites`, a part of `make rewrites`, writes this page.
 """
@@ -77,7 +78,7 @@ class Row:
     classes: str = ""
     sites: int = 0
     outputs: float = 0.0
-    gradients: float = 0.0
+    gradients: float | None = 0.0  # None: the model itself can't be differentiated
     refused: str = ""
 
 
@@ -100,20 +101,29 @@ def rows_of(family: Family) -> Iterator[Row]:
         changed = Counter(class_of(m).__name__ for m in model.modules() if hasattr(type(m), "_surgery_base"))
         row.classes, row.sites = ", ".join(changed), changed.total()
         try:
-            row.outputs, row.gradients = (_largest(*pair) for pair in zip(before, _results(model, inputs), strict=True))
+            after = _results(model, inputs)
+            row.outputs = _largest(before[0], after[0])
+            row.gradients = None if before[1] is None or after[1] is None else _largest(before[1], after[1])
         finally:
             remove(model)
         yield row
 
 
-def _results(model: nn.Module, inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the outputs of a call, and the gradients of the sum of their squares."""
+def _results(model: nn.Module, inputs: Any) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Returns the outputs of a call, and the gradients of the sum of their squares.
+
+    The gradients are None where autograd refuses them: some forwards write to what the backward needs.
+    """
     torch.manual_seed(1)
     outputs = [tensor for tensor in tensors(model(**inputs)) if tensor.is_floating_point()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss = sum((tensor.float().square().mean() for tensor in outputs if tensor.requires_grad), torch.zeros(()))
-    gradients = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
-    return [tensor.detach() for tensor in outputs], [g for g in gradients if g is not None]
+    outputs = [tensor.detach() for tensor in outputs]
+    try:
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
+    except RuntimeError:
+        return outputs, None
+    return outputs, [g for g in gradients if g is not None]
 
 
 def _largest(before: list[Tensor], after: list[Tensor]) -> float:
@@ -133,16 +143,16 @@ def page(rows: list[Row], measured: int) -> str:
     for name in REWRITES:
         done = [row for row in rows if row.rewrite == name and not row.refused]
         if done:
-            outputs, gradients = (max(getattr(row, field) for row in done) for field in ("outputs", "gradients"))
+            outputs = max(row.outputs for row in done)
+            gradients = max(row.gradients or 0.0 for row in done)
             modules = sum(row.sites for row in done)
             lines.append(f"| `{name}` | {len(done)} | {modules} | {outputs:.1e} | {gradients:.1e} |")
     for name in REWRITES:
         lines += ["", f"## {name}", "", "| family | classes | modules | outputs | gradients |", "|---|---|--:|--:|--:|"]
         for row in rows:
             if row.rewrite == name and not row.refused:
-                lines.append(
-                    f"| {row.family} | {row.classes} | {row.sites} | {row.outputs:.1e} | {row.gradients:.1e} |"
-                )
+                gradients = "–" if row.gradients is None else f"{row.gradients:.1e}"
+                lines.append(f"| {row.family} | {row.classes} | {row.sites} | {row.outputs:.1e} | {gradients} |")
     refused = [row for row in rows if row.refused]
     if refused:
         lines += ["", "## Refused", "", "| rewrite | family | classes | reason |", "|---|---|---|---|"]

@@ -148,3 +148,22 @@ def test_real_attentions_agree_in_all_sizes() -> None:
     model, example = bert()
     apply_rules(model, rule(exact_gelu), example_inputs=example)
     assert len(list(sites(model))) == 2
+
+
+class WithoutGradients(nn.Module):
+    """It writes to what the backward of exp needs, so autograd refuses its gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.exp()
+        z = y * 2
+        y.add_(1)
+        return F.gelu(z)
+
+
+def test_outputs_alone_are_compared_where_autograd_refuses_the_gradients() -> None:
+    model, x = WithoutGradients(), torch.randn(3, 4)
+    before = model(x)
+    apply_rules(model, rule(exact_gelu), example_inputs=x)
+    assert torch.allclose(model(x), before, atol=1e-6)
+    with pytest.raises(SurgeryError, match="the output differs"):
+        apply_rules(WithoutGradients(), rule(tanh_gelu), example_inputs=x)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from surgery import PlanError, apply_rules, remove, trace
+from surgery import PlanError, SurgeryWarning, apply_rules, remove, trace
 from surgery.rules.rewrites import NoOpsRule, ShareRule
 from tests.support.tiny import bert, gpt2, llama
 
@@ -187,3 +187,16 @@ def test_a_child_called_self_does_not_hide_the_module() -> None:
     assert torch.equal(graph(x), before) and torch.equal(copy.deepcopy(graph)(x), before)
     apply_rules(model, ShareRule(), example_inputs=x)
     assert torch.equal(model(x), before) and calls_of(model, x).count("exp") == 1
+
+
+def test_modules_that_cannot_be_rewritten_stay_beside_others() -> None:
+    first, second, x = Idle(), Idle(), torch.randn(3, 4)
+    model = nn.Sequential(first, second).eval()
+    before = model(x)
+    second.forward = lambda x: Idle.forward(second, x)  # type: ignore[method-assign]
+    with pytest.warns(SurgeryWarning, match="NoOpsRule leaves out 1: .* a forward was set on the instance"):
+        apply_rules(model, NoOpsRule(), example_inputs=x)
+    assert hasattr(type(first), "_surgery_base") and type(second) is Idle
+    assert torch.equal(model(x), before)
+    with pytest.raises(PlanError, match="a forward was set on the instance"):
+        apply_rules(nn.Sequential(second).eval(), NoOpsRule("0"), example_inputs=x)
