@@ -13,7 +13,7 @@
     rules as data       rules_of, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
     several adapters    adapters, active, activate, deactivate, using, route, combine, rename_adapter, copy_adapter,
                         hotswap, pad_rank, as_lora, extract_lora, Adapter, SwapReport, LoraReport, LoraSite
-    merging             merge, unmerge, merge_to, commit, folded_adapter, MergeReport, MergeLoss, TensorLoss
+    merging             merge, unmerge, synced, merge_to, commit, folded_adapter, MergeReport, MergeLoss, TensorLoss
     checkpoints         merge_files, unmerge_files, FileMergeReport, FileUnmergeReport
     files               save_adapter, load_adapter, load_adapters, push_adapter, adapter_state_dict, base_state_dict,
                         load_adapter_state_dict, save_surgery, load_surgery, LoadReport

@@ -50,6 +50,7 @@ from .lora_conversion.as_lora import as_lora
 from .lora_conversion.extract import extract_lora
 from .lora_conversion.report import LoraReport, LoraSite
 from .merging.merge import MergeLoss, MergeReport, TensorLoss, merge, unmerge
+from .merging.synced import synced
 from .model_edits.model_edits import ModelEdits
 from .onnx.checking.parity import ParityReport, verify_onnx
 from .onnx.export import ExportReport, export_onnx
@@ -207,6 +208,7 @@ __all__ = [
     "save_surgery",
     "show",
     "summary",
+    "synced",
     "takes_functions",
     "trace",
     "trace_site",

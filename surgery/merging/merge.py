@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from surgery.arithmetic.rounding import RoundingMode
-from surgery.errors import MergeError, PlanError, SurgeryWarning
+from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
 from surgery.forward.offloaded_weights import is_offloaded, weights_present
 from surgery.forward.parameter_view import tensor_at
 from surgery.merging.example_effect import run_examples
-from surgery.merging.merge_objections import already_merged, objections_to_merge
 from surgery.merging.merge_report import MergeLoss, MergeReport, TensorLoss, tensor_losses, warn_of_losses
 from surgery.merging.merge_settings import Keep, MergeSettings, Quantised
+from surgery.merging.merge_sites import choose_sites, record_of
 from surgery.merging.offloaded_merge import merge_offloaded_site, unmerge_offloaded_site
 from surgery.merging.packed_merge import merge_packed, plain_dtype, unmerge_packed
 from surgery.merging.quantisation_marks import restore_marks, take_off_marks
@@ -27,12 +27,11 @@ from surgery.packed.packed_weight import packed_weight_of
 from surgery.progress import Progress, each_step
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of
-from surgery.state.adapter_naming import adapter_names
 from surgery.state.in_use import check_free
 from surgery.state.merged_tensors import guard_merged, unguard_merged
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_site, take_out_folds
-from surgery.state.records import Merged, ModelState, Sites, SiteState, sites
+from surgery.state.records import ModelState, Sites, SiteState
 from surgery.state.tied_weights import Untied, retie, say_untied
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
@@ -113,39 +112,14 @@ def merge(
     """
     settings = MergeSettings(keep, untie, rounding, generator, safe, quantised, dtype, limit)
     model, state = rewritten(model)
-    names = adapter_names(state, adapter)
     check_free(model)
-    structural = state.structural
-    if adapter is None:
-        names = [name for name in names if state.standing[name].live and name not in structural]
-    elif wrong := [name for name in names if name in structural]:
-        raise MergeError(
-            f"the adapter {wrong[0]!r} can't be merged",
-            why="it changes the model's structure, and not weights",
-            fix="commit(model) makes it final; merge(model) without names merges the other adapters",
-        )
-    live = [name for name, status in state.standing.items() if status.live]  # idle adapters have no effect
-    counted = {*names, *live}
-    chosen_at, all_at = state.rules_at(names), state.rules_at(counted)
-    all_sites = list(sites(model))
-    for _, module, site in all_sites:
-        if id(module) not in all_at:  # not in the model record, such as a copied layer
-            all_at[id(module)] = [applied for applied in site.applied if applied.adapter in counted]
-            chosen_at[id(module)] = [applied for applied in site.applied if applied.adapter in names]
-    chosen_sites = [(path, module, site) for path, module, site in all_sites if chosen_at.get(id(module))]
-    problems = [
-        problem
-        for path, module, site in chosen_sites
-        for problem in objections_to_merge(path, module, site, chosen_at[id(module)], all_at[id(module)], quantised)
-    ]
-    merged = [(path, module, site) for path, module, site in all_sites if site.merged is not None]
-    if merged and all(set(_merged(site).adapters) == set(names) for _, _, site in merged):
+    chosen_merge = choose_sites(model, state, adapter, quantised)
+    names, chosen_sites = chosen_merge.names, chosen_merge.sites
+    chosen_at, all_at, problems = chosen_merge.rules, chosen_merge.counted, list[SurgeryError]()
+    if chosen_merge.merged:
         warning = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} merged already: nothing happens"
         warnings.warn(warning, SurgeryWarning, stacklevel=3)
-        return _report(names, merged)
-    problems += [already_merged(path, _merged(site)) for path, _, site in merged][:1]
-    if problems:
-        raise PlanError(problems)
+        return _report(names, chosen_merge.merged)
     owners, waiting = Owners(model), list[Any]()
     live_outputs = None
     packed_sites = (
@@ -189,7 +163,7 @@ def merge(
                 journal.keep(state.__dict__, state.unquantised)
                 plain = [path for path, module, _ in chosen_sites if id(module) in packed_ids]
                 take_off_marks(model, plain, state, journal)
-            if any(_merged(site).tied for _, _, site in chosen_sites):
+            if any(record_of(site).tied for _, _, site in chosen_sites):
                 journal.keep(state.__dict__)
                 state.untied = say_untied(model, journal)
             if chosen_sites:
@@ -206,11 +180,11 @@ def merge(
 
 def _report(names: Sequence[str], merged_sites: Sequence[tuple[str, nn.Module, SiteState]]) -> MergeReport:
     folds = [
-        (tensor_at(module, name), record) for _, module, site in merged_sites for name, record in _merged(site).folds
+        (tensor_at(module, name), record) for _, module, site in merged_sites for name, record in record_of(site).folds
     ]
     entries = {id(tensor): tensor.numel() for tensor, _ in folds}
-    losses = [loss for path, _, site in merged_sites for loss in tensor_losses(path, _merged(site))]
-    packed = [fold for _, _, site in merged_sites if (fold := _merged(site).packed) is not None]
+    losses = [loss for path, _, site in merged_sites for loss in tensor_losses(path, record_of(site))]
+    packed = [fold for _, _, site in merged_sites if (fold := record_of(site).packed) is not None]
     nbytes = sum(record.nbytes for _, record in folds) + sum(fold.nbytes for fold in packed)
     count = sum(entries.values()) + sum(fold.entries for fold in packed)
     return MergeReport(tuple(names), len(merged_sites), nbytes, count, MergeLoss(tuple(losses)))
@@ -260,18 +234,20 @@ def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: boo
             why = f"{refusal[0]}; the merge noted its folds for whole weights"
             fix = "unmerge(model) before sharding, or forget(model) to keep the weights as they are"
             raise MergeError("the site can't be unmerged", where=path, why=why, fix=fix)
-    offloaded = [(path, module, _merged(site).folds) for path, module, site in merged_sites if is_offloaded(module)]
+    offloaded = [(path, module, record_of(site).folds) for path, module, site in merged_sites if is_offloaded(module)]
     folds = [
         (tensor_at(module, name), r, path)
         for path, module, site in merged_sites
         if not is_offloaded(module)
-        for name, r in _merged(site).folds
+        for name, r in record_of(site).folds
     ]
     for path, module, kept_folds in offloaded:
         with weights_present(module):
             verify_records([(tensor_at(module, name), record) for name, record in kept_folds], path, check)
     verify_records([(tensor, record) for tensor, record, _ in folds], [path for *_, path in folds], check)
-    packed = [(path, module, fold) for path, module, site in merged_sites if (fold := _merged(site).packed) is not None]
+    packed = [
+        (path, module, fold) for path, module, site in merged_sites if (fold := record_of(site).packed) is not None
+    ]
     for path, module, fold in packed if check else ():
         fold.check(module, path)
     live = state.rules_at([name for name, standing in state.standing.items() if standing.live])
@@ -281,7 +257,7 @@ def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: boo
             unmerge_offloaded_site(module, path, kept_folds, check, journal)
         for path, module, site in merged_sites:
             keep_site(journal, module)
-            merged = _merged(site)
+            merged = record_of(site)
             if merged.packed is not None:
                 unmerge_packed(path, module, site, merged, journal)
             for name, parameter in merged.tied.items():
@@ -295,8 +271,3 @@ def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: boo
         unguard_merged(root, journal)
         state.untied = Untied()
         restore_marks(state, journal)
-
-
-def _merged(site: SiteState) -> Merged:
-    assert site.merged is not None
-    return site.merged

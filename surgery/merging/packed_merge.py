@@ -22,10 +22,10 @@ from surgery.state.packed_module import CodeRecord, PackedFold, become_plain
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_site
 from surgery.state.records import Applied, Merged, SiteState
-from surgery.transaction.undo_log import Journal
+from surgery.transaction.undo_log import Journal, Trial
 from surgery.weaving.generated_class import swap_class
 
-__all__ = ["dequantise_all", "merge_packed", "plain_dtype", "unmerge_packed"]
+__all__ = ["dequantise_all", "merge_packed", "merged_dense", "plain_dtype", "unmerge_packed"]
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype | None:
@@ -123,6 +123,32 @@ def unmerge_packed(path: str, module: nn.Module, site: SiteState, merged: Merged
     if packed is not None:
         journal.undo(packed.write, {name: tensor.detach().clone() for name, tensor in packed.tensors().items()})
     fold.take_out(module, path)
+
+
+def merged_dense(
+    path: str,
+    packed: PackedWeight,
+    site: SiteState | None,
+    chosen: list[Applied],
+    dtype: torch.dtype,
+    settings: MergeSettings,
+) -> dict[str, Tensor]:
+    """The tensors of the plain Linear that a merge would put in the place of a quantised module, which stays."""
+    module = packed.module
+    with Trial() as trial:
+        trial.keep(module.__dict__)
+        trial.undo(object.__setattr__, module, "__class__", type(module))
+        become_plain(module, packed, torch.float64 if dtype == torch.float64 else torch.float32)
+        swap_class(module, nn.Linear)
+        if site is not None and chosen:
+            trial.attribute(site, "base")
+            site.base = nn.Linear
+            _fold(path, module, site, chosen)
+        return {
+            name: _rounded(module, tensor.detach(), dtype, settings)
+            for name, tensor in module._parameters.items()
+            if tensor is not None
+        }
 
 
 def _fold(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> None:

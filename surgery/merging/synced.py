@@ -1,0 +1,198 @@
+"""`synced`: the tensors of the merged model by name, one after another, for an inference engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from surgery.arithmetic.exact_fold import Change, folded_value
+from surgery.arithmetic.rounding import RoundingMode
+from surgery.errors import MergeError, SurgeryError
+from surgery.forward.parameter_view import tensor_at
+from surgery.merging.merge_settings import MergeSettings, Quantised
+from surgery.merging.merge_sites import MergeSites, choose_sites
+from surgery.merging.packed_merge import merged_dense, plain_dtype
+from surgery.merging.site_folding import SiteFolding, check_foldable
+from surgery.merging.site_merge import changes_of_rules
+from surgery.packed.packed_weight import PackedWeight, packed_weight_of
+from surgery.patterns.module_walk import base_modules
+from surgery.rewritten_model.state_dict import base_state_dict
+from surgery.rewritten_model.verb_root import rewritten
+from surgery.state.in_use import check_free, claim
+from surgery.state.parameter_owners import Owners
+from surgery.state.records import Applied, SiteState
+from surgery.transaction.neutral_context import neutral
+from surgery.transaction.undo_log import Journal
+
+__all__ = ["synced"]
+
+
+@contextmanager
+def synced(
+    model: nn.Module,
+    adapter: str | Sequence[str] | None = None,
+    *,
+    untie: bool = False,
+    rounding: RoundingMode = "nearest",
+    generator: torch.Generator | None = None,
+    quantised: Quantised = "refuse",
+    dtype: torch.dtype | None = None,
+) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Give the tensors of the merged model by name, to load them into an inference engine between training steps.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules, synced
+    >>> from surgery.rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2, init="random"))
+    >>> engine, x = nn.Sequential(nn.Linear(8, 8)), torch.ones(1, 8)
+    >>> with synced(model) as tensors:
+    ...     _ = engine.load_state_dict(dict(tensors))
+    >>> torch.allclose(engine(x), model(x), atol=1e-6)
+    True
+
+    The tensors have the names, the order and the bits of `base_state_dict` after `merge`. The model itself is not
+    changed: no weight is written, so its bits, gradients and optimisers stay, also after an error. Each merged tensor
+    is computed when it is asked for and is not kept, so memory for one site is enough.
+
+    Args:
+        model: the model.
+        adapter: a name or several names. None: all live adapters.
+        untie: as for `merge`.
+        rounding: as for `merge`.
+        generator: as for `merge`.
+        quantised: "refuse" (default): an error for quantised sites. "dequantise": all quantised modules give their
+            dequantised weight, with the change, under the names of plain Linears.
+        dtype: the dtype of dequantised weights. None: that of the model's other parameters.
+
+    Yields:
+        An iterator of (name, tensor) that ends with the block. A tensor without a change is the model's own memory:
+        copy what is to outlive the next training step.
+
+    Raises:
+        PlanError: as for `merge`.
+        MergeError: quantised="requantise", whose names depend on the backend.
+        SurgeryError: the iterator is used after the block.
+    """
+    settings = MergeSettings("copy", untie, rounding, generator, False, quantised, dtype)
+    if quantised == "requantise":
+        fix = 'synced(model, quantised="dequantise"), or merge(model, quantised="requantise")'
+        raise MergeError("synced does not give codes and scales", why="their names depend on the backend", fix=fix)
+    root, state = rewritten(model)
+    check_free(root)
+    with neutral(root):
+        chosen = choose_sites(root, state, adapter, quantised)
+        tensors = _Tensors(root, chosen, settings)
+    with claim(root):
+        try:
+            yield tensors
+        finally:
+            tensors.closed = True
+
+
+class _Tensors(Iterator[tuple[str, Tensor]]):
+    """The tensors of a merged model, computed one site after another."""
+
+    def __init__(self, root: nn.Module, chosen: MergeSites, settings: MergeSettings):
+        self.root, self.chosen, self.settings, self.closed = root, chosen, settings, False
+        self._owners = Owners(root)
+        self._sites = {path: (module, site) for path, module, site in ([] if chosen.merged else chosen.sites)}
+        self._dense = plain_dtype(root) if settings.dtype is None else settings.dtype
+        self._packed: dict[str, PackedWeight] = {}
+        if settings.quantised == "dequantise":
+            self._packed = {path: weight for path, m in base_modules(root) if (weight := packed_weight_of(m))}
+        self._values: dict[str, Tensor] = {}
+        self._computed: set[str] = set()
+        for path, (module, site) in self._sites.items():  # a shared weight is refused before the first tensor
+            if any(len(self._owners.of(tensor)) > 1 for tensor in module.parameters()):
+                _Folding(path, module, site, settings, {}).run(self._owners, chosen.rules[id(module)])
+        self._items = self._run()
+
+    def __next__(self) -> tuple[str, Tensor]:
+        if self.closed:
+            why, fix = "the tensors are computed from the model as it was there", "use them inside the block"
+            raise SurgeryError("the block of synced has ended", why=why, fix=fix)
+        with neutral(self.root), torch.no_grad():
+            return next(self._items)
+
+    def _run(self) -> Iterator[tuple[str, Tensor]]:
+        done: set[str] = set()
+        for key, tensor in base_state_dict(self.root).items():
+            path = next((p for p in _parents(key) if p in self._packed), None)
+            if path is not None:
+                if path not in done:
+                    done.add(path)
+                    yield from self._dequantised(path)
+                continue
+            for parent in _parents(key):
+                if parent in self._sites and parent not in self._computed:
+                    self._compute(parent)
+            yield key, self._values.pop(key, tensor.detach())
+
+    def _compute(self, top: str) -> None:
+        """Fold the rules of a site, and of the sites inside it, which may change the same tensors."""
+        for path, (module, site) in self._sites.items():
+            if path == top or not top or path.startswith(f"{top}."):
+                if path not in self._packed:
+                    rules = self.chosen.rules[id(module)]
+                    _Folding(path, module, site, self.settings, self._values).run(self._owners, rules)
+                self._computed.add(path)
+
+    def _dequantised(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        packed = self._packed[path]
+        dtype = self._dense or packed.dtype
+        entry = self._sites.get(path)
+        rules = self.chosen.rules[id(entry[0])] if entry is not None else []
+        values = merged_dense(path, packed, entry[1] if entry is not None else None, rules, dtype, self.settings)
+        for name, value in values.items():
+            yield f"{path}.{name}" if path else name, value
+
+
+class _Folding(SiteFolding):
+    """Folds the rules of a site into new tensors. The module keeps its own."""
+
+    def __init__(
+        self, path: str, module: nn.Module, site: SiteState, settings: MergeSettings, values: dict[str, Tensor]
+    ):
+        super().__init__(module, site.base, path, settings, Journal())
+        self.site, self.values = site, values
+        self._originals: dict[str, Tensor] = {}
+
+    def run(self, owners: Owners, rules: list[Applied]) -> None:
+        with torch.no_grad():
+            for _, changes in changes_of_rules(self.module, self.site, rules, self):
+                for name, change in changes.items():
+                    check_foldable(owners, self.module, name, change, self.where, self.settings.untie)
+                    self.add(name, change)
+            self.finish()
+
+    def tensor(self, name: str) -> Tensor:
+        return self.values.get(self._key(name), tensor_at(self.module, name).detach())
+
+    def source(self, name: str, base: bool) -> Tensor:
+        self._flush(name)
+        return self._originals.get(name, self.tensor(name)) if base else self.tensor(name)
+
+    def mark_base(self) -> None:
+        super().mark_base()
+        self._originals.clear()
+
+    def _key(self, name: str) -> str:
+        return f"{self.where}.{name}" if self.where else name
+
+    def _fold(self, name: str, change: Change) -> None:
+        tensor = self.tensor(name)
+        if isinstance(change, Tensor) and change.shape != tensor.shape:
+            shapes = f"{tuple(change.shape)}, not {tuple(tensor.shape)}"
+            raise MergeError(f"a merged {name} has the shape {shapes}", where=self.where)
+        self._originals.setdefault(name, tensor)
+        self.values[self._key(name)] = folded_value(tensor, change, self._rounding(name))
+
+
+def _parents(key: str) -> list[str]:
+    """The paths of the modules around a tensor, from the model itself to the module that has it."""
+    parts = key.split(".")[:-1]
+    return [".".join(parts[:count]) for count in range(len(parts) + 1)]
