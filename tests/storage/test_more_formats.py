@@ -12,8 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from surgery import LoadError, SurgeryError, SurgeryWarning, apply_rules, convert_adapter, load_adapter, save_adapter
-from surgery.rules import LoraRule
+from surgery import (
+    LoadError,
+    SurgeryError,
+    SurgeryWarning,
+    apply_rules,
+    convert_adapter,
+    load_adapter,
+    remove,
+    save_adapter,
+)
+from surgery.rules import LokrRule, LoraRule
 from tests.support.foreign_formats import change_of, low_rank, model_of_paths, random, same, write
 
 CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}  # float32 sums in another order
@@ -57,6 +66,23 @@ def lokr(low: bool) -> tuple[dict[str, Tensor], Tensor]:
     return tensors, torch.kron(w1, random(3, 4))  # of factors in full the scale is 1
 
 
+def glora() -> tuple[dict[str, Tensor], Tensor]:
+    sizes = {"a1": (8, 2), "a2": (2, 8), "b1": (6, 2), "b2": (2, 8)}
+    tensors = {f"{LAYERS}.{name}.weight": random(*size) for name, size in sizes.items()}
+    a1, a2, b1, b2 = tensors.values()
+    return {**tensors, f"{LAYERS}.alpha": torch.tensor(1.0)}, 0.5 * (random(6, 8) @ a1 @ a2 + b1 @ b2)
+
+
+def oft(bound: float) -> tuple[dict[str, Tensor], Tensor]:
+    blocks = random(2, 3, 3)
+    turn = blocks - blocks.transpose(1, 2)
+    norm = float(turn.norm())
+    turn = turn * (bound * 6 / norm) if 0 < bound * 6 < norm else turn
+    rotation = torch.block_diag(*((torch.eye(3) + one) @ torch.linalg.inv(torch.eye(3) - one) for one in turn))
+    weight = random(6, 8)
+    return {f"{LAYERS}.oft_blocks": blocks, f"{LAYERS}.alpha": torch.tensor(bound)}, rotation.T @ weight - weight
+
+
 def full() -> tuple[dict[str, Tensor], Tensor]:
     return {f"{LAYERS}.diff": random(6, 8)}, random(6, 8)
 
@@ -66,13 +92,19 @@ def locon() -> tuple[dict[str, Tensor], Tensor]:
     return tensors, 0.5 * tensors[f"{LAYERS}.lora_up.weight"] @ tensors[f"{LAYERS}.lora_down.weight"]
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr low", "lokr", "full", "locon"])
+LYCORIS: dict[str, Any] = {
+    "loha": loha, "lokr": lambda: lokr(False), "lokr low": lambda: lokr(True), "full": full, "locon": locon,
+    "glora": glora, "oft": lambda: oft(0.0), "bounded oft": lambda: oft(0.01),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
 def test_lycoris(tmp_path: Path, kind: str) -> None:
-    made = {"loha": loha, "lokr": lambda: lokr(False), "lokr low": lambda: lokr(True), "full": full, "locon": locon}
-    tensors, delta = made[kind]()
+    tensors, delta = LYCORIS[kind]()
     model = model_of_paths({"blocks.0.to_q": nn.Linear(8, 6)})
+    model.get_submodule("blocks.0.to_q").weight.data.copy_(random(6, 8))  # type: ignore[union-attr, operator]
     check(model, write(tmp_path / "a.safetensors", tensors), "blocks.0.to_q", delta, "lycoris")
-    if kind != "full":
+    if kind in ("loha", "lokr", "lokr low", "locon"):
         save_adapter(model, tmp_path / "out", format="lycoris")
         written = load_file(tmp_path / "out/lycoris.safetensors")
         assert same(written, tensors, leave=[".alpha"] if kind == "lokr" else [])
@@ -113,6 +145,27 @@ def test_what_lycoris_has_and_no_rule_is_refused(tmp_path: Path, key: str) -> No
     tensors[f"{LAYERS}.{key}"] = random(6, 1)
     with pytest.raises(LoadError, match=key.replace(".", r"\.")):
         load_adapter(model_of_paths({"blocks.0.to_q": nn.Linear(8, 6)}), write(tmp_path / "a.safetensors", tensors))
+
+
+def test_lokr_of_other_divisors_is_loaded_as_lora(tmp_path: Path) -> None:
+    """LyCORIS exchanges the factors of a size where the first is the larger one; PEFT's LoKr does not."""
+    w1, a, b = random(2, 1), random(3, 1), random(1, 8)
+    tensors = {f"{LAYERS}.lokr_w1": w1, f"{LAYERS}.lokr_w2_a": a, f"{LAYERS}.lokr_w2_b": b}
+    tensors[f"{LAYERS}.alpha"] = torch.tensor(2.0)
+    model = model_of_paths({"blocks.0.to_q": nn.Linear(8, 6)})
+    file = write(tmp_path / "a.safetensors", tensors)
+    report = check(model, file, "blocks.0.to_q", 2.0 * torch.kron(w1, a @ b), "lycoris")
+    assert any("is loaded as LoRA" in text for text in report.assumed) and report.rules[0].label == "LoraRule"
+
+
+def test_a_scale_of_lokr_in_full_is_told(tmp_path: Path) -> None:
+    model = apply_rules(model_of_paths({"a": nn.Linear(4, 4)}), LokrRule("a", rank=2, alpha=3, init="random"))
+    x = random(2, 4)
+    expected = model.get_submodule("a")(x)
+    with pytest.warns(SurgeryWarning, match="at a it is multiplied into lokr_w1"):
+        save_adapter(model, tmp_path, format="lycoris")
+    load_adapter(remove(model), tmp_path)
+    assert torch.allclose(model.get_submodule("a")(x), expected, **CLOSE)
 
 
 def test_lycoris_to_peft_and_back(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ class Change:
     """The change of one module: W + scale · (what its kind computes from the tensors).
 
     `kind`: one of `table.KINDS`. `tensors`: by part, as PEFT has them: A (rank, in), B (out, rank). `embedding`: the
-    module is a table of embeddings.
+    module is a table of embeddings. `fields`: PEFT's fields that the tensors show together with the model's module.
     """
 
     kind: str
@@ -24,6 +24,7 @@ class Change:
     scale: float = 1.0
     rank: int = 0
     embedding: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

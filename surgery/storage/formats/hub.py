@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
@@ -21,7 +20,7 @@ from surgery.planning.plan import Plan
 from surgery.state.base_tensors import base_tensor
 from surgery.storage.formats.contents import Change, Contents
 from surgery.storage.formats.file_tensor import FileTensor
-from surgery.storage.formats.lokr_factor import lokr_fields
+from surgery.storage.formats.fitting import fitted_change
 from surgery.storage.formats.scales import peft_fields
 from surgery.storage.formats.table import format_named
 
@@ -45,7 +44,10 @@ def on_model(contents: Contents, model: nn.Module, component: str | None, metada
     changes = contents.changes[chosen]
     if len(contents.changes) > 1:
         assumed.append(f"of a file of several components, {chosen} was loaded")
-    fitted = {path: _fitted(path, change, modules, spelt, assumed) for path, change in changes.items()}
+    fitted = {
+        path: fitted_change(change, (here := spelt.moved.get(path, path)), modules.by_path.get(here), assumed)
+        for path, change in changes.items()
+    }
     groups: dict[tuple[Any, ...], dict[str, Change]] = {}
     for path, change in fitted.items():
         groups.setdefault(_group(path, change), {})[path] = change
@@ -102,11 +104,7 @@ def _group(path: str, change: Change) -> tuple[Any, ...]:
         raise SurgeryError("the change can't be represented exactly", where=change.tensors["magnitude"].key, why=why)
     if kind in ("norm difference", "value"):
         return ("norm",)
-    return kind, dora, "B_bias" in names, "hada_t1" in names or "lokr_t2" in names, *_lokr_group(change)
-
-
-def _lokr_group(change: Change) -> tuple[Any, ...]:
-    return tuple(lokr_fields(change).items()) if change.kind == "lokr" else ()
+    return kind, dora, "B_bias" in names, "hada_t1" in names or "lokr_t2" in names, *change.fields.items()
 
 
 def _is_norm(group: Mapping[str, Change]) -> bool:
@@ -167,70 +165,3 @@ def _file(tensors: Mapping[str, FileTensor], metadata: Mapping[str, str]) -> Ten
         kept,
         lambda key: tensors[key].read(),
     )
-
-
-# What a rule here needs -------------------------------------------------------------------------------------------
-
-
-def _fitted(path: str, change: Change, modules: Modules, spelt: Spelt, assumed: list[str]) -> Change:
-    """The change in the terms of a rule: in the shape of the model's module, with equal numbers."""
-    module = modules.by_path.get(spelt.moved.get(path, path))
-    tensors = dict(change.tensors)
-    if change.kind in ("difference", "bias difference"):
-        _tell(assumed, "changes in full are loaded as LoRA of full rank, with an identity matrix")
-        return _as_lora(change, module)
-    if change.kind != "lora":
-        return change
-    if "mid" in tensors:
-        middle, down = tensors.pop("mid"), tensors["A"]
-        shape = (middle.shape[0], down.shape[1], *middle.shape[2:])
-        tensors["A"] = FileTensor(shape, down.dtype, lambda: _inner(middle.read(), down.read()), middle.key)
-        _tell(assumed, "lora_mid is multiplied into lora_down, to one kernel")
-    kernel = len(getattr(module, "kernel_size", ())) if module is not None else None
-    for part in ("A", "B"):
-        tensor = tensors[part]
-        if kernel == 0 and len(tensor.shape) > 2 and not set(tensor.shape[2:]) - {1}:
-            tensors[part] = tensor.convert(lambda value: value.flatten(1))
-            _tell(assumed, "kernels of size 1 are loaded as the matrices of Linears")
-        elif kernel and len(tensor.shape) == 2:
-            tensors[part] = tensor.convert(lambda value, kernel=kernel: value.reshape(*value.shape, *[1] * kernel))
-            _tell(assumed, "matrices are loaded as kernels of size 1")
-    return Change("lora", tensors, change.scale, change.rank, change.embedding)
-
-
-def _tell(assumed: list[str], what: str) -> None:
-    if what not in assumed:
-        assumed.append(what)
-
-
-def _inner(middle: Tensor, down: Tensor) -> Tensor:
-    return torch.einsum("iq...,qj->ij...", middle, down.flatten(1)).contiguous()
-
-
-def _as_lora(change: Change, module: nn.Module | None) -> Change:
-    """A change in full as a LoRA whose other half is an identity matrix; a bias as the bias of its second half."""
-    tensors: dict[str, FileTensor] = {}
-    if "diff" in change.tensors:
-        diff = change.tensors["diff"]
-        if len(diff.shape) < 2:
-            raise SurgeryError("the difference of a vector can't be represented as LoRA", where=diff.key)
-        out, kernel = diff.shape[0], diff.shape[2:]
-        if kernel or out <= diff.shape[1]:
-            eye = torch.eye(out, dtype=diff.dtype).reshape(out, out, *[1] * len(kernel))
-            tensors = {"A": diff, "B": FileTensor.of(eye)}
-        else:
-            tensors = {"A": FileTensor.of(torch.eye(diff.shape[1], dtype=diff.dtype)), "B": diff}
-    else:
-        weight = getattr(module, "weight", None)
-        if weight is None or weight.dim() < 2:
-            where = change.tensors["diff_b"].key
-            raise SurgeryError("the difference of this bias can't be represented as LoRA", where=where)
-        inner, dtype = (1, *weight.shape[1:]), change.tensors["diff_b"].dtype
-        outer = (weight.shape[0], 1, *[1] * (weight.dim() - 2))
-        tensors = {
-            "A": FileTensor.of(torch.zeros(inner, dtype=dtype)),
-            "B": FileTensor.of(torch.zeros(outer, dtype=dtype)),
-        }
-    if "diff_b" in change.tensors:
-        tensors["B_bias"] = change.tensors["diff_b"]
-    return Change("lora", tensors, 1.0, tensors["A"].shape[0])

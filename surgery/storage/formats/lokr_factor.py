@@ -10,8 +10,11 @@ from surgery.storage.formats.contents import Change
 __all__ = ["lokr_fields"]
 
 
-def lokr_fields(change: Change) -> dict[str, Any]:
-    """PEFT's `decompose_both` and `decompose_factor` for the tensors of one LoKr."""
+def lokr_fields(change: Change, size: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """PEFT's `decompose_both` and `decompose_factor` for the tensors of one LoKr.
+
+    `size`: the shape of the module's weight, (out, in, *kernel), if it is known.
+    """
     tensors = change.tensors
     first = (
         tensors["lokr_w1"].shape
@@ -25,6 +28,8 @@ def lokr_fields(change: Change) -> dict[str, Any]:
     else:  # of a kernel that is not factored, w2_b has the kernel's numbers, too
         second = (tensors["lokr_w2_a"].shape[0], tensors["lokr_w2_b"].shape[1])
     sizes = [(first[0], first[0] * second[0]), (first[1], first[1] * second[1])]
+    if size is not None:
+        sizes = [(first[0], size[0]), (first[1], size[1])]
     for factor in (-1, first[0], first[1], *range(2, 1 + max(first))):
         if all(_smaller(total, factor) == small for small, total in sizes):
             return {"decompose_both": "lokr_w1_a" in tensors, "decompose_factor": factor}

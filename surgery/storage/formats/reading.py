@@ -195,7 +195,7 @@ def _is_embedding(path: str, base: BaseFacts, contents: Contents) -> bool:
 
 
 def _rank(kind: str, tensors: Mapping[str, FileTensor]) -> int:
-    name = {"lora": ("A",), "loha": ("hada_w1_b",), "lokr": ("lokr_w2_b", "lokr_w1_b")}.get(kind, ())
+    name = {"lora": ("A",), "loha": ("hada_w1_b",), "glora": ("a2",), "lokr": ("lokr_w2_b", "lokr_w1_b")}.get(kind, ())
     there = next((tensors[each] for each in name if each in tensors), None)
     return there.shape[0] if there is not None and there.shape else 0
 

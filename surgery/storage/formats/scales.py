@@ -70,6 +70,8 @@ def _read_alpha_keys(contents: Contents, settings: Any, header: Mapping[str, Any
     unsaid: list[str] = []
     common = next((number(header[name], f"the header's {name}") for name in _HEADER_ALPHA if name in header), None)
     for _, path, change in contents.each():
+        if change.kind == "oft":  # its alpha bounds a norm
+            continue
         tensor = change.tensors.pop("alpha", None)
         if not change.rank:  # a change in full has no rank, and LyCORIS gives it the scale 1
             change.scale = 1.0
@@ -89,15 +91,32 @@ def _read_alpha_keys(contents: Contents, settings: Any, header: Mapping[str, Any
 
 
 def _write_alpha_keys(contents: Contents, written: Written) -> None:
-    for _, _, change in contents.each():
+    for _, path, change in contents.each():
         if not change.rank and change.kind != "lokr":
             continue
+        if change.kind == "lokr":
+            _write_lokr_scale(path, change, written)
         dtype = next(iter(change.tensors.values())).dtype
         alpha = torch.tensor(alpha_of(change.scale, change.rank) if change.rank else 1.0, dtype=torch.float64)
         fits = dtype.is_floating_point and torch.equal(alpha.to(dtype).double(), alpha)
         change.tensors["alpha"] = FileTensor.of(alpha.to(dtype if fits else torch.float32))
     ranks, alphas = _counted(contents)
     written.values |= {"rank": ranks[0] if ranks else 0, "alpha": alphas[0] if alphas else 1}
+
+
+def _write_lokr_scale(path: str, change: Change, written: Written) -> None:
+    """LyCORIS gives factors in full the scale 1, and divides sizes so that the first factor is the smaller one."""
+    tensors = change.tensors
+    if {"lokr_w1", "lokr_w2"} <= set(tensors) and change.scale != 1:
+        scale = change.scale
+        tensors["lokr_w1"] = tensors["lokr_w1"].convert(lambda w1: _times(w1, scale))
+        change.scale = 1.0
+        written.notes.append(f"LyCORIS has no scale for a LoKr in full: at {path} it is multiplied into lokr_w1")
+    if "lokr_w1" in tensors and "lokr_t2" not in tensors:
+        halves = [tensors.get("lokr_w2") or tensors[f"lokr_w2_{name}"] for name in "ab"]
+        second = [half.shape[axis] for axis, half in enumerate(halves)]
+        if any(one > two for one, two in zip(tensors["lokr_w1"].shape, second, strict=True)):
+            written.notes.append(f"LyCORIS itself does not open the LoKr at {path}: its first factor is the larger one")
 
 
 def _counted(contents: Contents) -> tuple[list[int], list[float]]:
@@ -302,7 +321,7 @@ def peft_fields(changes: Mapping[str, Change]) -> dict[str, Any]:
     if any({"hada_t1", "lokr_t2"} & set(change.tensors) for change in changes.values()):
         config["use_effective_conv2d"] = True
     if kind == "lokr":
-        fields = {path: lokr_fields(change) for path, change in changes.items()}
+        fields = {path: change.fields or lokr_fields(change) for path, change in changes.items()}
         first = next(iter(fields.values()))
         if others := [path for path, each in fields.items() if each != first]:
             why = f"decompose_factor and decompose_both are {first} for others, and {fields[others[0]]} here"

@@ -96,6 +96,8 @@ KINDS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
     "difference": (frozenset({"diff"}), frozenset({"diff_b", "alpha"})),
     "bias difference": (frozenset({"diff_b"}), frozenset({"alpha"})),
+    "oft": (frozenset({"oft_blocks"}), frozenset({"rescale", "alpha"})),
+    "glora": (frozenset({"a1", "a2", "b1", "b2"}), frozenset({"bm", "alpha"})),
     "norm difference": (frozenset({"w_norm"}), frozenset({"b_norm", "alpha"})),
     "value": (frozenset({"value"}), frozenset()),
 }
