@@ -15,7 +15,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,7 +37,6 @@ from surgery.rules.rewrites import (
 )
 from tests.support import ROOT
 from tests.support.families import FAMILIES, Family
-from tests.support.family_runs import tensors
 
 PAGE = ROOT / "docs" / "reference" / "rewrites-models.md"
 
@@ -102,28 +101,41 @@ def rows_of(family: Family) -> Iterator[Row]:
         row.classes, row.sites = ", ".join(changed), changed.total()
         try:
             after = _results(model, inputs)
-            row.outputs = _largest(before[0], after[0])
-            row.gradients = None if before[1] is None or after[1] is None else _largest(before[1], after[1])
         finally:
             remove(model)
+        own = before if after[0].keys() == before[0].keys() else _results(model, inputs, after[0].keys())
+        row.outputs = _largest([*own[0].values()], [*after[0].values()])
+        row.gradients = None if own[1] is None or after[1] is None else _largest(own[1], after[1])
         yield row
 
 
-def _results(model: nn.Module, inputs: Any) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Returns the outputs of a call, and the gradients of the sum of their squares.
+def _results(
+    model: nn.Module, inputs: Any, only: Collection[str] | None = None
+) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+    """Returns the outputs of a call by their place, and the gradients of the sum of their squares.
 
-    The gradients are None where autograd refuses them: some forwards write to what the backward needs.
+    `only`: the outputs that count, such as those that a rewrite does not omit. The gradients are None where autograd
+    refuses them: some forwards write to what the backward needs.
     """
     torch.manual_seed(1)
-    outputs = [tensor for tensor in tensors(model(**inputs)) if tensor.is_floating_point()]
+    outputs = {name: x for name, x in _named(model(**inputs)) if x.is_floating_point() and (not only or name in only)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss = sum((tensor.float().square().mean() for tensor in outputs if tensor.requires_grad), torch.zeros(()))
-    outputs = [tensor.detach() for tensor in outputs]
+    loss = sum((tensor.float().square().mean() for tensor in outputs.values() if tensor.requires_grad), torch.zeros(()))
+    outputs = {name: tensor.detach() for name, tensor in outputs.items()}
     try:
         gradients = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else ()
     except RuntimeError:
         return outputs, None
     return outputs, [g for g in gradients if g is not None]
+
+
+def _named(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yields all tensors of a model's output with their places, without caches."""
+    if isinstance(output, Tensor):
+        yield name, output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for key, value in output.items() if isinstance(output, Mapping) else enumerate(output):
+            yield from _named(value, f"{name}.{key}")
 
 
 def _largest(before: list[Tensor], after: list[Tensor]) -> float:
