@@ -16,6 +16,7 @@ from surgery.merging.quantisation_marks import take_off_marks
 from surgery.merging.site_folding import SiteFolding, check_foldable, fold_into
 from surgery.merging.site_merge import NotFiniteError, changes_of_rules
 from surgery.packed.packed_weight import PackedWeight, packed_weight_of
+from surgery.packed.quantised_class import plain_class
 from surgery.packed.requantising import choose_codes
 from surgery.patterns.module_walk import base_modules
 from surgery.state.packed_module import CodeRecord, PackedFold, become_plain
@@ -59,9 +60,8 @@ def merge_packed(
     fold = PackedFold(packed.layout, entries=math.prod(packed.shape), stored=packed.nbytes)
     dtype = settings.dtype or packed.dtype
     plain = become_plain(module, packed, torch.float64 if settings.dtype == torch.float64 else torch.float32)
-    before = site.base
-    site.base = nn.Linear
-    swap_class(module, nn.Linear)
+    before, site.base = site.base, plain_class(module)
+    swap_class(module, site.base)
     own = {name: tensor.detach().clone() for name, tensor in module._parameters.items() if tensor is not None}
     _fold(path, module, site, chosen)
     wanted = {name: tensor.detach() for name, tensor in module._parameters.items() if tensor is not None}
@@ -96,7 +96,7 @@ def dequantise_all(model: nn.Module, dtype: torch.dtype | None, journal: Journal
             journal.keep(module.__dict__)
             journal.undo(object.__setattr__, module, "__class__", type(module))
             become_plain(module, packed, dtype or packed.dtype)
-            swap_class(module, nn.Linear)
+            swap_class(module, plain_class(module))
             plain.append(path)
     take_off_marks(model, plain, None, journal)
 
@@ -139,10 +139,11 @@ def merged_dense(
         trial.keep(module.__dict__)
         trial.undo(object.__setattr__, module, "__class__", type(module))
         become_plain(module, packed, torch.float64 if dtype == torch.float64 else torch.float32)
-        swap_class(module, nn.Linear)
+        plain = plain_class(module)
+        swap_class(module, plain)
         if site is not None and chosen:
             trial.attribute(site, "base")
-            site.base = nn.Linear
+            site.base = plain
             _fold(path, module, site, chosen)
         return {
             name: _rounded(module, tensor.detach(), dtype, settings)

@@ -171,7 +171,8 @@ def become_plain(module: nn.Module, packed: PackedWeight, dtype: torch.dtype) ->
         trains = isinstance(bias, nn.Parameter) and bias.requires_grad
         new.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=trains)
     before, fresh = dict(module.__dict__), new.__dict__
-    packages = {cls.__module__.partition(".")[0] for cls in (*base.__mro__, type(weight), type(packed))} - _NOT_BACKENDS
+    owners = (*base.__mro__, type(weight), type(packed), type(module.__dict__.get("quantization_scheme")))
+    packages = {cls.__module__.partition(".")[0] for cls in owners} - _NOT_BACKENDS
     after: dict[str, Any] = {}
     for name, value in before.items():
         if name in _HOOKS:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, dtype, nn
 
 from surgery.packed.packed_weight import PackedWeight
+from surgery.packed.quantised_class import AbstractLayout, inherits_from_abc
 from surgery.state.records import SiteState, site_state
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.generated_class import swap_class
@@ -19,6 +20,10 @@ class DequantisedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+
+
+class _AbstractDequantisedLinear(AbstractLayout, DequantisedLinear):
+    """The same for modules whose class inherits from `abc.ABC`."""
 
 
 def replace_packed(packed: PackedWeight, journal: Journal | None = None, into: dtype | None = None) -> None:
@@ -45,13 +50,14 @@ def replace_packed(packed: PackedWeight, journal: Journal | None = None, into: d
     if "bias" not in module._buffers:
         module._parameters.setdefault("bias", None)
     module.__dict__.update(out_features=out_features, in_features=in_features)
-    swap_class(module, DequantisedLinear)
+    base = _AbstractDequantisedLinear if inherits_from_abc(module) else DequantisedLinear
+    swap_class(module, base)
     if state is not None:
-        _replace_base(module, state, journal)
+        _replace_base(module, state, base, journal)
 
 
-def _replace_base(module: nn.Module, state: SiteState, journal: Journal | None) -> None:
-    state.base = DequantisedLinear
+def _replace_base(module: nn.Module, state: SiteState, base: type[nn.Module], journal: Journal | None) -> None:
+    state.base = base
     state.woven = None
     state.classes.clear()
     for applied in state.applied:

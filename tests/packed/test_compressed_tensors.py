@@ -88,11 +88,8 @@ def test_the_weight_is_what_the_layer_gets_when_it_is_decompressed(scheme: Any, 
     assert torch.equal(packed.dequantise(), packed_weight_of(other[0]).dequantise())  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["packed int4 symmetric", "int8", "fp8"])
-@pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
-def test_adapters_on_a_checkpoint_that_transformers_loads(
-    name: str, called: bool, optional: Load, tmp_path: Path
-) -> None:
+def checkpoint(name: str, optional: Load, folder: Path) -> Any:
+    """Writes a quantised Llama. Returns transformers."""
     compressors: Any = optional("compressed_tensors.compressors")
     transformers: Any = optional("transformers")
     settings, kind = SCHEMES[name]
@@ -102,9 +99,17 @@ def test_adapters_on_a_checkpoint_that_transformers_loads(
     model = quantised(optional, transformers.LlamaForCausalLM(config), settings, kind)
     compressor = compressors.ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
-    model.save_pretrained(tmp_path)
-    compressor.update_config(tmp_path)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    return transformers
 
+
+@pytest.mark.parametrize("name", ["packed int4 symmetric", "int8", "fp8"])
+@pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
+def test_adapters_on_a_checkpoint_that_transformers_loads(
+    name: str, called: bool, optional: Load, tmp_path: Path
+) -> None:
+    transformers = checkpoint(name, optional, tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     if called:
@@ -121,6 +126,35 @@ def test_adapters_on_a_checkpoint_that_transformers_loads(
         remove(unmerge(loaded))
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(loaded(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["packed int4 symmetric", "fp8"])
+def test_merging_before_the_first_call_makes_plain_linears(name: str, optional: Load, tmp_path: Path) -> None:
+    transformers = checkpoint(name, optional, tmp_path)
+    live, merged = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path) for _ in range(2))
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    for model in (live, merged):
+        torch.manual_seed(1)
+        apply_rules(model, LoraRule("all-linear", rank=4, init="random"))
+    merge(merged, quantised="dequantise")
+    projection = merged.model.layers[0].self_attn.q_proj
+    assert type(projection).forward is nn.Linear.forward and not hasattr(projection, "quantization_scheme")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, live(ids).logits, rtol=1e-3, atol=1e-3)
+
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    layer = packed_weight_of(merged.model.layers[0].self_attn.q_proj)
+    assert layer is not None
+    before = {name: tensor.clone() for name, tensor in layer.tensors().items()}
+    apply_rules(merged, LoraRule("all-linear", rank=4, init="random"))
+    merge(merged, quantised="dequantise")
+    remove(unmerge(merged))
+    assert all(
+        torch.equal(before[key].view(torch.uint8), tensor.view(torch.uint8)) for key, tensor in layer.tensors().items()
+    )
+    with torch.no_grad():
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(merged(ids).logits, plain(ids).logits)
 
 
 def test_rounded_inputs_are_refused_with_the_way(optional: Load) -> None:

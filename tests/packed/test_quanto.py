@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import apply_rules, packed_weight_of, remove
+from surgery import apply_rules, merge, packed_weight_of, remove, unmerge
 from surgery.rules import LoraRule
 
 Load = Callable[[str], ModuleType]
@@ -66,6 +66,30 @@ def test_lora_is_plain_arithmetic(kind: str, optional: Load) -> None:
     assert params.A.grad is not None and params.B.grad is not None
     remove(model)
     assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("kind", ["qint4", "qint8", "qfloat8"])
+@pytest.mark.parametrize("how", ["dequantise", "requantise"])
+def test_merging_and_its_inverse(kind: str, how: str, optional: Load) -> None:
+    model, x = build(optional, kind, torch.float32), torch.randn(5, 256)
+    apply_rules(model, LoraRule("all-linear", rank=4, init="random"))
+    live = model(x).detach()
+    packed = packed_weight_of(model[0])
+    assert packed is not None
+    before = {name: tensor.clone() for name, tensor in packed.tensors().items()}
+    if how == "dequantise":
+        merge(model, quantised="dequantise")
+        assert isinstance(model[0], nn.Linear) and packed_weight_of(model[0]) is None
+        torch.testing.assert_close(model(x), live, rtol=1e-4, atol=1e-4)
+    else:
+        merge(model, quantised="requantise", limit=None)
+        assert (model(x) - live).norm() < 0.2 * live.norm()  # 4 bits in groups of 128
+    unmerge(model)
+    assert torch.equal(model(x), live)
+    packed = packed_weight_of(model[0])
+    assert packed is not None
+    for name, tensor in packed.tensors().items():
+        assert torch.equal(before[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
 def test_a_layer_that_is_not_frozen_has_an_ordinary_weight(optional: Load) -> None:
