@@ -24,7 +24,7 @@ def runs_more(module: nn.Module) -> bool:
     return any(getattr(module, name, False) for name in ("adapter", "online_full_had", "online_partial_had"))
 
 
-class AbstractLayout(ABC):
+class AbstractLayout(ABC):  # noqa: B024  # for its layout alone
     """Gives a class the memory layout of classes that inherit from `abc.ABC`, such as optimum-quanto's `QLinear`.
 
     Python assigns a new class to an object only if both have the same layout.
