@@ -26,6 +26,8 @@ def take_off_marks(model: nn.Module, plain: list[str], state: ModelState | None,
     """
     modules = list(base_modules(model))
     remaining = any(packed_weight_of(module) is not None for _, module in modules)
+    # Without a list, transformers chooses modules such as the head itself; with a list, these alone.
+    unpacked = [p for p, m in modules if isinstance(m, nn.Linear) and p not in plain and not packed_weight_of(m)]
     owners: dict[int, Any] = {}
     for _, module in modules:
         config = module.__dict__.get("config")
@@ -38,7 +40,7 @@ def take_off_marks(model: nn.Module, plain: list[str], state: ModelState | None,
     for owner in owners.values():
         if remaining:
             before = {name: owner.__dict__[name] for name in _SKIPPED if name in owner.__dict__}
-            after = {name: [*(value or ()), *plain] for name, value in before.items()}
+            after = {name: [*(value or unpacked), *plain] for name, value in before.items()}
         else:
             before = {name: owner.__dict__[name] for name in (*_MARKS, "quantization_config") if name in owner.__dict__}
             after = {}

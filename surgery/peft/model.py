@@ -17,6 +17,7 @@ import surgery
 from surgery.errors import RuleError, SurgeryError, SurgeryWarning, near_misses
 from surgery.lifecycle.switching import set_trained
 from surgery.merging.merge import ensure_unmerged
+from surgery.merging.merge_settings import Quantised
 from surgery.merging.site_merge import NotFiniteError
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.add_idle import new_adapters_idle
@@ -315,10 +316,20 @@ class PeftModel(FacadeProperties):
         return dummy(self._base) if example is None and needed else example
 
     @whole
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        quantised: Quantised = "dequantise",
+        limit: float | None = 0.10,
+    ) -> None:
         """Fold adapters (default: the active ones) into the weights; `unmerge_adapter` restores the weights' bits.
 
         As in PEFT, active adapters that are not merged take no part in a call until `unmerge_adapter`.
+
+        Quantised modules become plain Linears until then, with a warning. PEFT rounds the sum to codes instead and
+        loses small changes. `quantised` and `limit`: as for `surgery.merge`.
         """
         if isinstance(adapter_names, str):
             what = f"adapter_names should be a list of strings, got {adapter_names!r}."
@@ -335,7 +346,7 @@ class PeftModel(FacadeProperties):
             warnings.warn(f"{more} You are now additionally merging {','.join(new)}.", SurgeryWarning, stacklevel=3)
             unmerge(self._base)
         try:
-            merge_alone(self._base, [*merged, *new], safe_merge)
+            merge_alone(self._base, [*merged, *new], safe_merge, quantised, limit)
         except NotFiniteError as error:
             what = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
             raise as_builtin(NotFiniteError(what, where=error.where, why=error.why, fix=error.fix)) from None
@@ -348,12 +359,23 @@ class PeftModel(FacadeProperties):
         unmerge(self._base)
 
     @whole
-    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
-        """Return the plain model with adapters (default: the active ones) in its weights; all others are removed."""
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Any = None,
+        *,
+        quantised: Quantised = "dequantise",
+        limit: float | None = 0.10,
+    ) -> Any:
+        """Return the plain model with adapters (default: the active ones) in its weights; all others are removed.
+
+        Quantised modules with an adapter are plain Linears afterwards. `quantised`, `limit`: as for `surgery.merge`.
+        """
         base, was_tied = self._base, self._says_tied()
         with Journal():
             if not merged_adapters(unwrap(self._base)):
-                self.merge_adapter(adapter_names, safe_merge)
+                self.merge_adapter(adapter_names, safe_merge, quantised=quantised, limit=limit)
             structural = [record.adapter for record in rewritten(self._base)[1].structure]
             if structural:  # layers that were repeated stay so, as in PEFT
                 surgery.commit(self._base, [*dict.fromkeys([*merged_adapters(unwrap(self._base)), *structural])])
