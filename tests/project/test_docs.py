@@ -35,6 +35,7 @@ NEEDS = {
     "docs/how-to/train-with-the-trainer.md": ("accelerate",),
     "docs/tutorials/classifier.md": ("accelerate",),
     "docs/how-to/train-on-a-quantised-model.md": ("bitsandbytes",),
+    "docs/how-to/merge-into-quantised-weights.md": ("bitsandbytes",),
     **{f"docs/how-to/{task}.md": ("onnxscript", "onnxruntime") for task in ONNX},
     "docs/tutorials/ship.md": ("onnxscript", "onnxruntime"),
     "docs/how-to/match-by-condition.md": ("yaml",),
