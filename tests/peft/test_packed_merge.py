@@ -25,7 +25,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.m = BY_NAME["bitsandbytes Linear4bit nf4"].build(nn.Linear(128, 128, bias=False))
+        self.m: Any = BY_NAME["bitsandbytes Linear4bit nf4"].build(nn.Linear(128, 128, bias=False))
 
     def forward(self, x: Tensor) -> Any:
         return self.m(x)
@@ -56,7 +56,7 @@ def test_peft_loses_a_change_in_a_four_bit_merge_and_does_not_unmerge_it() -> No
     model.unmerge_adapter()
     assert not torch.equal(packed_weight_of(layer.base_layer).dequantise(), before)  # type: ignore[union-attr]
 
-    mine = apply_rules(Net(), LoraRule("m", rank=4))
+    mine: Any = apply_rules(Net(), LoraRule("m", rank=4))
     shrink(mine.named_parameters(), 5e-3)
     x = torch.randn(3, 128)
     live, codes = mine(x), mine.m.weight.clone()
@@ -67,7 +67,7 @@ def test_peft_loses_a_change_in_a_four_bit_merge_and_does_not_unmerge_it() -> No
 
 
 def test_the_facade_merges_into_plain_linears_and_says_so() -> None:
-    base = Net()
+    base: Any = Net()
     model = ours.get_peft_model(base, ours.LoraConfig(r=4, target_modules=["m"]))
     shrink(model.named_parameters(), 5e-4)
     x = torch.randn(3, 128)
@@ -86,7 +86,7 @@ def test_the_facade_merges_into_plain_linears_and_says_so() -> None:
 
 
 def test_the_facade_requantises_if_told() -> None:
-    base = Net()
+    base: Any = Net()
     kind, codes = type(base.m), base.m.weight.clone()
     model = ours.get_peft_model(base, ours.LoraConfig(r=4, target_modules=["m"]))
     shrink(model.named_parameters(), 0.05)
