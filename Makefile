@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast slow families coverage lint bench docs docs-serve docs-test gallery structure peers peft-suite libraries onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
+.PHONY: help demo test test-fast slow families coverage lint bench docs docs-serve docs-test gallery structure quantised peers peft-suite libraries onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ gallery: $(VENV)/.dev ## Draw the pictures of the rules, and try what each works
 
 structure: $(VENV)/.dev ## Drop, repeat and exchange layers of many model families, and write docs/reference/structure-models.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.structure $(ARGS)
+
+quantised: $(VENV)/.dev ## Try each layout of quantised weights with adapters, and write docs/reference/quantised.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.quantised $(ARGS)
 
 peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write docs/reference/peft-checkpoints.md
 	$(BIN)/python -m tests.reports.conformance $(ARGS)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgery import LiveSite, LowRank, Rule, Site, rule
-from surgery.rules._linear import initial
+from surgery import LiveSite, LowRank, Rule, Site, packed_weight_of, rule
+from surgery.rules._linear import initial, loftq
 from surgery.rules._linear.forward_maps import why_unreadable
 from surgery.rules._linear.layouts import Layout, WeightPart, column_norm, gain_for, gain_of, layout_of
 from surgery.rules._linear.packed_norm import changed_norm
@@ -52,7 +52,13 @@ class LoraRule(LowRankMethod):
         init: how A and B start. PEFT: init_lora_weights. "kaiming" (default; PEFT's True), "gaussian", "orthogonal",
             "pissa", "pissa_niter_N", "olora", "mica" (B holds the weight's least directions and is not trained), or
             "random" (PEFT's False: B is not zero). "pissa" and "olora" change the base's weight at the start; `remove`
-            restores its bits.
+            restores its bits. On a quantised weight the rest is quantised anew. "loftq" takes a quantised weight's
+            error in (see `loftq_base`).
+        loftq_base: for init="loftq": a folder with the safetensors files of the weights before they were quantised, as
+            `save_pretrained` writes them. Default None.
+        loftq_steps: for init="loftq": 1 (default) keeps the codes; B A approximates what quantising lost. Each further
+            step quantises W - scale · B A anew and approximates the rest, while the error falls. `remove` restores the
+            codes. PEFT: loftq_config's loftq_iter.
         rank_pattern: path suffix or regular expression → rank there; default None.
         alpha_pattern: path suffix or regular expression → alpha there; default None.
         invocation: token ids. The adapter acts on a text's tokens from the last such sequence on, the sequence included
@@ -78,7 +84,9 @@ class LoraRule(LowRankMethod):
     lora_bias: bool = False
     rslora: bool = False
     dora: bool = False
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "mica", "random"] | str = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "mica", "random", "loftq"] | str = "kaiming"
+    loftq_base: str | None = None
+    loftq_steps: int = 1
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     invocation: Sequence[int] | None = None
@@ -94,6 +102,9 @@ class LoraRule(LowRankMethod):
             raise self.bad("init", f"one of {', '.join(initial.NAMES)} (PEFT's True is 'kaiming', its False 'random')")
         if self.tied and (self.dora or self.invocation is not None or initial.needs_weight(self.init)):
             raise self.bad("tied", "False beside dora, an invocation or a start from the weight")
+        fields.whole(self, "loftq_steps")
+        if (self.init == "loftq") != (self.loftq_base is not None):
+            raise self.bad("loftq_base", 'a folder of weights with init="loftq", and None with another init')
         tokens = self.invocation
         if tokens is not None and (not tokens or not all(type(token) is int and token >= 0 for token in tokens)):
             raise self.bad("invocation", "a list of token ids, or None")
@@ -124,9 +135,21 @@ class LoraRule(LowRankMethod):
             return "tied factors are for an Embedding or a Linear whose forward is the map"
         if self.dora and (why := why_unreadable(module, "DoRA needs the weight's norm")):
             return why
+        if self.loftq_base is not None:
+            return self._why_no_loftq(module, path, used)
+        if initial.needs_weight(self.init) and (why := why_unreadable(module, f"init={self.init!r} reads the weight")):
+            return why
         return initial.why_not(
             self.init, used, any(p is not None and p.is_complex() for p in module._parameters.values())
         )
+
+    def _why_no_loftq(self, module: nn.Module, path: str, layout: Layout) -> str | None:
+        assert self.loftq_base is not None
+        if (packed := packed_weight_of(module)) is None:
+            return "init='loftq' takes the error of quantising in, and it has no quantised weight of a known layout"
+        if layout.parts[0].A[0] > min(packed.shape):
+            return f"init='loftq' takes {layout.parts[0].A[0]} directions of a weight that has {min(packed.shape)}"
+        return loftq.why_not(self.loftq_base, path, packed.shape)
 
     def companions(self) -> Iterable[Rule]:
         if self.invocation is not None:
@@ -176,14 +199,20 @@ class LoraRule(LowRankMethod):
         site.replace(site.bias, (site.bias + added).to(site.bias.dtype))  # what is around its map is around that
         return None
 
-    def initialise(self, site: LiveSite) -> Mapping[str, LowRank] | None:
+    def initialise(self, site: LiveSite) -> Mapping[str, LowRank | Tensor] | None:
         if not (self.dora or initial.needs_weight(self.init)):
             return None
-        scale, changes = self.scale_at(site.path), {}
+        scale, changes = self.scale_at(site.path), dict[str, LowRank | Tensor]()
         for part in self.layout(site).parts:
             A, B = site.params[part.prefix + "A"], site.params[part.prefix + "B"]
             weight, rank = site.tensor(part.weight), self.rank_at(site.path)
-            if initial.fill_jointly(self.init, part, weight, A[:rank], B[:, :rank], scale):
+            if self.loftq_base is not None:
+                original, packed = loftq.original_weight(self.loftq_base, site.path), packed_weight_of(site.module)
+                assert packed is not None
+                wanted = loftq.fill(packed, original, A[:rank], B[:, :rank], scale, self.loftq_steps)
+                if wanted is not None:
+                    changes[part.weight], weight = wanted, packed.rounded(wanted)
+            elif initial.fill_jointly(self.init, part, weight, A[:rank], B[:, :rank], scale):
                 changes[part.weight] = change = part.low_rank(A, B, -scale)
                 weight = weight + change.delta(part.shape).to(weight.device)
             if self.dora:

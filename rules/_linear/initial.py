@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery.rules._linear.layouts import Layout, WeightPart
 
-NAMES = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "random", "mica")
+NAMES = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "random", "mica", "loftq")
 
 
 def is_known(name: Any) -> bool:
@@ -32,8 +32,6 @@ def why_not(name: str, layout: Layout, is_complex: bool = False) -> str | None:
         return f"init={name!r} works on real numbers, and the weight is complex"
     if name == "orthogonal":
         return None if rank % 2 == 0 else f"init='orthogonal' needs an even rank, not {rank}"
-    if layout.packed and name != "mica":
-        return f"init={name!r} takes the weight apart, and the weight is packed"
     if rank > min(part.shape):
         return f"init={name!r} takes {rank} directions of a weight that has {min(part.shape)}"
     return None
@@ -58,7 +56,7 @@ def fill_transposed(name: str) -> Callable[[Tensor], Any]:
 
 def needs_weight(name: str) -> bool:
     """Whether the initial values of A and B depend on each other or on the weight."""
-    return name in ("orthogonal", "olora", "mica") or name.startswith("pissa")
+    return name in ("orthogonal", "olora", "mica", "loftq") or name.startswith("pissa")
 
 
 def trains(name: str, which: str) -> bool:

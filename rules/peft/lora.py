@@ -108,6 +108,7 @@ class Lora(PeftMethod):
         tied = [path for rule, paths in placed if rule.tied for path in paths]
         bias = next((rule.bias for rule, _ in placed if not rule.tied), placed[0][0].bias)
         placed = [(rule.replace(tied=False, bias=bias) if rule.tied else rule, paths) for rule, paths in placed]
+        placed = [(_after_loftq(rule), paths) for rule, paths in placed]
         placed = [(rule if rule.max_rank is None else _fill_rank(rule, paths), paths) for rule, paths in placed]
         single = placed[0][0] if len(placed) == 1 else _as_one(placed)
         paths = [path for _, inner in placed for path in inner]
@@ -158,6 +159,15 @@ def _as_one(placed: Sequence[tuple[LoraRule, Sequence[str]]]) -> LoraRule:
     alphas = {re.escape(path): rule.alpha_at(path) for path, rule in by_path.items()}
     targets = "re:" + "|".join(map(re.escape, by_path))
     return first.replace(targets=targets, exclude=(), layers=None, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _after_loftq(rule: LoraRule) -> LoraRule:
+    """A rule whose start kept the codes as an ordinary one: of a saved adapter the start is past."""
+    if rule.init != "loftq":
+        return rule
+    if rule.loftq_steps > 1:
+        raise _unsupported("init='loftq' with several steps, which changes the base's codes")
+    return rule.replace(init="kaiming", loftq_base=None)
 
 
 def _fill_rank(rule: LoraRule, paths: Sequence[str]) -> LoraRule:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.arithmetic.exact_fold import Record, folded_value
 from surgery.authoring.declared_tensors import ParamSpec
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
@@ -22,6 +23,7 @@ from surgery.lifecycle.gradient_reducers import watch_gradients
 from surgery.lifecycle.tensor_start import start
 from surgery.merging.offloaded_merge import fold_offloaded
 from surgery.merging.site_folding import check_foldable, fold_into
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import prepare_sites
 from surgery.planning.equivalence_check import check_equivalence
@@ -34,6 +36,7 @@ from surgery.rewritten_model.restructure import make_edits
 from surgery.state.absent_values import watch_absent
 from surgery.state.adapter_tensors import attach, box_of, tensors_of
 from surgery.state.in_use import check_free
+from surgery.state.kept_codes import KeptCodes, change_codes
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import (
@@ -145,8 +148,12 @@ def _insert_tensors(
         applied.changed += fold_offloaded(owners, module, changes, step.path, journal)
         return
     for name, change in changes.items():
-        check_foldable(owners, module, name, change, step.path)
-        record = fold_into(module, name, change, keep="record", where=step.path, journal=journal)
+        packed = packed_weight_of(module) if name == "weight" else None
+        if packed is not None:
+            record: Record | KeptCodes = change_codes(packed, folded_value(packed.dequantise(), change), journal)
+        else:
+            check_foldable(owners, module, name, change, step.path)
+            record = fold_into(module, name, change, keep="record", where=step.path, journal=journal)
         applied.changed.append((name, record))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from surgery.arithmetic.exact_fold import Record
 from surgery.errors import SiteError, SurgeryError
 from surgery.forward.offloaded_weights import is_offloaded, weights_present
 from surgery.forward.parameter_view import tensor_at
@@ -20,6 +21,7 @@ from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import detach
 from surgery.state.in_use import check_free
+from surgery.state.kept_codes import KeptCodes
 from surgery.state.record_undo import keep_model, keep_site, take_out_fold
 from surgery.state.records import _MODEL, _SITE, ModelState, SiteState, merged_adapters, site_state
 from surgery.state.restructuring import Restructuring
@@ -142,7 +144,11 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
         if applied.adapter not in names:
             staying |= changed
     with weights_present(module):
-        verify_records([(tensor_at(module, name), record) for a in removed for name, record in a.changed], path, check)
+        records = [(name, record) for applied in removed for name, record in applied.changed]
+    verify_records([(tensor_at(module, n), record) for n, record in records if isinstance(record, Record)], path, check)
+    codes = [record for _, record in records if isinstance(record, KeptCodes)]
+    if check and codes:
+        codes[-1].check(module, path)
 
 
 def _take_out(
@@ -160,10 +166,14 @@ def _take_out(
         site.classes.clear()  # a later adapter may have the same name
     for applied in reversed(removed):
         if applied.changed and is_offloaded(module):
-            unmerge_offloaded_site(module, site.path, applied.changed, check, shared.journal)
+            folds = [(name, record) for name, record in applied.changed if isinstance(record, Record)]
+            unmerge_offloaded_site(module, site.path, folds, check, shared.journal)
             continue
         for name, record in reversed(applied.changed):
-            take_out_fold(shared.journal, tensor_at(module, name), record, check=check, where=site.path)
+            if isinstance(record, KeptCodes):
+                record.take_out(module, shared.journal, site.path)
+            else:
+                take_out_fold(shared.journal, tensor_at(module, name), record, check=check, where=site.path)
     for name in {applied.adapter for applied in removed}:
         detach(module, name)
     if not site.applied:

@@ -95,9 +95,13 @@ class PackedWeight(ABC):
     def is_plain_map(self) -> bool:
         """Whether the module's forward is torch's or a library's own, and so W x + b; not that of a user's subclass."""
         base = getattr(type(self.module), "_surgery_base", type(self.module))
-        owner = next(cls for cls in base.__mro__ if "forward" in vars(cls))
         names = {"torch", "gptqmodel", *BACKENDS, type(self).__module__.partition(".")[0]}
-        return owner.__name__ in names or owner.__module__.partition(".")[0] in names
+        for cls in base.__mro__:
+            if cls.__name__ in names or cls.__module__.partition(".")[0] in names:
+                return True
+            if "forward" in vars(cls):
+                return False
+        return False
 
     @property
     def activations(self) -> str | None:
@@ -142,6 +146,15 @@ class PackedWeight(ABC):
         Returns:
             New tensors by the names of `tensors`, for `write`.
         """
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The values that a plain weight (out, in) has after it is quantised in this layout. Changes nothing."""
+        before = {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+        try:
+            self.write(self.requantise(weight))
+            return self.dequantise()
+        finally:
+            self.write(before)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The module's map with a plain weight (out, in) in place of its own, in the dtype of `x`."""

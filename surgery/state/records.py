@@ -23,6 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.tape import Layer
 from surgery.patterns.module_walk import base_modules
 from surgery.state.adapter_tensors import AdapterTensors, box_of
+from surgery.state.kept_codes import KeptCodes
 from surgery.state.packed_module import PackedFold
 from surgery.state.restructuring import Restructuring
 from surgery.state.site_links import Links
@@ -57,7 +58,7 @@ class Applied:
     adapter: str
     rule: Rule
     standing: Standing
-    changed: list[tuple[str, Record]] = field(default_factory=list)
+    changed: list[tuple[str, Record | KeptCodes]] = field(default_factory=list)
     tensors: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     inside: bool = False

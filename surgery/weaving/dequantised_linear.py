@@ -7,6 +7,7 @@ from torch import Tensor, dtype, nn
 
 from surgery.packed.packed_weight import PackedWeight
 from surgery.packed.quantised_class import AbstractLayout, inherits_from_abc
+from surgery.state.kept_codes import KeptCodes
 from surgery.state.records import SiteState, site_state
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.generated_class import swap_class
@@ -36,7 +37,14 @@ def replace_packed(packed: PackedWeight, journal: Journal | None = None, into: d
     """
     module, state = packed.module, site_state(packed.module)
     (out_features, in_features), stored = packed.shape, {id(tensor) for tensor in packed.tensors().values()}
-    weight = nn.Parameter(packed.dequantise().to(into or packed.dtype), requires_grad=False)
+    plain_dtype = into or packed.dtype
+    records = {
+        id(record): record.as_plain(packed, plain_dtype)
+        for applied in (state.applied if state is not None else ())
+        for _, record in applied.changed
+        if isinstance(record, KeptCodes)
+    }
+    weight = nn.Parameter(packed.dequantise().to(plain_dtype), requires_grad=False)
     if journal is not None:
         journal.keep(module.__dict__, module._parameters, module._buffers)
         journal.undo(_set_class, module, "__class__", type(module))
@@ -53,6 +61,8 @@ def replace_packed(packed: PackedWeight, journal: Journal | None = None, into: d
     base = _AbstractDequantisedLinear if inherits_from_abc(module) else DequantisedLinear
     swap_class(module, base)
     if state is not None:
+        for applied in state.applied:
+            applied.changed = [(name, records.get(id(record), record)) for name, record in applied.changed]
         _replace_base(module, state, base, journal)
 
 

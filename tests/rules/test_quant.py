@@ -217,11 +217,9 @@ class ScaledWeight(Rule):
 @pytest.mark.parametrize(
     "weight_rule, says",
     [
-        (LoraRule("0", rank=4, init="pissa"), "takes the weight apart, and the weight is packed"),
-        (LoraRule("0", rank=4, init="olora"), "takes the weight apart, and the weight is packed"),
         (TrainRule("0"), "its weight is packed, and codes have no gradient"),
     ],
-    ids=["pissa", "olora", "train"],
+    ids=["train"],
 )
 @every_kind
 def test_rules_on_the_weight_are_refused_with_the_reason(

@@ -26,11 +26,13 @@ from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.calls.shared_copy import changing
 from surgery.onnx.graph.lifted_tensors import Lifted
 from surgery.onnx.graph.slot_layout import RemainingRule, exactly, slot_layout
+from surgery.packed.packed_weight import PackedWeight, packed_weight_of
 from surgery.patterns.module_walk import RESERVED
 from surgery.planning.planner import make_plan
 from surgery.rewritten_model.state_dict import adapter_state_dict, load_adapter_state_dict
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
+from surgery.state.kept_codes import KeptCodes
 from surgery.state.records import ModelState, SiteState, model_state, require_state, sites
 
 __all__ = ["InsertedSlots", "SlotSite", "factors", "lift", "insert_slots", "slot_sites", "slot_tensors"]
@@ -200,7 +202,7 @@ def slot_tensors(
                 continue
             source = cache(partial(_base_tensor, module, site, adapter))
             live = LiveSite(module, path, adapter, tensors, lambda name, _, source=source: source(name))
-            live.changed = {name: _initial_change(record, source(name)) for name, record in applied.changed}
+            live.changed = {name: _initial_change(record, source(name), module) for name, record in applied.changed}
             with torch.no_grad(), HookCall(applied.rule, "slotted", path):
                 slot_values = applied.rule.slotted(rule, live)
             for key, tensor in slot_values.items():
@@ -214,8 +216,12 @@ def slot_tensors(
     return by_slot
 
 
-def _initial_change(record: Record, current: Tensor) -> LowRank | None:
+def _initial_change(record: Record | KeptCodes, current: Tensor, module: nn.Module) -> LowRank | None:
     """Returns the factors by which an adapter's start changed a weight, computed if only the old weight was kept."""
+    if isinstance(record, KeptCodes):
+        packed = packed_weight_of(module)
+        assert packed is not None
+        record = record.as_plain(packed, current.dtype)
     if record.change is not None or record.kept is None:
         return record.change
     U, S, Vh = torch.linalg.svd((current.double().cpu() - record.kept.double().cpu()).flatten(1), full_matrices=False)
@@ -226,13 +232,15 @@ def _initial_change(record: Record, current: Tensor) -> LowRank | None:
 
 def _base_tensor(module: nn.Module, site: SiteState, adapter: str, name: str) -> Tensor:
     """Returns a parameter without merged changes and without changes at other adapters' starts (PiSSA)."""
+    if name == "weight" and (packed := packed_weight_of(module)) is not None:
+        return _base_of_packed(packed, site, adapter)
     tensor = tensor_at(module, name)
     records = [
         record
         for applied in site.applied
         if applied.adapter != adapter
         for parameter, record in applied.changed
-        if parameter == name
+        if parameter == name and isinstance(record, Record)
     ]
     records += [
         record for parameter, record in (site.merged.folds if site.merged is not None else ()) if parameter == name
@@ -274,3 +282,20 @@ def _label_free_axes(tensors: Tensors, used_labels: Collection[str], kind: str) 
             axis = index, (f"{kind}_{word}" if word in used_labels else word) + suffix
         by_key[key] = axis, tensor
     return by_key
+
+
+def _base_of_packed(packed: PackedWeight, site: SiteState, adapter: str) -> Tensor:
+    """Returns the dequantised weight. Raises `SurgeryError` if the start of another adapter changed the codes."""
+    others = [
+        applied.adapter
+        for applied in site.applied
+        if applied.adapter != adapter and any(isinstance(record, KeptCodes) for _, record in applied.changed)
+    ]
+    if others:
+        raise SurgeryError(
+            f"the adapter {adapter!r} can't be read for a slot",
+            where=site.path,
+            why=f"the start of {others[0]!r} changed the codes of the weight",
+            fix=f"remove {others[0]!r} first",
+        )
+    return packed.dequantise()
