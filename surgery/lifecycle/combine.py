@@ -16,7 +16,7 @@ from surgery.lifecycle.combined_targets import rules_of_groups
 from surgery.lifecycle.rename_copy import check_whole
 from surgery.lifecycle.rule_groups import group_rules
 from surgery.progress import Progress
-from surgery.rewritten_model.structural_adapters import check_not_structural
+from surgery.rewritten_model.structural_adapters import check_not_structural, warn_set_aside
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.sharded_tensors import sharding_of
 from surgery.state.adapter_naming import name_problem
@@ -95,6 +95,9 @@ def combine(
             adapter that changed the base's weights at its start (PiSSA) or has structural rules alone. After an
             error the model is unchanged.
 
+    Warns:
+        SurgeryWarning: an adapter is on layers that a structural rule took out; the result is on the present ones.
+
     PEFT: `add_weighted_adapter`. Sources: Yadav et al. 2023 (TIES), arXiv:2306.01708; Yu et al. 2023 (DARE),
     arXiv:2311.03099.
     """
@@ -127,4 +130,5 @@ def combine(
         for at_site, new in group.placements()
     ]
     attach_idle(root, into, rules, [new for _, new in sorted(ordered, key=lambda pair: pair[0])], combination.weights)
+    warn_set_aside(root, state, combination.weights, into)
     return model

@@ -53,7 +53,8 @@ def forget(model: M) -> M:
 
     Raises:
         SurgeryError: nothing is merged.
-        SurgeryError: a structural rule took a layer of a merged adapter out; `commit` makes both final.
+        SurgeryError: a merged adapter has structural rules, too, or one took a layer of a merged adapter out; `commit`
+            makes both final.
         MergeError: a remaining adapter changed, at its start (PiSSA), a weight that has a fold. After an error the
             model is unchanged.
 
@@ -67,6 +68,7 @@ def forget(model: M) -> M:
     merged = {name for _, _, site in merged_sites for name in _names(site)}
     names = [name for name in state.adapters if name in merged]
     check_none_set_aside(root, state, names, "be forgotten")
+    _check_structure(state, names)
     changing = {name for name, standing in state.standing.items() if standing.in_base and name not in merged}
     for path, _, site in merged_sites if changing else ():
         _check(path, site, changing)
@@ -133,6 +135,17 @@ def untied_flags(root: nn.Module, state: ModelState) -> dict[str, bool]:
         flag = next((noted[name] for name in aliases if name in noted), None)
         flags |= {} if flag is None else dict.fromkeys(aliases, flag)
     return flags
+
+
+def _check_structure(state: ModelState, names: Sequence[str]) -> None:
+    """Raise `SurgeryError` if one of these adapters has structural rules: their records would lose their adapter."""
+    for record in state.structure:
+        if record.adapter in names:
+            raise SurgeryError(
+                f"the merge of {record.adapter!r} can't be made final alone",
+                why=f"its {record.rule.label} changed the structure of the model, which a merge leaves as it is",
+                fix=f"commit(model, {record.adapter!r}) makes both final",
+            )
 
 
 def _names(site: SiteState) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from surgery.errors import SurgeryError
 from surgery.lifecycle.attach import PlacedRule, attach_idle
 from surgery.patterns.module_walk import RESERVED
 from surgery.rewritten_model import transformers_hooks
-from surgery.rewritten_model.structural_adapters import check_not_structural, set_aside_rules
+from surgery.rewritten_model.structural_adapters import check_not_structural, set_aside_rules, warn_set_aside
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names, name_problem
 from surgery.state.adapter_tensors import box_of
@@ -108,6 +108,9 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
         SurgeryError: an unknown adapter, a new name that is taken or not allowed, an adapter that changed the base's
             weights at its start (PiSSA) or has structural rules alone, or a model in use by another thread. The model
             is unchanged.
+
+    Warns:
+        SurgeryWarning: the source is on layers that a structural rule took out; the copy is on the present ones alone.
     """
     root, state = rewritten(model)
     old = _known_name(state, adapter)
@@ -120,6 +123,7 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
     placed = [copied_rule(module, applied, clones) for module, rules in state.places[old] for applied in rules]
     rules = [rule for rule in state.adapters[old] if not isinstance(rule, StructureRule)]
     attach_idle(root, new, rules, placed, [old])
+    warn_set_aside(root, state, [old], new)
     return model
 
 

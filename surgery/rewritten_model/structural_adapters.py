@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, SurgeryWarning, abbreviate
 from surgery.rewritten_model.restructure import set_aside_sites
 from surgery.state.adapter_tensors import AdapterTensors, box_of
 from surgery.state.records import Applied, ModelState, site_state
 
-__all__ = ["boxes_with_set_aside", "check_none_set_aside", "check_not_structural", "set_aside_rules"]
+__all__ = ["boxes_with_set_aside", "check_none_set_aside", "check_not_structural", "set_aside_rules", "warn_set_aside"]
 
 
 def check_not_structural(state: ModelState, names: Iterable[str], action: str, fix: str) -> None:
@@ -41,6 +42,22 @@ def boxes_with_set_aside(root: nn.Module, state: ModelState, adapter: str) -> Se
         return boxes
     aside = [box_of(module, adapter) for module, _ in set_aside_rules(root, state, adapter)]
     return [*boxes, *(box for box in aside if box is not None)]
+
+
+def warn_set_aside(root: nn.Module, state: ModelState, adapters: Iterable[str], new: str) -> None:
+    """Warn that an adapter made of these has no tensors on layers that structural rules took out of the model."""
+    modules = {id(module): module for name in adapters for module, _ in set_aside_rules(root, state, name)}
+    if not modules:
+        return
+    paths = [site.path for module in modules.values() if (site := site_state(module)) is not None]
+    makers = [r for r in state.structure if any(module in r.set_aside for module in modules.values())]
+    by = ", ".join(dict.fromkeys(f"{record.rule.label} [{record.adapter}]" for record in makers))
+    warnings.warn(
+        f"the adapter {new!r} is not on layers that {by} took out ({abbreviate(paths, 'sites')}): if they come back, "
+        "it has no effect there",
+        SurgeryWarning,
+        stacklevel=5,
+    )
 
 
 def check_none_set_aside(root: nn.Module, state: ModelState, adapters: Iterable[str], action: str) -> None:

@@ -18,6 +18,7 @@ from surgery import (
     LoadError,
     MergeError,
     SurgeryError,
+    SurgeryWarning,
     activate,
     active,
     adapter_state_dict,
@@ -190,6 +191,15 @@ def test_forget_after_a_structure() -> None:
     assert len(model.model.layers) == 4
 
 
+def test_forgetting_needs_a_commit_where_the_merged_adapter_has_a_structure() -> None:
+    model = apply_rules(llama(), [DropRule("model.layers.1"), lora()], adapter="mix")
+    merge(model)
+    wanted = run(model)
+    refused(model, r"DropRule changed the structure(.|\n)*commit\(model, 'mix'\)", forget)
+    commit(model, "mix")
+    assert torch.equal(run(model), wanted) and len(model.model.layers) == 3
+
+
 # Names, copies, combinations, other tensors -----------------------------------------------------------------------
 
 
@@ -214,7 +224,10 @@ def test_copies_and_combinations_are_of_edits_alone() -> None:
     refused(model, "'cut' can't be combined", lambda m: combine(m, {"a": 1.0, "cut": 1.0}, "b"))
     copy_adapter(model, "mix", "b")
     assert [r.label for r in rules_of(model, "b")] == ["LoraRule"] and not adapters(model)["b"].live
-    combine(model, {"a": 1.0, "mix": 1.0}, "c")
+    with pytest.warns(SurgeryWarning, match=r"'c' is not on layers that DropRule \[cut\], DropRule \[mix\] took out"):
+        combine(model, {"a": 1.0, "mix": 1.0}, "c")
+    with pytest.warns(SurgeryWarning, match="'d' is not on layers"):
+        copy_adapter(model, "a", "d")
     both = run(activate(model, ["a", "mix"]))
     torch.testing.assert_close(run(activate(model, "c")), both, atol=1e-5, rtol=1e-4)
     assert torch.equal(run(activate(model, "b")), run(activate(model, "mix")))
