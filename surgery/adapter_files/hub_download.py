@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.adapter_files.entry import BARE, OLD, PEFT, SURGERY
@@ -14,8 +15,11 @@ FILES = (*SURGERY, *PEFT, OLD, *BARE)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def download(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
-    """Downloads a repository's adapter, unless it is in the cache, and returns its folder."""
+def download(repo_id: str, subfolder: str | None, revision: str | None, names: Sequence[str] = ()) -> Path:
+    """Downloads a repository's adapter, unless it is in the cache, and returns its folder.
+
+    `names`: further names or patterns of files.
+    """
     if not _REPOSITORY.fullmatch(repo_id):
         raise SurgeryError(
             f"{repo_id!r} is not a folder, a file or a repository's name", fix="correct the path or the name"
@@ -24,7 +28,9 @@ def download(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
 
     prefix = f"{subfolder}/" if subfolder else ""
     try:
-        place = snapshot_download(repo_id, revision=revision, allow_patterns=[prefix + name for name in FILES])
+        place = snapshot_download(
+            repo_id, revision=revision, allow_patterns=[prefix + name for name in (*FILES, *names)]
+        )
     except Exception as error:  # errors of the hub, its client or the network
         raise hub_error(f"the folder {repo_id!r} does not exist, and the hub has not answered", error) from error
     return Path(place) / prefix

@@ -19,6 +19,7 @@ from surgery.peft_format.adapter_config import PeftConfig
 from surgery.peft_format.methods import structure_rules
 from surgery.peft_format.targets import Modules
 from surgery.state.records import model_state
+from surgery.storage.formats.place import has_known_file
 from surgery.storage.load import load_adapter
 from surgery.storage.load_report import LoadReport
 from surgery.storage.stored_adapter import stored_adapter
@@ -67,7 +68,7 @@ def load_adapters(
     model, folder = unwrap(model), Path(folder)
     folders = {"default": folder} if names_in(folder) else {}
     if folder.is_dir():
-        folders |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and names_in(inner)}
+        folders |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and _has_adapter(inner)}
     if not folders:
         raise LoadError([SurgeryError(f"{folder} holds no adapters", fix="name a folder of folders of adapters")])
     state = model_state(model)
@@ -96,6 +97,11 @@ def load_adapters(
     if wanted is not None:
         activate(model, wanted)
     return reports
+
+
+def _has_adapter(folder: Path) -> bool:
+    """Whether a folder holds the file of one adapter, in any format."""
+    return names_in(folder) is not None or has_known_file(folder)
 
 
 def _rest(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from surgery.peft_format.adapter_config import kept_fields
 from surgery.peft_format.header_settings import header_format
 from surgery.peft_format.reading import read
 from surgery.planning.plan import Plan
+from surgery.storage.formats.place import ALONE, file_names
 from surgery.storage.formats.stored import OtherAdapter, find_other, read_other
 from surgery.storage.model_origin import origin_of
 
@@ -77,7 +78,8 @@ def stored_adapter(
     place = Path(source)
     try:
         if not place.exists():
-            place = download(str(source), subfolder, revision)
+            names = [*file_names(), *(f"*{ending}" for ending in ALONE if format is not None)]
+            place = download(str(source), subfolder, revision, names)
         elif subfolder:
             place = place / subfolder
         if (other := find_other(place, format)) is not None:

@@ -22,7 +22,9 @@ from surgery import (
     adapter_state_dict,
     apply_rules,
     convert_adapter,
+    hotswap,
     load_adapter,
+    load_adapters,
     remove,
     rules_of,
     save_adapter,
@@ -252,6 +254,19 @@ def test_one_scale_for_all_modules_is_folded_and_told(tmp_path: Path) -> None:
         assert torch.allclose(model.get_submodule(path)(x), output, **CLOSE)
 
 
+def test_swapped_and_loaded_with_others(tmp_path: Path) -> None:
+    """`hotswap` and `load_adapters` take the formats of other programs, too."""
+    mlx(tmp_path / "news")
+    model = language_model()
+    assert list(load_adapters(model, tmp_path)) == ["news"]
+    expected = model.get_submodule(PATHS[0])(x := random(2, 8))
+    with torch.no_grad():
+        adapter_state_dict(model, "news")[f"{PATHS[0]}.adapters.B"].zero_()
+    assert not torch.allclose(model.get_submodule(PATHS[0])(x), expected)
+    hotswap(model, "news", tmp_path / "news")
+    assert torch.equal(model.get_submodule(PATHS[0])(x), expected)
+
+
 def test_settings_that_contradict_the_tensors(tmp_path: Path) -> None:
     mlx(tmp_path)
     settings = tmp_path / "adapter_config.json"
@@ -293,7 +308,10 @@ def test_a_file_that_is_not_whole_names_the_key(tmp_path: Path, change: object, 
 
 def test_an_alpha_that_is_missing_is_told(tmp_path: Path) -> None:
     tensors = {key: value for key, value in kohya().items() if not key.endswith("alpha")}
-    report = load_adapter(unet(), write(tmp_path / "a.safetensors", tensors))
+    report = load_adapter(
+        unet(), write(tmp_path / "a.safetensors", tensors, {"ss_network_args": '{"split_qkv": "True"}'})
+    )
+    assert any("split_qkv" in text for text in report.assumed) and len(report.assumed) == 5
     assert "the file does not say alpha: it is taken to be the rank, a scale of 1" in report.assumed
 
 

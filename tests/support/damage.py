@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from surgery import Rule, adapter_state_dict, apply_rules, save_adapter
-from surgery.rules import LoraRule, OftRule, ReftRule, TokensRule, TrainRule, VeraRule
+from surgery.rules import LokrRule, LoraRule, OftRule, ReftRule, TokensRule, TrainRule, VeraRule
 from tests.support import ROOT
 
 ODD: list[Any] = [
@@ -40,6 +40,9 @@ KINDS: dict[str, tuple[list[Rule], str]] = {
     "tokens": ([LoraRule("lin0", rank=2, dora=True), TokensRule("emb", tokens=[3, 1])], "peft"),
     "oft": ([OftRule("lin0", block_size=4)], "peft"),
     "vera": ([VeraRule("lin0", rank=3)], "peft"),
+    "mlx": ([LoraRule(["lin0", "lin1"], rank=2, dora=True)], "mlx"),
+    "lycoris": ([LoraRule(["lin0", "lin1"], rank=2, alpha_pattern={"lin1": 3})], "lycoris"),
+    "lokr": ([LokrRule(["lin0", "lin1"], rank=2, alpha=2)], "lycoris"),
     "stack": ([LoraRule("lin0", rank=2, bias="all"), ReftRule("lin1"), TokensRule("emb", tokens=[5])], "surgery"),
 }  # fmt: skip
 
@@ -49,7 +52,7 @@ def originals(folder: Path) -> dict[str, dict[str, bytes]]:
     adapters = {}
     for kind, (rules, format) in KINDS.items():
         adapted = apply_rules(model(), rules)
-        place = save_adapter(adapted, folder / kind, format=format)  # type: ignore[arg-type]
+        place = save_adapter(adapted, folder / kind, format=format)
         adapters[kind] = {file.name: file.read_bytes() for file in place.iterdir()}
     pickled = folder / "pickled"
     pickled.mkdir()

@@ -37,13 +37,17 @@ class Contents:
     """An adapter as read from a file: component → module path → change.
 
     `settings`: what belongs to the adapter as a whole: "dropout", "base", "task", "invocation". `assumed`: facts that
-    the file does not state. `notes`: what a conversion changed in form.
+    the file does not state; `assumed_of`: those of one component. `notes`: what a conversion changed in form.
     """
 
     changes: dict[str, dict[str, Change]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
+    assumed_of: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def all_assumed(self) -> list[str]:
+        return [*self.assumed, *(text for texts in self.assumed_of.values() for text in texts)]
 
     def each(self) -> Iterator[tuple[str, str, Change]]:
         for component, changes in self.changes.items():

@@ -107,7 +107,9 @@ def convert_adapter(
     files = file_contents(written, contents, facts)
     write_files(Path(target), written, files, progress)
     modules = [f"{component}.{path}" if component else path for component, path, _ in contents.each()]
-    return ConversionReport(Path(target), name, format, modules, contents.assumed, [*contents.notes, *files.notes])
+    return ConversionReport(
+        Path(target), name, format, modules, contents.all_assumed(), [*contents.notes, *files.notes]
+    )
 
 
 def _set_component(contents: Contents, component: str | None) -> None:

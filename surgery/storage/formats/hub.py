@@ -42,6 +42,7 @@ def on_model(contents: Contents, model: nn.Module, component: str | None, metada
     modules, assumed = Modules.of(model), list(contents.assumed)
     chosen, spelt = _component(contents, modules, component)
     changes = contents.changes[chosen]
+    assumed += contents.assumed_of.get(chosen, [])
     if len(contents.changes) > 1:
         assumed.append(f"of a file of several components, {chosen} was loaded")
     fitted = {

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from surgery.adapter_files.entry import names_in
 from surgery.errors import SurgeryError
+from surgery.storage.formats import rows as _rows  # registers the formats
 from surgery.storage.formats.table import AdapterFormat, formats
 
-__all__ = ["ENDINGS", "adapter_file"]
+__all__ = ["ALONE", "ENDINGS", "adapter_file", "file_names", "has_known_file"]
 
+_ROWS = _rows
 ENDINGS = {
     ".safetensors": "safetensors",
     ".bin": "safetensors",
@@ -17,6 +19,7 @@ ENDINGS = {
     ".gguf": "gguf",
     ".onnx_adapter": "onnx_adapter",
 }
+ALONE = (".safetensors", ".gguf", ".onnx_adapter")  # endings by which a file of any name may be an adapter's
 _OF_MODELS = ("model", "diffusion_pytorch_model", "consolidated")  # beginnings of files of whole models
 
 
@@ -34,9 +37,20 @@ def adapter_file(place: Path, adapter_format: AdapterFormat | None = None) -> Pa
         for name in each.files:
             if (place / name).is_file():
                 return place / name
-    files = [file for file in sorted(place.iterdir()) if file.suffix in ENDINGS and file.is_file()]
+    files = [file for file in sorted(place.iterdir()) if file.suffix in ALONE and file.is_file()]
     files = [file for file in files if not file.name.startswith((*_OF_MODELS, "."))]
     if len(files) > 1 and adapter_format is not None:
         names = ", ".join(file.name for file in files[:8])
         raise SurgeryError(f"the folder {place.name} has {len(files)} adapter files", why=names, fix="name one of them")
     return files[0] if len(files) == 1 else None
+
+
+def file_names() -> list[str]:
+    """The names of the files of all formats."""
+    names = [name for each in formats().values() for name in (*each.files, each.settings_file or each.files[0])]
+    return list(dict.fromkeys(names))
+
+
+def has_known_file(folder: Path) -> bool:
+    """Whether a folder holds a tensor file with the name that a format gives it."""
+    return any((folder / name).is_file() for each in formats().values() for name in each.files)

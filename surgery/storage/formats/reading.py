@@ -39,7 +39,16 @@ def read_contents(
 
     `settings`: the content of the settings file. `base`: what is known of the model.
     """
-    base = base or BaseFacts()
+    try:
+        return _read(adapter_format, file, settings, base or BaseFacts())
+    except SurgeryError:
+        raise
+    except Exception as error:  # fields of a file may have any type
+        why = f"{type(error).__name__}: {error}"[:300]
+        raise SurgeryError(f"the file can't be read in the format {adapter_format.name!r}", why=why) from error
+
+
+def _read(adapter_format: AdapterFormat, file: TensorFile, settings: Any, base: BaseFacts) -> Contents:
     contents = Contents()
     by_prefix = _modules(adapter_format, file)
     for prefix, modules in by_prefix.items():
@@ -200,17 +209,27 @@ def _rank(kind: str, tensors: Mapping[str, FileTensor]) -> int:
     return there.shape[0] if there is not None and there.shape else 0
 
 
+# Numbers of axes of a part's tensor; those that are not named have two.
+_AXES = {
+    **dict.fromkeys(("A", "B", "diff", "lokr_w2"), range(2, 6)),
+    **dict.fromkeys(("mid", "hada_t1", "hada_t2", "lokr_t2"), range(3, 6)),
+    **dict.fromkeys(("a1", "a2", "b1", "b2", "bm"), range(2, 6)),
+    **dict.fromkeys(("magnitude", "B_bias", "diff_b", "w_norm", "b_norm", "value"), range(1, 2)),
+    **dict.fromkeys(("alpha", "rescale"), range(6)),
+    "oft_blocks": range(3, 5),
+}
+
+
 def _check_shapes(change: Change) -> None:
     tensors = change.tensors
+    for part, tensor in tensors.items():
+        if len(tensor.shape) not in _AXES.get(part, (2,)) or 0 in tensor.shape:
+            what = f"the tensor {part!r} of a {change.kind} has another number of axes"
+            raise SurgeryError(what, where=tensor.key, why=f"its shape is {tensor.shape}")
     if change.kind != "lora":
         return
     A, B = tensors["A"], tensors["B"]
-    if len(A.shape) not in (2, 3, 4, 5) or len(B.shape) != len(A.shape):
-        why = f"the shapes are {A.shape} and {B.shape}"
-        raise SurgeryError(
-            "the tensors of a LoRA are not two matrices or kernels", where=f"{A.key} and {B.key}", why=why
-        )
-    if len(B.shape) < 2 or B.shape[1] != A.shape[0]:
+    if len(B.shape) != len(A.shape) or B.shape[1] != A.shape[0]:
         raise SurgeryError(
             "the two halves of a LoRA differ in rank",
             where=f"{A.key} and {B.key}",

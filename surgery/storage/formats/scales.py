@@ -67,27 +67,36 @@ _HEADER_ALPHA = ("ss_network_alpha", "network_alpha", "lora_alpha")
 
 
 def _read_alpha_keys(contents: Contents, settings: Any, header: Mapping[str, Any]) -> None:
-    unsaid: list[str] = []
     common = next((number(header[name], f"the header's {name}") for name in _HEADER_ALPHA if name in header), None)
-    for _, path, change in contents.each():
-        if change.kind == "oft":  # its alpha bounds a norm
-            continue
-        tensor = change.tensors.pop("alpha", None)
-        if not change.rank:  # a change in full has no rank, and LyCORIS gives it the scale 1
-            change.scale = 1.0
-        elif tensor is not None:
-            values = tensor.read()
-            if values.numel() != 1:
-                raise SurgeryError("an alpha is not one number", where=tensor.key, why=f"its shape is {tensor.shape}")
-            change.scale = number(values.item(), f"the alpha {tensor.key}") / change.rank
-        elif common is not None:
-            change.scale = common / change.rank
-        else:
-            unsaid.append(path)
-    if unsaid:
-        every = sum(1 for _ in contents.each()) == len(unsaid)
-        where = "the file" if every else f"the file, for {len(unsaid)} modules such as {unsaid[0]},"
-        contents.assumed.append(f"{where} does not say alpha: it is taken to be the rank, a scale of 1")
+    for component, changes in contents.changes.items():
+        unsaid = [path for path, change in changes.items() if not _take_alpha(change, common)]
+        if unsaid:
+            count = f", for {len(unsaid)} modules such as {unsaid[0]}," if len(unsaid) < len(changes) else ""
+            text = f"the file{count} does not say alpha: it is taken to be the rank, a scale of 1"
+            contents.assumed_of.setdefault(component, []).append(text)
+    if '"split_qkv": "True"' in str(header.get("ss_network_args", "")):
+        contents.assumed.append(
+            "the header says split_qkv: the scale is alpha / rank in the file, as every program computes it, and not "
+            "that of the training, alpha / rank of one part"
+        )
+
+
+def _take_alpha(change: Change, common: float | None) -> bool:
+    """Sets a change's scale by the alpha beside it, or by that of the header; returns whether one of them is there."""
+    if change.kind == "oft":  # its alpha bounds a norm
+        return True
+    tensor = change.tensors.pop("alpha", None)
+    if not change.rank:  # a change in full has no rank, and LyCORIS gives it the scale 1
+        change.scale = 1.0
+        return True
+    if tensor is not None:
+        values = tensor.read()
+        if values.numel() != 1:
+            raise SurgeryError("an alpha is not one number", where=tensor.key, why=f"its shape is {tensor.shape}")
+        change.scale = number(values.item(), f"the alpha {tensor.key}") / change.rank
+    elif common is not None:
+        change.scale = common / change.rank
+    return tensor is not None or common is not None
 
 
 def _write_alpha_keys(contents: Contents, written: Written) -> None:
@@ -140,10 +149,10 @@ def _read_one_scale(contents: Contents, settings: Any, header: Mapping[str, Any]
         change.scale = scale
     if isinstance(dropout := fields.get("dropout"), (int, float)) and 0 < dropout < 1:
         contents.settings["dropout"] = float(dropout)
-    kind = settings.get("fine_tune_type", "lora")
+    kind = str(settings.get("fine_tune_type", "lora"))
     stored = {"dora" if "magnitude" in change.tensors else "lora" for _, _, change in contents.each()}
     if stored != {kind}:
-        why = f"fine_tune_type={str(kind)[:40]!r}, and the tensors are those of {' and '.join(sorted(stored))}"
+        why = f"fine_tune_type={kind[:40]!r}, and the tensors are those of {' and '.join(sorted(stored))}"
         raise SurgeryError("the settings and the tensors differ in the method", why=why)
 
 
@@ -253,6 +262,9 @@ def _read_peft(contents: Contents, settings: Any, header: Mapping[str, Any]) -> 
         kind = config.get("peft_type", "LORA")
         if kind not in KIND_OF:
             raise SurgeryError(f"PEFT's {kind} has no place in this conversion", fix="load it onto a model")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(config.get(name) or {}, Mapping):
+                raise SurgeryError(f"PEFT's {name} is not a mapping from patterns to numbers")
         untaken = sorted(name for name in config if name not in SILENT | _CHOOSING and _says(config[name]))
         if untaken:
             why = "other formats do not have it, so the result would compute something else"

@@ -70,4 +70,10 @@ def read_other(
     if other.by_keys:
         title = other.adapter_format.title
         contents.assumed.insert(0, f"by its keys, the file has the format {other.adapter_format.name!r}: {title}")
-    return on_model(contents, model, component, other.file.metadata)
+    try:
+        return on_model(contents, model, component, other.file.metadata)
+    except SurgeryError:
+        raise
+    except Exception as error:  # tensors of a file may have any sizes
+        why = f"{type(error).__name__}: {error}"[:300]
+        raise SurgeryError("the file's tensors do not fit together", why=why) from error
