@@ -15,7 +15,7 @@ from torch import nn
 from surgery import apply_rules, packed_weight_of, remove
 from surgery.errors import SurgeryWarning
 from surgery.rules import LoraRule
-from tests.support.packed_layers import TorchAtenLinear, TorchLinear, WQLinear_GEMM
+from tests.support.packed_layers import QuantLinear, TorchAtenLinear, TorchLinear, WQLinear_GEMM
 
 Load = Callable[[str], ModuleType]
 LORA = LoraRule("all-linear", rank=4, alpha=6, init="random")
@@ -109,8 +109,25 @@ def test_awq(optional: Load) -> None:
     check(module)
 
 
-def test_adapters_on_an_awq_checkpoint_that_transformers_loads(optional: Load, tmp_path: Path) -> None:
+SCHEMES: dict[str, tuple[Callable[[nn.Linear], nn.Module], dict[str, Any]]] = {
+    "awq": (
+        lambda layer: WQLinear_GEMM(layer, group_size=32),
+        {"zero_point": True, "version": "gemm", "modules_to_not_convert": ["lm_head"]},
+    ),
+    "gptq": (
+        lambda layer: QuantLinear(layer, group_size=32),
+        {"desc_act": False, "sym": False, "checkpoint_format": "gptq"},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # which optimum reads
+@pytest.mark.parametrize("method", SCHEMES)
+def test_adapters_on_a_checkpoint_that_transformers_loads(method: str, optional: Load, tmp_path: Path) -> None:
     optional("gptqmodel.nn_modules.qlinear.torch_awq")
+    if method == "gptq":
+        optional("optimum.gptq")
+    make, settings = SCHEMES[method]
     transformers: Any = optional("transformers")
     files: Any = optional("safetensors.torch")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -119,12 +136,11 @@ def test_adapters_on_an_awq_checkpoint_that_transformers_loads(optional: Load, t
     model = transformers.LlamaForCausalLM(config).half().eval()
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
-            model.model.set_submodule(name, WQLinear_GEMM(module, group_size=32))
+            model.model.set_submodule(name, make(module))
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     files.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    scheme = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
     described = config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "float16"}
-    described["quantization_config"] = scheme | {"modules_to_not_convert": ["lm_head"]}
+    described["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32, **settings}
     (tmp_path / "config.json").write_text(json.dumps(described))
 
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
