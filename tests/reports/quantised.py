@@ -7,7 +7,6 @@ plain one. Add an entry for another layout. A package that is not installed give
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.metadata
 import inspect
 import logging
@@ -95,7 +94,7 @@ class Case:
     def plain(self, rule: LoraRule) -> Any:
         """The reference, with the same tensors of the adapter."""
         quantised = self.model(rule)
-        model: Any = copy.deepcopy(Model(self.backend)).eval()
+        model: Any = Model(self.backend).eval()
         for name in ("up", "down"):
             packed, layer = packed_weight_of(getattr(quantised, name)), getattr(model, name)
             assert packed is not None

@@ -34,7 +34,7 @@ def sharing_copy(
     has the model's structure for good. `dequantise`: which quantised modules are plain Linears in the copy: "all" that
     are a plain map, or only those that also round their inputs ("rounding").
     """
-    modified = {id(tensor) for tensor in _modified_tensors(model, folding)}
+    modified = {id(tensor) for tensor in _modified_tensors(model, folding, dequantise == "all")}
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in modified:
@@ -104,16 +104,24 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.detach() if type(tensor) is Tensor else tensor  # packed tensors have no flags to change
 
 
-def _modified_tensors(model: nn.Module, folding: bool) -> Iterator[Tensor]:
-    """Yields tensors that exporting writes in place."""
+def _modified_tensors(model: nn.Module, folding: bool, dequantised: bool) -> Iterator[Tensor]:
+    """Yields tensors that exporting writes in place. `dequantised`: folds go into plain weights of the copy's own."""
     for part in (records_in(model, nested=True) or {"": model}).values():
         for _, module, site in sites(part):
-            if folding or site.merged is not None or any(applied.changed for applied in site.applied):
-                yield from module.parameters()
-                yield from module.buffers()
+            in_base = site.merged is not None or any(applied.changed for applied in site.applied)
+            if folding or in_base:
+                packed = packed_weight_of(module) if dequantised and not in_base else None
+                replaced = _stored_in(module, packed) if packed is not None and packed.is_plain_map else set()
+                tensors = (*module.parameters(), *module.buffers())
+                yield from (tensor for tensor in tensors if id(tensor) not in replaced)
         state = model_state(part)
         for module in state.moving if state is not None else ():
             yield from module.buffers(recurse=False)
+
+
+def _stored_in(module: nn.Module, packed: PackedWeight) -> set[int]:
+    """The ids of the tensors that hold a packed weight. They may be of a class that can't be copied."""
+    return {id(tensor) for tensor in (module._parameters.get("weight"), *packed.tensors().values())}
 
 
 def _copy_records(model: nn.Module, copied_model: nn.Module, memo: Mapping[int, object]) -> None:
