@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from surgery.adapter_files.entry import SURGERY, names_in
-from surgery.adapter_files.tensor_headers import TensorHeader, read_header
+from surgery.adapter_files.tensor_headers import read_header
 from surgery.commands.adapter_description import describe_adapter, our_place, peft_keys, peft_place
 from surgery.commands.answer import Answer, Table
 from surgery.commands.paths import existing
+from surgery.commands.tensor_comparison import Place, compare_tensors, norm_of
 from surgery.commands.weight_changes import changes_of, compare_changes
 from surgery.commands.weight_files import weight_files
 from surgery.errors import SurgeryError
@@ -22,15 +22,6 @@ from surgery.results import plain
 __all__ = ["diff"]
 
 MOST = 20  # rows of the table, without --all
-
-
-@dataclass(frozen=True)
-class Place:
-    """A tensor in a file."""
-
-    file: Path
-    key: str
-    header: TensorHeader
 
 
 def diff(
@@ -45,7 +36,7 @@ def diff(
 ) -> Answer:
     """Compare two adapters or two models: settings, tensors, and the norm of each difference.
 
-    Tensors are read one at a time. Equal tensors are counted and not listed.
+    Tensors are read piece by piece, so models larger than memory work. Equal tensors are counted and not listed.
 
     The relative difference is |second - first| / |first|.
 
@@ -156,28 +147,17 @@ def _compare(name: str, a: Place | None, b: Place | None) -> dict[str, Any]:
     for place, side in ((a, "a"), (b, "b")):
         if place is not None:
             row |= {f"shape_{side}": list(place.header.shape), f"dtype_{side}": place.header.dtype}
-            row[f"norm_{side}"] = float(_read(place).norm())
-    if a is None or b is None:
-        return {**row, "status": "only in second" if a is None else "only in first"}
-    if a.header.shape != b.header.shape:
-        return {**row, "status": "other shape"}
-    x, y = _read(a), _read(b)
-    same = bool((x == y).logical_or(x.isnan() & y.isnan()).all())
-    if same and a.header.dtype == b.header.dtype:
+    if a is None or b is None or a.header.shape != b.header.shape:
+        row |= {f"norm_{side}": norm_of(place) for side, place in (("a", a), ("b", b)) if place is not None}
+        only = "only in second" if a is None else "only in first"
+        return {**row, "status": only if a is None or b is None else "other shape"}
+    found = compare_tensors(a, b)
+    row |= {"norm_a": found.norm_a, "norm_b": found.norm_b}
+    if found.same and a.header.dtype == b.header.dtype:
         return {**row, "difference": 0.0, "relative": 0.0}
-    difference = float((y - x).norm())
-    relative = difference / row["norm_a"] if row["norm_a"] else float("inf") if difference else 0.0
-    return {**row, "status": "other dtype" if same else "different", "difference": difference, "relative": relative}
-
-
-def _read(place: Place) -> Any:
-    """The tensor in float64, or complex128."""
-    import torch
-
-    from surgery.adapter_files.tensor_files import open_tensors
-
-    tensor = open_tensors(place.file).read(place.key)
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    relative = found.difference / found.norm_a if found.norm_a else float("inf") if found.difference else 0.0
+    status = "other dtype" if found.same else "different"
+    return {**row, "status": status, "difference": found.difference, "relative": relative}
 
 
 def _setting_differences(a: Path, b: Path) -> dict[str, Any]:

@@ -69,3 +69,29 @@ def test_long_tables_are_cut(tmp_path: Path) -> None:
         save_file({f"w{i}": torch.full((2,), value) for i in range(23)}, tmp_path / f"{name}.safetensors")
     assert "and 3 more that differ" in run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors").out
     assert "w22" in run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--all").out
+
+
+def test_large_tensors_are_compared_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {
+        "odd": torch.randn(5, 7),
+        "nan": torch.full((9,), torch.nan),
+        "one": torch.tensor(2.0),
+        "none": torch.empty(0, 3),
+    }
+    second = {**first, "odd": first["odd"] + torch.randn(5, 7)}
+    for name, tensors in (("a", first), ("b", second)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    monkeypatch.setattr("surgery.commands.tensor_comparison._PIECE", 4)
+    done = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json")
+    rows = {row["tensor"]: row for row in done.data["tensors"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "odd": "different", "nan": "equal", "one": "equal", "none": "equal",
+    }  # fmt: skip
+    x, y = first["odd"].double(), second["odd"].double()
+    expected = {
+        "norm_a": x.norm(),
+        "norm_b": y.norm(),
+        "difference": (y - x).norm(),
+        "relative": (y - x).norm() / x.norm(),
+    }
+    assert all(rows["odd"][name] == pytest.approx(float(value), rel=1e-12) for name, value in expected.items())
