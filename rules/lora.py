@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from surgery import LiveSite, LowRank, Rule, Site, packed_weight_of, rule
+from surgery import LiveSite, LowRank, Rule, Site, SiteError, packed_weight_of, rule
 from surgery.rules._linear import initial, loftq
 from surgery.rules._linear.forward_maps import why_unreadable
 from surgery.rules._linear.layouts import Layout, WeightPart, column_norm, gain_for, gain_of, layout_of
@@ -206,6 +206,10 @@ class LoraRule(LowRankMethod):
         for part in self.layout(site).parts:
             A, B = site.params[part.prefix + "A"], site.params[part.prefix + "B"]
             weight, rank = site.tensor(part.weight), self.rank_at(site.path)
+            if weight.is_meta and initial.needs_weight(self.init):
+                why = f"init={self.init!r} decomposes the base's weight, which is on the meta device"
+                fix = "load the base's weights first, or use another init, such as 'kaiming'"
+                raise SiteError(f"{self.label} can't start here", where=site.path, why=why, fix=fix)
             if self.loftq_base is not None:
                 original, packed = loftq.original_weight(self.loftq_base, site.path), packed_weight_of(site.module)
                 assert packed is not None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
@@ -17,12 +20,33 @@ from surgery.weaving.rewrite_recording import record_rewrite
 __all__ = ["start"]
 
 
+def _realise(module: nn.Module, box: AdapterTensors) -> None:
+    """Replace tensors on the meta device by memory on the device of the base's weights, if these have left it."""
+    own = [tensor for tensor in module._parameters.values() if tensor is not None]
+    if not own or own[0].is_meta:
+        return
+    for name, tensor in box.tensors().items():
+        if not tensor.is_meta:
+            continue
+        if isinstance(tensor, nn.Parameter):
+            if tensor not in _realised:  # sites may share it
+                new = torch.empty_like(tensor, device=own[0].device)
+                _realised[tensor] = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            box._parameters[name] = _realised[tensor]
+        else:
+            box._buffers[name] = torch.empty_like(tensor, device=own[0].device)
+
+
+_realised: Any = WeakIdKeyDictionary()  # a parameter on the meta device → what replaced it
+
+
 def start(module: nn.Module, box: nn.Module) -> None:
     """Fill an adapter's tensors at one site with the initial values of its rules."""
     site = site_state(module)
     if site is None or not isinstance(box, AdapterTensors):
         return
     applied = [rule_record for rule_record in site.applied if box_of(module, rule_record.adapter) is box]
+    _realise(module, box)
     tensors = box.tensors()
     for rule_record in applied:
         if rule_record.inside:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
@@ -13,7 +14,7 @@ from surgery.patterns.wrappers import select_tensors
 from surgery.rewritten_model.verb_root import check_all_present, rewritten, rewritten_if_any
 from surgery.sharded_tensors import copy_into, is_flattened
 from surgery.state.adapter_naming import adapter_names
-from surgery.state.adapter_tensors import base_alone, is_adapter_key, tensors_of
+from surgery.state.adapter_tensors import base_alone, box_of, is_adapter_key, tensors_of
 from surgery.state.merged_tensors import check_adapter_unmerged
 from surgery.state.records import ModelState, Sites, sites
 from surgery.state.restructuring import structure_keys
@@ -152,7 +153,29 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
             why="; ".join(problems[:8]) + ("; …" if len(problems) > 8 else ""),
             fix="apply the rules that they were trained with: rules_of, rules_to_json",
         )
-    fill_tensors(own, tensors)
+    with Journal() as journal:
+        if any(tensor.is_meta for tensor in own.values()):
+            _give_memory(model, adapter, journal)
+            own = adapter_state_dict(model, adapter)
+        fill_tensors(own, tensors)
+
+
+def _give_memory(model: nn.Module, adapter: str, journal: Journal) -> None:
+    """Replace an adapter's tensors on the meta device by memory: where the base is, or on the CPU if it is on meta."""
+    replaced: dict[int, nn.Parameter] = {}  # sites may share a parameter
+    for module in rewritten(model)[1].places[adapter].modules:
+        box = box_of(module, adapter)
+        if box is None:
+            continue
+        journal.keep(box._parameters, box._buffers)
+        device = next((t.device for t in module._parameters.values() if t is not None and not t.is_meta), "cpu")
+        for name, tensor in box.tensors().items():
+            if isinstance(tensor, nn.Parameter) and tensor.is_meta:
+                new = torch.empty_like(tensor, device=device)
+                replaced.setdefault(id(tensor), nn.Parameter(new, requires_grad=tensor.requires_grad))
+                box._parameters[name] = replaced[id(tensor)]
+            elif tensor.is_meta:
+                box._buffers[name] = torch.empty_like(tensor, device=device)
 
 
 def fill_tensors(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """Adapter tensors without values: rules were applied on the meta device, and `to_empty` then allocated memory.
 
 Such memory has arbitrary content. It is filled with NaN, and a call of the site is an error until values are written:
-by `load_state_dict`, by hand, or by `reset_parameters()` of the tensors' module.
+by `load_state_dict`, by hand, or by `reset_parameters()` of the tensors' module. So is a call of a site whose base has
+values, while the adapter's tensors are still on the meta device: torch computes with them without an error.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def _tensor(box: nn.Module, name: str) -> Tensor | None:
     return box._parameters.get(name, box._buffers.get(name))
 
 
+def _on_meta(box: nn.Module) -> list[str]:
+    tensors = {**box._parameters, **box._buffers}
+    return [name for name, tensor in tensors.items() if tensor is not None and tensor.is_meta]
+
+
 def _can_be_nan(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -73,13 +79,19 @@ def refuse_absent(module: Any, args: Any) -> None:
     state = module.__dict__.get("_surgery_site")
     boxes = dict(module.adapters._modules) if "adapters" in module._modules else {}
     missing = {name: names for name, box in boxes.items() if (names := without_values(box))}
+    own = [tensor for tensor in module._parameters.values() if tensor is not None]
+    real = bool(own) and not any(tensor.is_meta for tensor in own)
+    on_meta = {name: names for name, box in boxes.items() if real and (names := _on_meta(box))}
     for applied in state.live() if state is not None else ():
-        if state is not None and applied.adapter in missing:
-            names = ", ".join(missing[applied.adapter])
+        if state is not None and applied.adapter in {**missing, **on_meta}:
+            names = ", ".join(missing.get(applied.adapter) or on_meta[applied.adapter])
+            why = "are on the meta device, and the base is not"
+            if applied.adapter in missing:
+                why = "came from the meta device, so they are memory without numbers"
             raise SiteError(
                 f"the adapter {applied.adapter!r} has no values yet",
                 where=state.path or "(the model itself)",
-                why=f"its {names} came from the meta device by to_empty, which allocates memory without numbers",
+                why=f"its {names} {why}",
                 fix="load its tensors with load_state_dict or load_adapter_state_dict; or, once the base has its "
                 "weights, call reset_parameters() of each module that has it, for the initial values",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class AdapterTensors(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         before, emptied = self.tensors(), getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
-        super()._apply(fn, recurse)
+        super()._apply(fn if emptied else partial(_apply_on_meta, fn), recurse)
         note_absent(self, before, emptied)
         return self
 
@@ -52,6 +53,17 @@ class AdapterTensors(nn.Module):
         """Returns the parameters and buffers by name."""
         tensors = {**self._parameters, **self._buffers}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _apply_on_meta(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`fn(tensor)`; a tensor on the meta device that `fn` can't move becomes memory without values."""
+    try:
+        return fn(tensor)
+    except NotImplementedError:  # "Cannot copy out of meta tensor"
+        if not tensor.is_meta:
+            raise
+        sample = fn(torch.empty(0, dtype=tensor.dtype))
+        return torch.empty_like(tensor, dtype=sample.dtype, device=sample.device)
 
 
 class Adapters(nn.Module):
