@@ -52,7 +52,7 @@ def compare_tensors(a: Place, b: Place) -> Comparison:
         same = same and bool((x == y).logical_or(x.isnan() & y.isnan()).all())
         for index, piece in enumerate((x, y, y - x)):
             norms[index] = math.hypot(norms[index], float(piece.norm()))
-    return Comparison(*norms, same)
+    return Comparison(norms[0], norms[1], norms[2], same)
 
 
 def _pieces(place: Place) -> Iterator[Tensor]:
