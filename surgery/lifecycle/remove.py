@@ -143,9 +143,10 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
             )
         if applied.adapter not in names:
             staying |= changed
+    records = [(name, record) for applied in removed for name, record in applied.changed]
     with weights_present(module):
-        records = [(name, record) for applied in removed for name, record in applied.changed]
-    verify_records([(tensor_at(module, n), record) for n, record in records if isinstance(record, Record)], path, check)
+        folds = [(tensor_at(module, name), record) for name, record in records if isinstance(record, Record)]
+        verify_records(folds, path, check)
     codes = [record for _, record in records if isinstance(record, KeptCodes)]
     if check and codes:
         codes[-1].check(module, path)
