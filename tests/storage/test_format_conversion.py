@@ -136,7 +136,13 @@ def test_a_format_is_added_without_code(tmp_path: Path) -> None:
         convert_adapter(tmp_path / "in.safetensors", tmp_path / "peft", format="peft")
         convert_adapter(tmp_path / "peft", tmp_path / "out", format="mine")
         assert same(load_file(tmp_path / "out/mine.safetensors"), tensors)
+        twin = AdapterFormat("twin", "Another with the same keys", keys, files=("twin.safetensors",), scale="none")
+        register_format(twin)
+        with pytest.raises(LoadError, match="may have the format 'mine' or 'twin'"):
+            load_adapter(model, tmp_path / "in.safetensors", "second")
+        assert load_adapter(model, tmp_path / "in.safetensors", "second", format="mine").format == "mine"
         with pytest.raises(SurgeryError, match="there is a format 'mine' already"):
             register_format(AdapterFormat("mine", "Another", (), ()))
     finally:
-        del table._formats["mine"]
+        for name in ("mine", "twin"):
+            table._formats.pop(name, None)

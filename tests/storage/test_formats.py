@@ -379,6 +379,21 @@ def test_gguf_permutes_heads_by_architecture(tmp_path: Path, model_type: str) ->
     assert all(torch.equal(one, two) for one, two in zip(expected, again, strict=True))
 
 
+def test_gguf_of_a_text_model_in_a_larger_one(tmp_path: Path) -> None:
+    """llama.cpp names the text model of a larger one as if it stood alone."""
+    gguf = pytest.importorskip("gguf")
+    path = "model.language_model.layers.0.mlp.down_proj"
+    model = model_of_paths({path: nn.Linear(8, 8)})
+    model.config = {"model_type": "llava", "text_config": {"model_type": "qwen2"}}  # type: ignore[assignment]
+    apply_rules(model, LoraRule(path, rank=2, init="random"))
+    expected = model.get_submodule(path)(x := random(2, 8))
+    save_adapter(model, tmp_path, format="gguf")
+    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors]
+    assert names == ["blk.0.ffn_down.weight.lora_a", "blk.0.ffn_down.weight.lora_b"]
+    load_adapter(remove(model), tmp_path)
+    assert torch.equal(model.get_submodule(path)(x), expected)
+
+
 def test_gguf_needs_the_heads_and_one_alpha(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     model = Llama()

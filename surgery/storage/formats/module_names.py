@@ -13,6 +13,9 @@ from surgery.storage.formats.table import ModuleNames, NameRow
 __all__ = ["NameMap", "Place", "names_for_header", "names_named", "names_of_file", "register_module_names"]
 
 
+WRAPPER = "language_model"  # the segment before a text model in models of text and images
+
+
 class Place(NamedTuple):
     """A module's row, and the names in it; `index`: which of the row's modules it is."""
 
@@ -43,6 +46,9 @@ class NameMap:
             for index, pattern in enumerate(patterns):
                 if hit := pattern.fullmatch(ours):
                     return Place(row, _filled(row.theirs, hit), tuple(_filled(o, hit) for o in row.ours), index)
+        inner = [name for name in ours.split(".") if name != WRAPPER]
+        if self is not IDENTITY and WRAPPER in ours.split(".") and (place := self.theirs(".".join(inner))) is not None:
+            return place  # the text model of a larger one; its files name it as if it stood alone
         return Place(NameRow(ours, (ours,)), ours, (ours,)) if self.names.partial else None
 
     def covers(self, paths: Iterable[str]) -> bool:
