@@ -122,6 +122,7 @@ SCHEMES: dict[str, tuple[Callable[[nn.Linear], nn.Module], dict[str, Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # which optimum reads
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gptqmodel leaves a folder behind
 @pytest.mark.parametrize("method", SCHEMES)
 def test_adapters_on_a_checkpoint_that_transformers_loads(method: str, optional: Load, tmp_path: Path) -> None:
     optional("gptqmodel.nn_modules.qlinear.torch_awq")
