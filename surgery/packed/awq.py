@@ -51,6 +51,10 @@ class AwqWeight(PackedWeight):
         return f"{_bits(self.module)} bits, groups of {self._group_size}, gemm"
 
     @property
+    def activations(self) -> str | None:
+        return None if self.dtype is torch.float32 else f"{str(self.dtype).removeprefix('torch.')}, not scaled"
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.module.scales.shape[1], self.module.qweight.shape[0]
 

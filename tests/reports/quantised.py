@@ -54,14 +54,73 @@ def _quanto(kind: str) -> Callable[[nn.Linear], nn.Module]:
     return make
 
 
+def _hqq(bits: int) -> Callable[[nn.Linear], nn.Module]:
+    def make(linear: nn.Linear) -> nn.Module:
+        hqq: Any = importlib.import_module("hqq.core.quantize")
+        settings = hqq.BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+        linear.requires_grad_(False)  # a bias with a gradient can't be copied by copy.deepcopy
+        return hqq.HQQLinear(linear, settings, compute_dtype=torch.float32, device="cpu")
+
+    return make
+
+
+def _gptqmodel(file: str, name: str, stand_in: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Linear], nn.Module]:
+    """A layer of gptqmodel with the buffers of a stand-in: 4 bits, groups of 32."""
+
+    def make(linear: nn.Linear) -> nn.Module:
+        made: Any = getattr(importlib.import_module(f"gptqmodel.nn_modules.qlinear.{file}"), name)
+        sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": True}
+        layer = made(bits=4, group_size=32, sym=False, desc_act=False, register_buffers=True, **sizes)
+        layer.load_state_dict(stand_in(linear).state_dict())
+        if hasattr(layer, "_init_wf_unsqueeze_buffers"):
+            layer._init_wf_unsqueeze_buffers()
+        return layer
+
+    return make
+
+
+def _fp8(linear: nn.Linear) -> nn.Module:
+    """transformers' layer with blocks of 32 × 32; a plain kernel stands in for the GPU's."""
+    fp8: Any = importlib.import_module("transformers.integrations.finegrained_fp8")
+    fp8.fp8_linear = _plain_fp8
+    layer = fp8.FP8Linear(linear.in_features, linear.out_features, block_size=(32, 32), has_bias=True)
+    packed = packed_weight_of(layer)
+    assert packed is not None
+    with torch.no_grad():
+        layer.bias.copy_(linear.bias)
+        packed.write(packed.requantise(linear.weight))
+    return layer
+
+
+def _plain_fp8(x: Tensor, weight: Tensor, scales: Tensor, block: tuple[int, int], bias: Any, *_: Any) -> Tensor:
+    steps = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: weight.shape[0], : weight.shape[1]]
+    return F.linear(x, weight.to(x.dtype) * steps, bias)
+
+
 ROWS: list[QuantisedLinear] = [
     *BACKENDS,
     QuantisedLinear("GPTQ QuantLinear, version 1", "torch", QuantLinear),
     QuantisedLinear("GPTQ TorchLinear, version 2, 3 bits", "torch", lambda linear: TorchLinear(linear, bits=3)),
     QuantisedLinear("AWQ WQLinear_GEMM", "torch", WQLinear_GEMM),
     QuantisedLinear("HQQ HQQLinear", "torch", lambda linear: HQQLinear(linear, dtype=torch.float32)),
+    QuantisedLinear("transformers FP8Linear", "transformers.integrations.finegrained_fp8", _fp8),
+    QuantisedLinear(
+        "gptqmodel TorchLinear (GPTQ)",
+        "gptqmodel.nn_modules.qlinear.torch",
+        _gptqmodel("torch", "TorchLinear", lambda linear: TorchLinear(linear, group_size=32)),
+    ),
+    QuantisedLinear(
+        "gptqmodel AwqTorchLinear",
+        "gptqmodel.nn_modules.qlinear.torch_awq",
+        _gptqmodel("torch_awq", "AwqTorchLinear", lambda linear: WQLinear_GEMM(linear, group_size=32)),
+        exact=False,
+        slack=3e-3,  # it computes in float16
+    ),
+    QuantisedLinear("hqq 4 bits", "hqq.core.quantize", _hqq(4)),
+    QuantisedLinear("hqq 3 bits", "hqq.core.quantize", _hqq(3)),
     QuantisedLinear("optimum-quanto int8", "optimum.quanto", _quanto("qint8")),
     QuantisedLinear("optimum-quanto int4", "optimum.quanto", _quanto("qint4")),
+    QuantisedLinear("optimum-quanto float8", "optimum.quanto", _quanto("qfloat8")),
 ]
 
 

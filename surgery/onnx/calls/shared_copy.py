@@ -14,6 +14,7 @@ from surgery.errors import SurgeryError
 from surgery.lifecycle.remove import remove
 from surgery.lifecycle.switching import switch, weights_now
 from surgery.merging.merge import ensure_unmerged
+from surgery.merging.packed_merge import plain_dtype
 from surgery.onnx.calls.sliding_windows import full_length_caches
 from surgery.packed.packed_weight import PackedWeight, packed_weight_of
 from surgery.patterns.module_walk import base_modules
@@ -56,9 +57,11 @@ def sharing_copy(
         if parameter.is_floating_point():
             parameter.requires_grad_(False)
     copied_model.eval()
-    for packed in packed_maps(copied_model) if dequantise else ():
+    weights = packed_maps(copied_model) if dequantise else []
+    dtype = plain_dtype(copied_model) if weights else None
+    for packed in weights:
         if dequantise == "all" or packed.activations is not None:
-            replace_packed(packed)
+            replace_packed(packed, into=dtype)  # a merge rounds its sum to the dtype
     return copied_model
 
 
