@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from surgery.errors import ParityError, SurgeryError
+from surgery.errors import ParityError, SurgeryError, abbreviate
 from surgery.onnx.calls.example import ExampleCall, array_of
 from surgery.onnx.calls.export_lock import one_at_a_time
 from surgery.onnx.calls.exported_model import check_names, exported_root
@@ -35,7 +35,8 @@ from surgery.onnx.graph.file_writing import size_of, write_model
 from surgery.onnx.graph.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
 from surgery.onnx.graph.generate_differences import GENERATION, generation_of
 from surgery.onnx.graph.manifest_description import manifest_of
-from surgery.onnx.graph.prepare import PREPARE, ExportSettings, Prepared
+from surgery.onnx.graph.packed_weights import codes_of, pack_weights
+from surgery.onnx.graph.prepare import BLOCKS, PREPARE, ExportSettings, Prepared
 from surgery.onnx.graph.trace_program import Program, program_of
 from surgery.onnx.graph.weight_names import name_weights
 from surgery.onnx.runtime.default_inputs import write_defaults
@@ -97,6 +98,7 @@ def export_onnx(
     opset: int | None = None,
     optimize: bool = True,
     optimize_for: Literal["ort"] | None = None,
+    weights: Literal["dequantised", "packed"] = "dequantised",
     external_data: bool | int | None = None,
     strict: bool = False,
     cache: bool = False,
@@ -144,6 +146,9 @@ def export_onnx(
         opset: 18 to 25; default None: the exporter's.
         optimize: run the exporter's optimiser; default True.
         optimize_for: "ort" fuses attention and norms into onnxruntime's own operations; default None.
+        weights: how quantised weights are written. "dequantised" (default): as plain numbers. "packed": as codes and
+            scales with DequantizeLinear (int8 by row, 4 and 8 bits in blocks; opset 21). Weights of other layouts, and
+            those with merged adapters, stay plain numbers, and a notice names them.
         external_data: weights in a file beside the graph: True, False, or from so many bytes on; default None: from 1.5
             GiB.
         strict: see "slots"; default False.
@@ -162,7 +167,9 @@ def export_onnx(
     Notes:
         The manifest is in the file's metadata and in `<file>.manifest.json`.
     """
-    how = ExportSettings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
+    if weights == "packed" and opset is None:
+        opset = BLOCKS
+    how = ExportSettings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict, weights)
     given_model, model = model, exported_root(model)
     check_names(model, names)
     example = ExampleCall.of(model, with_cache(model, example_inputs) if cache else example_inputs)
@@ -179,8 +186,10 @@ def export_onnx(
             manifest, free = _finish(program, prepared, model, axes, how)
             if "logits" in manifest["outputs"] and (generation := generation_of(model, example)):
                 manifest[GENERATION] = generation
+            staying = pack_weights(program.model, codes_of(model)) if weights == "packed" else []
             notices = [
                 *prepared.notices,
+                *([f"{abbreviate(staying, 'weights')} stay plain numbers in the file"] if staying else []),
                 *fixed_axis_notices(traced, axes, free, _taking(model, adapters)),
                 *notices_of(given_model, model, manifest),
             ]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from surgery.packed.affine_codes import AffineCodes
 from surgery.packed.packed_weight import PackedWeight, class_names, plain_view, register_packed
 
 __all__ = ["Bits4Weight", "Int8Weight"]
@@ -56,6 +57,10 @@ class Int8Weight(PackedWeight):
         codes, scales = self._source()
         # The order of the kernel's operations, which decides about the last bit.
         return plain_view(codes).to(self.dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+
+    def affine(self) -> AffineCodes:
+        codes, scales = self._source()
+        return AffineCodes(plain_view(codes), scales.unsqueeze(1).mul(1.0 / 127.0), None, 8)
 
     def requantise(self, weight: Tensor, *, scales: Literal["refit", "keep"] = "refit") -> dict[str, Tensor]:
         half = weight.detach().to(torch.float16)

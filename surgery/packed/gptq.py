@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from surgery.packed.affine_codes import AffineCodes
 from surgery.packed.bit_packing import pack_words, unpack_words
 from surgery.packed.grids import fit_grid, nearest_codes
 from surgery.packed.packed_weight import PackedWeight, register_packed
@@ -81,6 +82,18 @@ class GptqWeight(PackedWeight):
         out, inner = self.shape
         steps = unpack_words(module.qweight, module.bits, inner).to(torch.int16) - self._zeros()[groups]
         return (module.scales[groups] * steps).t().contiguous()
+
+    def affine(self) -> AffineCodes | None:
+        module, (_, inner) = self.module, self.shape
+        count, size = module.scales.shape[0], module.group_size if module.group_size > 0 else inner
+        plain = torch.arange(inner, device=module.g_idx.device) // size
+        if module.bits not in (4, 8) or inner % size or count * size != inner or not torch.equal(self._groups(), plain):
+            return None
+        zeros = self._zeros().t()
+        if int(zeros.max()) > 2**module.bits - 1:  # of version 1, where a stored zero point is one less
+            return None
+        codes = unpack_words(module.qweight, module.bits, inner).t().to(torch.uint8).contiguous()
+        return AffineCodes(codes, module.scales.t(), zeros.to(torch.uint8), module.bits)
 
     def requantise(self, weight: Tensor, *, scales: Literal["refit", "keep"] = "refit") -> dict[str, Tensor]:
         module, bits, groups = self.module, self.module.bits, self._groups()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.errors import SiteError
+from surgery.packed.affine_codes import AffineCodes
 
 __all__ = [
     "BACKENDS",
@@ -146,6 +147,10 @@ class PackedWeight(ABC):
         Returns:
             New tensors by the names of `tensors`, for `write`.
         """
+
+    def affine(self) -> AffineCodes | None:
+        """The codes as integers with scales and zero points; None if the values are not of this form (nf4, float8)."""
+        return None
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The values that a plain weight (out, in) has after it is quantised in this layout. Changes nothing."""

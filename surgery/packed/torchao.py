@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from surgery.packed.affine_codes import AffineCodes
 from surgery.packed.packed_weight import PackedWeight, register_packed
 
 __all__ = ["TorchaoWeight"]
@@ -62,6 +63,17 @@ class TorchaoWeight(PackedWeight):
     def dequantise(self) -> Tensor:
         with torch.no_grad():
             return self._weight.dequantize()
+
+    def affine(self) -> AffineCodes | None:
+        weight = self._weight
+        if type(weight).__name__ == "Float8Tensor" or weight.block_size[0] != 1 or weight.scale.dtype != self.dtype:
+            return None
+        bits = {"int4": 4, "int8": 8}.get(str(getattr(weight, "target_dtype", "torch.int8")).removeprefix("torch."))
+        zeros = weight.zero_point
+        if bits is None or (zeros is not None and zeros.is_floating_point()):
+            return None
+        symmetric = zeros is None or not bool(zeros.any())
+        return AffineCodes(weight.qdata, weight.scale, None if symmetric else zeros, bits)
 
     def requantise(self, weight: Tensor, *, scales: Literal["refit", "keep"] = "refit") -> dict[str, Tensor]:
         old = self._weight

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from surgery import apply_rules, export_onnx, packed_weight_of
+from surgery import SurgeryError, apply_rules, export_onnx, packed_weight_of
 from surgery.onnx import OnnxRunner
 from surgery.rules import LoraRule
 from surgery.testing import Snapshot
-from tests.support.quantised import BY_NAME, QuantisedLinear
+from tests.support.quantised import BACKENDS, BY_NAME, QuantisedLinear
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -61,6 +61,32 @@ def test_slots_over_four_bits(tmp_path: Path) -> None:
         and {compared.adapter for compared in parity.compared} == {"base", "a"}
         and parity.moved["a"] > 0.1
     )
+
+
+def test_codes_and_scales_in_the_file(tmp_path: Path) -> None:
+    model, x = build("torchao int4, blocks of 32"), torch.randn(5, 64)
+    apply_rules(model, LoraRule("up", rank=4, init="random"))
+    report = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", weights="packed")
+    assert report.parity is not None and report.parity.ok and not report.notices
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    kinds = {t.name: t.data_type for t in graph.initializer}
+    assert "up.weight" not in kinds and kinds["up.weight.codes"] == onnx.TensorProto.INT4
+    assert [node.op_type for node in graph.node].count("DequantizeLinear") == 2
+    only = export_onnx(model, tmp_path / "merged.onnx", x, weights="packed")
+    assert only.notices == ["up.weight stay plain numbers in the file"]
+    with pytest.raises(SurgeryError, match="opset"):
+        export_onnx(model, tmp_path / "m.onnx", x, weights="packed", opset=18)
+
+
+@pytest.mark.parametrize("name", [backend.name for backend in BACKENDS])
+def test_affine_codes_are_the_dequantised_weight(name: str) -> None:
+    packed = packed_weight_of(build(name).up)
+    assert packed is not None
+    codes = packed.affine()
+    assert (codes is None) == any(word in name for word in ("nf4", "fp4", "float8"))
+    if codes is not None:
+        assert torch.equal(codes.values(), packed.dequantise())
+        assert codes.codes.shape[1] == codes.block * codes.scales.shape[1]
 
 
 def test_a_module_that_rounds_its_inputs(tmp_path: Path) -> None:

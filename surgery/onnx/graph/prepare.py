@@ -27,6 +27,7 @@ from surgery.transaction.garbage_collection import collector_waits
 __all__ = ["PREPARE", "Prepared", "ExportSettings"]
 
 OPSETS = range(18, 26)
+BLOCKS = 21  # the first opset whose DequantizeLinear has blocks
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ExportSettings:
     optimize: bool = True
     optimize_for: str | None = None
     strict: bool = False
+    weights: str = "dequantised"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -48,9 +50,13 @@ class ExportSettings:
             ("slots_as", ("overridable", "inputs")),
             ("empty", ("rank0", "zeros1")),
             ("optimize_for", (None, "ort")),
+            ("weights", ("dequantised", "packed")),
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise SurgeryError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+        if self.weights == "packed" and (self.opset or BLOCKS) < BLOCKS:
+            why = f"DequantizeLinear has blocks of 4 bits from opset {BLOCKS} on"
+            raise SurgeryError(f'weights="packed" can\'t be written with opset={self.opset}', why=why, fix="opset=None")
         if self.opset is not None and self.opset not in OPSETS:
             why = f"the exporter writes {OPSETS[0]} to {OPSETS[-1]}"
             raise SurgeryError(f"opset={self.opset!r} can't be written", why=why, fix="use one of these, or None")
