@@ -154,7 +154,7 @@ def _names(site: SiteState) -> tuple[str, ...]:
 
 def _check(path: str, site: SiteState, changing: set[str]) -> None:
     assert site.merged is not None
-    folded = {name for name, _ in site.merged.folds}
+    folded = set(site.merged.tensors)
     for _, applied in site.of(changing):
         if folded & {name for name, _ in applied.changed}:
             raise MergeError(

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from surgery.arithmetic.corrections import Record
 from surgery.errors import SurgeryWarning, abbreviate
 from surgery.results import Report
@@ -17,6 +15,7 @@ from surgery.state.records import Merged
 
 __all__ = ["MergeLoss", "MergeReport", "TensorLoss", "tensor_losses", "warn_of_losses"]
 
+_HALF = ("float16", "bfloat16")
 LIMIT = 0.10  # the share of a change that may be lost without a warning
 
 
@@ -142,8 +141,8 @@ def tensor_losses(site: str, merged: Merged) -> list[TensorLoss]:
 
 def warn_of_losses(loss: MergeLoss, stacklevel: int) -> None:
     """Warn where more than 10 % of a change was lost."""
-    # A weight that is quantised anew has a limit of its own.
-    heavy = [tensor for tensor in loss.tensors if (tensor.share or 0.0) > LIMIT and hasattr(torch, tensor.dtype)]
+    # A weight that is quantised anew has a limit of its own. Wider dtypes lose only what is zero to within rounding.
+    heavy = [tensor for tensor in loss.tensors if (tensor.share or 0.0) > LIMIT and tensor.dtype in _HALF]
     if not heavy:
         return
     worst = max(heavy, key=_share)

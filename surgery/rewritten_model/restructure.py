@@ -130,7 +130,7 @@ def check_exchanged(sites_present: Sequence[nn.Module], record: Restructuring, l
         site = site_state(module)
         assert site is not None
         changes = [(applied.adapter, name) for applied in site.applied for name, _ in applied.changed]
-        folds = [(site.merged.adapters[0], name) for name, _ in site.merged.folds] if site.merged is not None else []
+        folds = [(site.merged.adapters[0], name) for name in site.merged.tensors] if site.merged is not None else []
         for adapter, name in (*changes, *folds):
             if adapter not in leaving and ((id(module), name) in places or id(tensor_at(module, name)) in tensors):
                 raise SurgeryError(

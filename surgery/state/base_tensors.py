@@ -24,7 +24,7 @@ def base_tensor(module: nn.Module, name: str, path: str = "", state: Mapping[str
     merged = site.merged if site is not None else None
     if merged is not None and name in merged.tied:  # the site has a separate copy of a shared parameter
         return merged.tied[name].detach()
-    if merged is not None and merged.packed is not None and name in (merged.packed.after or merged.packed.codes):
+    if merged is not None and merged.packed is not None and name in merged.packed.names:
         raise merged_error(path, merged.adapters)
     key = f"{path}.{name}" if path else name
     tensor = whole((state[key] if state is not None and key in state else value_at(module, name)).detach())

@@ -111,6 +111,11 @@ class PackedFold:
     def nbytes(self) -> int:
         return self.stored if self.plain is not None else sum(record.nbytes for record in self.codes.values())
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the module's tensors that the merge changed."""
+        return list(self.after) if self.plain is not None else ["weight"]
+
     def check(self, module: nn.Module, where: str) -> None:
         """Raise `MergeError` if a tensor changed since the merge. Changes nothing."""
         if self.plain is not None:

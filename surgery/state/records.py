@@ -95,6 +95,11 @@ class Merged:
     tied: dict[str, nn.Parameter] = field(default_factory=dict)
     packed: PackedFold | None = None
 
+    @property
+    def tensors(self) -> list[str]:
+        """The names of the tensors that the merge changed."""
+        return [name for name, _ in self.folds] + (self.packed.names if self.packed is not None else [])
+
 
 @dataclass
 class SiteState:

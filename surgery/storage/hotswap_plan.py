@@ -82,7 +82,7 @@ def unmerged_tensors(module: nn.Module, path: str) -> Callable[[str, bool], Tens
 
     def read(name: str, before: bool) -> Tensor:
         state = site_state(module)
-        if state is not None and state.merged is not None and any(name == folded for folded, _ in state.merged.folds):
+        if state is not None and state.merged is not None and name in state.merged.tensors:
             raise merged_error(path, state.merged.adapters)
         return value_at(module, name)
 
