@@ -21,7 +21,7 @@ from surgery.testing import Snapshot
 from tests.support.packed_layers import HQQLinear, QuantLinear, TorchLinear, WQLinear_GEMM
 from tests.support.quantised import BACKENDS
 
-EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "0")) or 15
+EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "0")) or 10
 LAYOUTS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "gptq v1": lambda linear: QuantLinear(linear),
     "gptq v2": lambda linear: TorchLinear(linear, bits=3),
