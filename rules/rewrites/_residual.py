@@ -65,6 +65,10 @@ class _Search:
         self.owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
         calls = [d["path"] for d in self.data.values() if d["operation"] in ("linear", "addmm", "embedding")]
         self.calls = Counter(calls)
+        self.place: dict[str, int] = {}  # the path of a module → the place of its first operation
+        for node, data in self.data.items():
+            if data["op"] != "get_attr":
+                self.place.setdefault(data["path"] or "", self.order[node])
         self.reads: dict[str, list[Any]] = {}  # the full name of a tensor → the nodes that read it
         for node, data in self.data.items():
             if data["op"] == "get_attr":
@@ -112,17 +116,15 @@ class _Search:
                 continue
             operands = [operand for operand in data["operands"] if operand in self.data] if _hashable(data) else []
             if data["operation"] not in _KEEPING or data["op"] == "placeholder" or not operands:
-                what = f"{data['path'] or 'the model'}, a {data['type'].__name__}" if data["type"] else f"the input {node}"
-                return [], f"what it reads is not a sum of layers: {what}, computes {node} by {data['operation']}"
-            waiting += operands if data["operation"] == "add" else operands[:1]
+                what = f"{data['path'] or 'the model'}, which" if data["type"] else "an input:"
+                return [], f"what it reads is not a sum of layers but from {what} computes {node} by {data['operation']}"
             if data["operation"] == "add" and len(operands) < 2:
                 return [], f"a number is added to what it reads, at {node}"
-            if not all(self.same_features(operand, node) for operand in operands[: 2 if data["operation"] == "add" else 1]):
+            operands = operands if data["operation"] == "add" else operands[:1]
+            waiting += operands
+            if not all(self.same_features(operand, node) for operand in operands):
                 return [], f"{node} changes the number of features"
-        return sorted(writers, key=lambda path: self.place(path)), ""
-
-    def place(self, path: str) -> int:
-        return next(self.order[node] for node, data in self.data.items() if data["path"] == path and data["op"] != "get_attr")
+        return sorted(writers, key=self.place.__getitem__), ""
 
     def writer(self, data: dict[str, Any]) -> str | None:
         """Returns the path of the layer whose product an operation is."""
