@@ -117,7 +117,7 @@ class _Search:
             operands = [operand for operand in data["operands"] if operand in self.data] if _hashable(data) else []
             if data["operation"] not in _KEEPING or data["op"] == "placeholder" or not operands:
                 what = f"{data['path'] or 'the model'}, which" if data["type"] else "an input:"
-                return [], f"what it reads is not a sum of layers but from {what} computes {node} by {data['operation']}"
+                return [], f"its input is not a sum of layers: {what} computes {node} by {data['operation']}"
             if data["operation"] == "add" and len(operands) < 2:
                 return [], f"a number is added to what it reads, at {node}"
             operands = operands if data["operation"] == "add" else operands[:1]
