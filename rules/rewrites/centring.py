@@ -84,13 +84,14 @@ class CentreNormRule(StructureRule):
                     _fold_bias(edits, norm_path, norm, readers)
         for path, module, norm_paths in pairs:
             layer: Any = module
-            if isinstance(layer, nn.Embedding) and _is_shared(edits.model, layer.weight):
+            if isinstance(module, nn.Embedding) and _is_shared(edits.model, module.weight):
                 _untie(edits)
             edits.set_parameter(layer, "weight", _centred(layer.weight, features_dim(layer)))
             if getattr(layer, "bias", None) is not None:
                 edits.set_parameter(layer, "bias", _centred(layer.bias, 0))
             for norm_path in norm_paths:
-                edits.set_module(norm_path, _rms_norm(edits.model.get_submodule(norm_path)))
+                norm: Any = edits.model.get_submodule(norm_path)
+                edits.set_module(norm_path, _rms_norm(norm))
                 edits.unplain.append(f"{norm_path} is an RMSNorm")
             names = abbreviate(norm_paths, "norms") if norm_paths else "of the same stream"
             edits.steps.append((path, type(layer).__name__, f"centred, for the RMSNorm {names}"))
