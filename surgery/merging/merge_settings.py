@@ -46,6 +46,7 @@ class MergeSettings:
     dtype: torch.dtype | None = None
     limit: float | None = 0.10
     products: Mapping[int, Tensor] = field(default_factory=dict)
+    _factors: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.rounding not in get_args(RoundingMode):
@@ -70,7 +71,9 @@ class MergeSettings:
         # An embedding returns rows as they are; in other modules a row of the weight gives one output.
         if weight.dim() < 2 or issubclass(base, nn.Embedding):
             return None
-        products = self.products.get(id(module))
+        key, products = id(module), self.products.get(id(module))
         if products is None or len(products) != weight.shape[0 if transposed else 1] or weight.dim() > 2:
             return Rounding("error-feedback", transposed=transposed)
-        return Rounding("error-feedback", factor=feedback_factor(products), transposed=transposed)
+        if key not in self._factors:
+            self._factors[key] = feedback_factor(products)
+        return Rounding("error-feedback", factor=self._factors[key], transposed=transposed)

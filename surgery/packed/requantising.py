@@ -12,6 +12,7 @@ from surgery.packed.packed_weight import PackedWeight
 
 __all__ = ["Codes", "choose_codes"]
 
+_SAMPLE = 1 << 17  # entries from which the levels of a grid are read
 _STEPS = 2  # of refitting scales to codes and codes to scales
 
 
@@ -100,7 +101,8 @@ class _Grid:
         low, high = rounded(-large), rounded(large)
         span = high - low
         draw = torch.rand(wanted.shape, generator=torch.Generator().manual_seed(0)).to(wanted.device)
-        between = ((rounded(low + span * draw) - low) / span)[span > 0].sort().values
+        between = ((rounded(low + span * draw) - low) / span)[span > 0]
+        between = between[:: max(1, len(between) // _SAMPLE)].sort().values
         if not len(between):
             return _Grid(low, span, wanted.new_zeros(1))
         first = torch.ones_like(between, dtype=torch.bool)
