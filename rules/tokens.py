@@ -85,7 +85,8 @@ class TokensRule(Rule):
         if self.init == "random":
             rows = site.param(name, start.shape, nn.init.normal_, **kept)
         else:
-            rows = site.param(name, start, **kept)
+            # Values that are absent now are filled in by `initialise`.
+            rows = site.param(name, start.shape if start.is_meta else start, **kept)
         index = site.buffer(numbers, ids)
         if not self.looks_up(site):
             site.replace(site.weight, site.weight.index_copy(0, index, rows.to(site.weight.dtype)))
@@ -94,6 +95,14 @@ class TokensRule(Rule):
         at = torch.searchsorted(index, site.input).clamp(max=len(self.tokens) - 1)
         ours = (index[at] == site.input).unsqueeze(-1)
         return torch.where(ours, F.embedding(at, rows).to(site.output.dtype), site.output)
+
+    def initialise(self, site: LiveSite) -> None:
+        """Fills the rows where the plan had no values: the base is offloaded, or was on the meta device."""
+        name, numbers = self.names
+        if self.init != "random" and site.module.weight.is_meta:  # type: ignore[union-attr]
+            weight = site.weight.detach()
+            if not weight.is_meta:
+                site.params[name].copy_(weight[site.params[numbers].to(weight.device)])
 
     def looks_up(self, site: Site) -> bool:
         return _looks_up(site)

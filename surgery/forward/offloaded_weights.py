@@ -42,12 +42,20 @@ def loads_children(module: nn.Module) -> bool:
 
 
 def device_of_calls(module: nn.Module) -> torch.device | None:
-    """Returns the device on which an offloaded module runs; None for other modules."""
-    hook = _hook(module)
+    """Returns the device on which an offloaded module runs; None for other modules.
+
+    A module without tensors of its own, such as an attention, runs where the first module with tensors inside it does.
+    """
+    first = next((part for part in module.modules() if _has_tensors(part)), module)
+    hook = _hook(first)
     if hook is None or hook.execution_device is None:
         return None
     device = hook.execution_device
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(tensor is not None for kind in (module._parameters, module._buffers) for tensor in kind.values())
 
 
 def value_at(module: nn.Module, name: str) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from surgery.errors import PlanError, SurgeryError, SurgeryWarning, abbreviate
+from surgery.forward.offloaded_weights import is_offloaded
 from surgery.lifecycle.commit_objections import CommittedSite, find_objections
 from surgery.lifecycle.forget import forget_adapters, untied_flags
 from surgery.lifecycle.module_replacement import replace_modules
 from surgery.merging.merge_settings import MergeSettings
+from surgery.merging.offloaded_merge import merge_offloaded_site
 from surgery.merging.site_folding import fold_together
 from surgery.merging.site_merge import merge_site
 from surgery.model_edits.shared_copies import separate_copies
@@ -142,7 +144,11 @@ def _fold(root: nn.Module, folded: Sequence[CommittedSite], names: list[str], jo
     """Fold the rules of these sites into the weights, and give the sites the class of what stays there."""
     owners, waiting = Owners(root), list[Any]()
     for here in folded:
-        merge_site(owners, here.path, here.module, here.site, names, here.rules, MergeSettings(), journal, waiting)
+        arguments = (owners, here.path, here.module, here.site, names, here.rules, MergeSettings(), journal)
+        if is_offloaded(here.module):
+            merge_offloaded_site(*arguments)
+        else:
+            merge_site(*arguments, waiting)
         staying = [applied for applied in here.site.live() if applied.adapter not in names]
         install_live(here.module, journal, live=staying)
     fold_together(waiting)

@@ -13,6 +13,7 @@ from surgery.authoring.live_site import LiveSite
 from surgery.errors import SiteError
 from surgery.forward.offloaded_weights import value_at
 from surgery.forward.own_forward import own_forward
+from surgery.state.absent_values import base_device
 from surgery.state.adapter_tensors import AdapterTensors, box_of
 from surgery.state.records import site_state
 from surgery.weaving.rewrite_recording import record_rewrite
@@ -22,19 +23,19 @@ __all__ = ["start"]
 
 def _realise(module: nn.Module, box: AdapterTensors) -> None:
     """Replace tensors on the meta device by memory on the device of the base's weights, if these have left it."""
-    own = [tensor for tensor in module._parameters.values() if tensor is not None]
-    if not own or own[0].is_meta:
+    device = base_device(module)
+    if device is None:
         return
     for name, tensor in box.tensors().items():
         if not tensor.is_meta:
             continue
         if isinstance(tensor, nn.Parameter):
             if tensor not in _realised:  # sites may share it
-                new = torch.empty_like(tensor, device=own[0].device)
+                new = torch.empty_like(tensor, device=device)
                 _realised[tensor] = nn.Parameter(new, requires_grad=tensor.requires_grad)
             box._parameters[name] = _realised[tensor]
         else:
-            box._buffers[name] = torch.empty_like(tensor, device=own[0].device)
+            box._buffers[name] = torch.empty_like(tensor, device=device)
 
 
 _realised: Any = WeakIdKeyDictionary()  # a parameter on the meta device → what replaced it

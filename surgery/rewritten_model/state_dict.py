@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError, near_misses
+from surgery.forward.offloaded_weights import device_of_calls
 from surgery.patterns.module_walk import RESERVED, base_modules
 from surgery.patterns.wrappers import select_tensors
 from surgery.rewritten_model.verb_root import check_all_present, rewritten, rewritten_if_any
 from surgery.sharded_tensors import copy_into, is_flattened
+from surgery.state.absent_values import base_device
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import base_alone, box_of, is_adapter_key, tensors_of
 from surgery.state.merged_tensors import check_adapter_unmerged
@@ -168,7 +170,7 @@ def _give_memory(model: nn.Module, adapter: str, journal: Journal) -> None:
         if box is None:
             continue
         journal.keep(box._parameters, box._buffers)
-        device = next((t.device for t in module._parameters.values() if t is not None and not t.is_meta), "cpu")
+        device = device_of_calls(module) or base_device(module) or torch.device("cpu")
         for name, tensor in box.tensors().items():
             if isinstance(tensor, nn.Parameter) and tensor.is_meta:
                 new = torch.empty_like(tensor, device=device)

@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SiteError
+from surgery.patterns.module_walk import base_modules
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["note_absent", "refuse_absent", "start_again", "unwatch_absent", "watch_absent", "without_values"]
+__all__ = [
+    "base_device",
+    "note_absent",
+    "refuse_absent",
+    "start_again",
+    "unwatch_absent",
+    "watch_absent",
+    "without_values",
+]
 
 _ABSENT, _SITE_OF, _START = "_surgery_absent", "_surgery_site_of", "_surgery_start"
 Start = Callable[[nn.Module, nn.Module], None]  # sets an adapter's tensors at a site to their initial values
@@ -46,6 +55,15 @@ def without_values(box: nn.Module) -> list[str]:
 
 def _tensor(box: nn.Module, name: str) -> Tensor | None:
     return box._parameters.get(name, box._buffers.get(name))
+
+
+def base_device(module: nn.Module) -> torch.device | None:
+    """Returns the device of a site's base; None if the base is on the meta device or has no tensors."""
+    for _, part in base_modules(module):
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None:
+                return None if tensor.is_meta else tensor.device
+    return None
 
 
 def _on_meta(box: nn.Module) -> list[str]:
@@ -79,8 +97,7 @@ def refuse_absent(module: Any, args: Any) -> None:
     state = module.__dict__.get("_surgery_site")
     boxes = dict(module.adapters._modules) if "adapters" in module._modules else {}
     missing = {name: names for name, box in boxes.items() if (names := without_values(box))}
-    own = [tensor for tensor in module._parameters.values() if tensor is not None]
-    real = bool(own) and not any(tensor.is_meta for tensor in own)
+    real = base_device(module) is not None
     on_meta = {name: names for name, box in boxes.items() if real and (names := _on_meta(box))}
     for applied in state.live() if state is not None else ():
         if state is not None and applied.adapter in {**missing, **on_meta}:

@@ -15,10 +15,12 @@ from torch import nn
 
 from surgery.arithmetic.rounding import RoundingMode
 from surgery.errors import SurgeryError, abbreviate
+from surgery.forward.offloaded_weights import is_offloaded
 from surgery.merging.merge import merge
 from surgery.merging.merge_settings import Quantised
 from surgery.merging.packed_merge import dequantise_all
 from surgery.model_edits.shared_copies import separate_copies
+from surgery.patterns.module_walk import base_modules
 from surgery.progress import Progress, steps
 from surgery.rewritten_model.save_pretrained import plain_saving
 from surgery.rewritten_model.verb_root import records_in, rewritten
@@ -99,6 +101,13 @@ def merge_to(
             f"{type(model).__name__} has no save_pretrained",
             why="merge_to writes checkpoints of transformers",
             fix="merge(model), then save base_state_dict(model) in your own way",
+        )
+    if not hasattr(model, "hf_device_map") and (away := [path for path, m in base_modules(model) if is_offloaded(m)]):
+        raise SurgeryError(
+            "save_pretrained can't write this model",
+            where=abbreviate(away, "modules"),
+            why="accelerate offloads its weights, and transformers does not know where",
+            fix="merge_files(base_folder, adapter, folder) merges in the files",
         )
     if reasons := [reason for record in state.structure for reason in record.unplain]:
         raise SurgeryError(

@@ -21,6 +21,7 @@ VERBS: dict[str, Callable[[Any], Any]] = {
     "merge_to": lambda model: surgery.merge_to(model, "folder"),
     "hotswap": lambda model: surgery.hotswap(model, "a", "folder"),
     "combine": lambda model: surgery.combine(model, {"a": 1.0}, into="b"),
+    "as_lora": lambda model: surgery.as_lora(model, "a"),
     "rename_adapter": lambda model: surgery.rename_adapter(model, "a", "b"),
     "copy_adapter": lambda model: surgery.copy_adapter(model, "a", "b"),
     **{

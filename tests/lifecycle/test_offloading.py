@@ -13,22 +13,39 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery import (
     MergeError,
     PlanError,
     SurgeryError,
+    activate,
     adapter_state_dict,
     apply_rules,
     as_lora,
+    combine,
+    commit,
     load_adapter,
     merge,
+    merge_to,
     remove,
+    route,
     save_adapter,
     unmerge,
 )
 from surgery.merging import offloaded_merge
-from surgery.rules import IA3Rule, LoraRule, OftRule, TrainRule
+from surgery.rules import (
+    BottleneckRule,
+    DropRule,
+    IA3Rule,
+    LoraRule,
+    OftRule,
+    PrefixRule,
+    PromptRule,
+    ResizeVocabRule,
+    TokensRule,
+    TrainRule,
+)
 from surgery.state.fingerprint import fingerprint
 
 CPU = torch.device("cpu")
@@ -255,3 +272,52 @@ def test_conversion_to_lora(tmp_path: Path) -> None:
     as_lora(model)
     as_lora(plain)
     assert torch.equal(model(X), plain(X)) and model.up.weight.is_meta
+
+
+def llama() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes)).eval()  # type: ignore[arg-type]
+
+
+IDS = {"input_ids": torch.arange(8)[None]}
+
+
+@pytest.mark.parametrize("rule", [
+    PrefixRule(length=3), PromptRule(length=3), BottleneckRule("mlp", size=4), DropRule("layers.0"),
+    TokensRule("embed_tokens", tokens=[1, 2]),
+], ids=lambda rule: rule.label)  # fmt: skip
+def test_rules_whose_site_has_no_weights_of_its_own(rule: Any, tmp_path: Path) -> None:
+    plain, model = llama(), on_disk(llama(), tmp_path)
+    for each in (plain, model):
+        torch.manual_seed(1)
+        apply_rules(each, rule, example_inputs=IDS)
+    assert torch.equal(model(**IDS).logits, plain(**IDS).logits)
+    assert not any(tensor.is_meta for tensor in adapter_state_dict(model).values())
+    assert torch.equal(remove(model)(**IDS).logits, llama()(**IDS).logits)
+
+
+def test_verbs_on_several_adapters(tmp_path: Path) -> None:
+    plain, model = llama(), on_disk(llama(), tmp_path)
+    outputs: list[list[Tensor]] = []
+    for each in (plain, model):
+        torch.manual_seed(1)
+        for name in ("a", "b"):
+            apply_rules(each, LoraRule(["q_proj", "v_proj"], rank=2, init="random"), adapter=name)
+        combine(each, {"a": 1.0, "b": 0.5}, "c")
+        results = [activate(each, name)(**IDS).logits for name in ("a", "b", "c")]
+        with route(each, ["a", "b"]):
+            results.append(each(input_ids=IDS["input_ids"].repeat(2, 1)).logits)
+        commit(each, "c")
+        outputs.append([*results, remove(each)(**IDS).logits])
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+
+
+def test_what_the_offloaded_model_can_not_do(tmp_path: Path) -> None:
+    model = apply_rules(on_disk(llama(), tmp_path / "weights"), LoraRule("q_proj", rank=2, init="random"))
+    with pytest.raises(SurgeryError, match="save_pretrained can't write this model"):
+        merge_to(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(PlanError, match="accelerate offloads it"):
+        apply_rules(model, ResizeVocabRule(tokens=48), adapter="more")

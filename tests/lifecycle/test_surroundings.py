@@ -21,6 +21,7 @@ from surgery import (
     activate,
     adapter_state_dict,
     apply_rules,
+    as_lora,
     combine,
     copy_adapter,
     deactivate,
@@ -233,6 +234,7 @@ def life(chosen: Rule, around: Callable[[], AbstractContextManager[Any]], whole:
     step(lambda: copy_adapter(model, "a", "b"))
     step(lambda: combine(model, {"a": 0.5, "b": 0.25}, "c", "linear"))
     step(lambda: combine(model, {"a": 0.5, "b": 0.25}, "d", "svd", rank=2))
+    step(lambda: as_lora(model, {"a": 0.5, "b": 0.25}, "f", rank=2))
     step(lambda: save_adapter(model, f"{folder}/a", "a"))
     step(lambda: load_adapter(model, f"{folder}/a", "e", example_inputs=example))
     step(lambda: hotswap(model, "a", f"{folder}/a"))
