@@ -179,7 +179,7 @@ def on_quantised(chosen: Rule, make: Callable[[], nn.Module]) -> str:
         apply_rules(model, [chosen])
     except SurgeryError as error:
         return f"no: {reason(error)}"
-    merges = attempt(lambda: merge(model))
+    merges = attempt(lambda: merge(model, quantised="dequantise"))
     return "yes" if merges == "yes" or not chosen.mergeable else "yes, without merging"
 
 
