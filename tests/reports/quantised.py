@@ -299,9 +299,13 @@ def onnx(case: Case) -> str:
         for adapters in ("merged", "slots"):
             report: Any = export_onnx(model, Path(folder) / "model.onnx", case.x, adapters=adapters)  # type: ignore[arg-type]
             assert report.parity is not None and report.parity.ok
-    return "✔, dequantised" + (
-        ", inputs not rounded" if any("quantise their inputs" in n for n in report.notices) else ""
-    )
+        packed = packed_weight_of(model.up)
+        assert packed is not None
+        if has_codes := packed.affine() is not None:
+            coded: Any = export_onnx(model, Path(folder) / "codes.onnx", case.x, adapters="slots", weights="packed")
+            assert coded.parity.ok and not any("plain numbers" in notice for notice in coded.notices)
+        rounds = any("quantise their inputs" in notice for notice in report.notices)
+    return "✔, " + ("dequantised and packed" if has_codes else "dequantised") + ", inputs not rounded" * rounds
 
 
 CHECKS: dict[str, Callable[[Case], str]] = {
