@@ -105,7 +105,7 @@ class _ForwardWriter:
     def kind_code(self, variants: Sequence[Variant]) -> str:
         graphs, constants = {}, {}
         for variant in variants:
-            own, layers = traced_layers(variant.traced, self.module, self.state)
+            own, layers = traced_layers(variant, self.module, self.state)
             graphs[variant.kind[0]], around = weave_traced(own, layers)
             constants |= {**variant.constants, **around}
         return self.code(own, layers, graphs, constants, variants[0].kind[1:3])

@@ -31,21 +31,27 @@ class VariableName(NamedTuple):
 
 
 def variable_names(
-    live: Sequence[Applied], layers: Sequence[Layer], module: nn.Module, path: str, own: OwnForward
+    live: Sequence[Applied],
+    layers: Sequence[Layer],
+    module: nn.Module,
+    path: str,
+    own: OwnForward,
+    training: bool | None = None,
 ) -> dict[tuple[int, int], VariableName]:
     """The names by (layer, step of its tape), with layers counted from 1.
 
     A rule may now record other steps than when it was applied, because its result depends on something that has
-    changed. Then its values have no names in the result.
+    changed. Then its values have no names in the result. `training`: the mode of the graph in `own`.
     """
+    mode = module.training if training is None else training
     names_by_step: dict[tuple[int, int], VariableName] = {}
     for number, (applied, layer) in enumerate(zip(live, layers, strict=True), start=1):
         with _watch_variables() as recordings:
             try:
-                record_rewrite(applied.rule, module, path, applied.adapter, own, facts=applied.facts)
+                record_rewrite(applied.rule, module, path, applied.adapter, own, facts=applied.facts, training=mode)
             except (SurgeryError, SkippedSite):
                 continue
-        for tape, offsets in _tapes_like(layer.tape, [tape for tape, _ in recordings.values()], module.training):
+        for tape, offsets in _tapes_like(layer.tape, [tape for tape, _ in recordings.values()], mode):
             names = recordings[id(tape)][1]
             names_by_step |= {(number, step + offsets): name for step, name in names.items()}
     return names_by_step

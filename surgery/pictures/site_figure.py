@@ -27,9 +27,10 @@ def site_figure(module: nn.Module, state: SiteState, path: str, *, before: bool 
         own = last_traced_forward(module, state) if any(applied.inside for applied in live) else None
         traced = own is not None
         own = own or own_forward(module, state.base)
-        layers = [layer_at(applied, module, state, own) for applied in live]
-        training = module.training if traced else True  # training shows all parts of a rule, such as its dropout
-        names = variable_names(live, layers, module, state.path, own)
+        # Training shows all parts of a rule, such as its dropout.
+        training = state.variants[0].kind[0] if traced else True
+        layers = [layer_at(applied, module, state, own, None, training if traced else None) for applied in live]
+        names = variable_names(live, layers, module, state.path, own, training if traced else None)
         letters = {step: name.text for step, name in names.items() if len(name.text) == 1 and name.assigned}
         after = figure_of(weave(own, layers, training, lowered=False), module, state, letters)
         base = figure_of(weave(own, [], training, lowered=False), module, state, {}) if before else None

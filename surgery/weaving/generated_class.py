@@ -7,6 +7,7 @@ from the graph. All sites with the same base and equal edits share it. Unpicklin
 from __future__ import annotations
 
 import copyreg
+import functools
 import importlib
 import itertools
 import linecache
@@ -146,6 +147,7 @@ def _class_of(base: type[nn.Module], forward: Callable[..., Any], recipe: Recipe
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "__init__": _plain_init(base),
         "__reduce_ex__": _reduce_ex,
         "register_parameter": _register_parameter,
         "_surgery_base": base,
@@ -153,6 +155,21 @@ def _class_of(base: type[nn.Module], forward: Callable[..., Any], recipe: Recipe
         "_surgery_self": property(lambda self: self),
     }
     return metaclass(base.__name__, (base,), names)
+
+
+def _plain_init(base: type[nn.Module]) -> Callable[..., None]:
+    """Returns the `__init__` of a generated class. A module that it makes is a plain one.
+
+    `type(module)(…)`, as in a slice of a Sequential, does not copy the rules of the module.
+    """
+
+    @functools.wraps(base.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_surgery_site" not in self.__dict__:
+            _set_class(self, "__class__", base)
+        base.__init__(self, *args, **kwargs)
+
+    return init
 
 
 def _compile_forward(recipe: Recipe) -> tuple[Callable[..., Any], str]:

@@ -60,12 +60,15 @@ def record_rewrite(
     owners: tuple[nn.Module, ...] = (),
     facts: dict[str, Any] | None = None,
     claimed: Mapping[str, str] = NOTHING,
+    training: bool | None = None,
 ) -> Recording:
     """Record a rule's rewrite of a site. Raises `SkippedSite` if the rewrite returns NotImplemented.
 
     `facts`: the rule's facts at the site from its first recording. New facts are added to the dict. `claimed`: the
-    operations that earlier rules of the adapter replace.
+    operations that earlier rules of the adapter replace. `training`: the mode of the graph in `own`; default: the
+    module's present mode.
     """
+    mode = module.training if training is None else training
 
     def other_rules() -> tuple[Rule, ...]:
         state = site_state(module)
@@ -76,11 +79,11 @@ def record_rewrite(
     def site() -> Site:
         return Site(module, path, adapter, rule.label, own, example, owners, facts, other_rules, claimed)
 
-    first, by_mode = _run_rewrite(rule, site(), module.training)
+    first, by_mode = _run_rewrite(rule, site(), mode)
     if not by_mode or first.inside:  # a rule that looks into the forward is recorded for each kind of call
         return _recording(first, first.tape, first.specs)
-    other, _ = _run_rewrite(rule, site(), not module.training)
-    tape = for_both_modes(*((other.tape, first.tape) if module.training else (first.tape, other.tape)))
+    other, _ = _run_rewrite(rule, site(), not mode)
+    tape = for_both_modes(*((other.tape, first.tape) if mode else (first.tape, other.tape)))
     if not tape.acts:
         raise _no_edit_error(rule, first)
     return _recording(first, tape, {**other.specs, **first.specs})

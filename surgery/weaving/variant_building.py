@@ -145,31 +145,46 @@ def last_traced_forward(module: nn.Module, state: SiteState) -> OwnForward | Non
     return replace(own_forward(module, state.base), tapes=None, graph=state.variants[0].traced.graph)
 
 
-def traced_layers(traced: TracedForward, module: nn.Module, state: SiteState) -> tuple[OwnForward, list[Layer]]:
-    """Returns a site's own forward with this graph, and the live rules' edits in the graph."""
-    own = replace(own_forward(module, state.base), tapes=None, graph=traced.graph)
-    return own, layers_at(module, state, own)
+def traced_layers(variant: Variant, module: nn.Module, state: SiteState) -> tuple[OwnForward, list[Layer]]:
+    """Returns a site's own forward with the graph of a variant, and the live rules' edits in the graph."""
+    own = replace(own_forward(module, state.base), tapes=None, graph=variant.traced.graph)
+    return own, layers_at(module, state, own, variant.kind[0])
 
 
-def layers_at(module: nn.Module, state: SiteState, own: OwnForward) -> list[Layer]:
-    """Returns the live rules' edits in a forward. Rules of one adapter do not replace the same operations."""
+def layers_at(module: nn.Module, state: SiteState, own: OwnForward, training: bool | None = None) -> list[Layer]:
+    """Returns the live rules' edits in a forward. Rules of one adapter do not replace the same operations.
+
+    `training`: the mode of the forward's graph; default: the module's present mode.
+    """
     claims: dict[str, dict[str, str]] = {}
-    return [layer_at(applied, module, state, own, claims.setdefault(applied.adapter, {})) for applied in state.live()]
+    return [
+        layer_at(applied, module, state, own, claims.setdefault(applied.adapter, {}), training)
+        for applied in state.live()
+    ]
 
 
 def layer_at(
-    applied: Applied, module: nn.Module, state: SiteState, own: OwnForward, claims: dict[str, str] | None = None
+    applied: Applied,
+    module: nn.Module,
+    state: SiteState,
+    own: OwnForward,
+    claims: dict[str, str] | None = None,
+    training: bool | None = None,
 ) -> Layer:
     """Returns a rule's edits in a forward. A rule that looks into the forward is recorded again in its graph.
 
-    `claims`: the operations that earlier rules of the adapter replace; those of this rule are added.
+    `claims`: the operations that earlier rules of the adapter replace; those of this rule are added. `training`: as for
+    `layers_at`.
     """
     claims = {} if claims is None else claims
     if not applied.inside or own.graph is None:
         return layer_of(applied, module, state.path, own)
     try:
         recording = record_rewrite(
-            applied.rule, module, state.path, applied.adapter, own, facts=applied.facts, claimed=claims
+            *(applied.rule, module, state.path, applied.adapter, own),
+            facts=applied.facts,
+            claimed=claims,
+            training=training,
         )
     except SkippedSite:
         if applied.rule.skips_calls:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import PlanError, apply_rules, remove
+from surgery import PlanError, apply_rules, remove, show
+from surgery.rules import LoraRule
 from surgery.rules.rewrites import fuse_gelu, fuse_silu
 
 pytest.importorskip("transformers")
@@ -71,3 +74,39 @@ def test_silu() -> None:
     before = model(x)
     apply_rules(model, fuse_silu(), example_inputs=x)
     assert torch.equal(model(x), F.silu(x) + F.silu(x)) and torch.allclose(model(x), before, atol=1e-6)
+
+
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x * torch.sigmoid(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_show_writes_each_mode_as_it_runs(training: bool) -> None:
+    """The text does not depend on the model's present mode."""
+    model, x = Dropping().train(training), torch.randn(3)
+    apply_rules(model, fuse_silu(training="eval"), example_inputs=x)
+    text = str(show(model))
+    in_training, in_evaluation = text.split("if self.training:")[1].split("else:")
+    assert "sigmoid" in in_training and "silu(" not in in_training
+    assert "silu(" in in_evaluation and "sigmoid" not in in_evaluation
+
+
+class Gated(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * torch.sigmoid(y)
+
+
+def test_a_slice_of_a_rewritten_sequential_is_plain() -> None:
+    """A slice calls `type(self)(…)`, and the class of a site makes modules of the own class."""
+    model, x = Gated(nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    expected = Gated.forward(model[:2], x)
+    apply_rules(model, [fuse_silu(), LoraRule("0", rank=2)], example_inputs=x)
+    part = model[:2]
+    assert type(part) is Gated and type(model) is not Gated and part[0] is model[0]
+    assert torch.equal(part(x), expected)
+    assert type(type(model[0])(2, 3)) is nn.Linear
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    remove(model)
+    assert torch.equal(part(x), expected)
