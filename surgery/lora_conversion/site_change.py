@@ -14,6 +14,7 @@ from surgery.errors import MergeError
 from surgery.forward.offloaded_weights import value_at
 from surgery.forward.packed_weights import is_packed
 from surgery.merging.site_merge import changes_of_rules
+from surgery.packed.packed_weight import packed_weight_of
 from surgery.state.records import Applied, SiteState
 
 __all__ = ["SiteChange", "change_of_site"]
@@ -122,7 +123,8 @@ class _WideTensors:
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._now:
-            tensor = value_at(self.module, name).detach()
+            packed = packed_weight_of(self.module) if name == "weight" else None
+            tensor = value_at(self.module, name).detach() if packed is None else packed.dequantise().detach()
             if is_packed(tensor) or tensor.is_meta:
                 raise MergeError(
                     "a rule's change can't be computed here",

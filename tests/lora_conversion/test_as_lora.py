@@ -39,6 +39,7 @@ from surgery.rules import (
     TrainRule,
     VeraRule,
 )
+from tests.support.quantised import BY_NAME
 
 
 class Net(nn.Module):
@@ -222,3 +223,40 @@ def test_half_precision_keeps_float32_factors() -> None:
     assert lora.A.dtype == torch.float32
     expected = (scale - 1).unsqueeze(1) * weight
     assert torch.allclose(lora.B.double() @ lora.A.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+QUANTISED = ["bitsandbytes Linear4bit nf4, double", "bitsandbytes Linear8bitLt", "torchao int8"]
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("name", QUANTISED)
+def test_adapters_on_quantised_weights(name: str) -> None:
+    """The change is that of the dequantised weight, which the module's kernel multiplies."""
+    backend, x = BY_NAME[name], torch.randn(3, 64)
+    for rule in (LoraRule("0", rank=4, rslora=True, init="random"), LoraRule("0", rank=4, dora=True, init="random")):
+        torch.manual_seed(0)
+        try:
+            model = nn.Sequential(backend.build(nn.Linear(64, 32))).eval()
+        except ImportError:
+            pytest.skip(f"needs {backend.package}")
+        apply_rules(model, rule)
+        before = model(x)
+        report = as_lora(model)
+        assert report.error < 1e-6 and torch.allclose(model(x), before, atol=1e-5)
+        assert [getattr(rule, "dora", None) for rule in rules_of(model)] == [False]
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_stack_on_a_quantised_weight() -> None:
+    backend, x = BY_NAME["torchao int8"], torch.randn(3, 64)
+    torch.manual_seed(0)
+    try:
+        model = nn.Sequential(backend.build(nn.Linear(64, 32))).eval()
+    except ImportError:
+        pytest.skip(f"needs {backend.package}")
+    apply_rules(model, LoraRule("0", rank=4, init="random"), adapter="a")
+    apply_rules(model, IA3Rule("0", init="random"), adapter="b")
+    with using(model, ["a", "b"]):
+        both = model(x)
+    as_lora(model, ["a", "b"], "both")
+    assert torch.allclose(activate(model, "both")(x), both, atol=1e-4)
