@@ -61,6 +61,7 @@ gallery: $(VENV)/.dev ## Draw the pictures of the rules, and try what each works
 	$(BIN)/python -m tests.reports.rule_support
 
 structure: $(VENV)/.dev ## Drop, repeat and exchange layers of many model families, and write docs/reference/structure-models.md
+	ALL_STRUCTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/onnx/test_structure_export.py tests/storage/test_merged_structure.py tests/storage/test_structure_files.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.structure $(ARGS)
 
 quantised: $(VENV)/.dev ## Try each layout of quantised weights with adapters, and write docs/reference/quantised.md

@@ -140,8 +140,8 @@ def rename_stages(config: Any, count: int, order: Sequence[int]) -> None:
     for part in _parts(config):
         fields = vars(part)
         names, returned = fields.get("stage_names"), fields.get("_out_indices")
-        before = len(names) - count if isinstance(names, (list, tuple)) else -1
-        if before not in (0, 1) or not isinstance(returned, (list, tuple)):
+        before = int(bool(names) and names[0] == "stem") if isinstance(names, (list, tuple)) else -1
+        if before < 0 or len(names) - before != count or not isinstance(returned, (list, tuple)):
             continue
         last = count + before - 1
         stages = [*names[:before], *(f"stage{number + 1}" for number in range(len(order)))]

@@ -190,7 +190,8 @@ class _Search:
             place.write(changed, len(self.order))
         for place in lists:
             place.write(changed, reordered(place.read(config), self.order))
-        if len(self.order) != self.count:
+        # An item of a list, such as Swin's depths[1], says the number of layers in a stage, and not that of the stages.
+        if len(self.order) != self.count and all(place.index is None for place in fields):
             rename_stages(changed, self.count, self.order)
         return changed
 

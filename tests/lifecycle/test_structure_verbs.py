@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery import (
     LoadError,
@@ -48,14 +47,9 @@ from surgery import (
 )
 from surgery.rules import DropRule, LoraRule, ReorderRule, RepeatRule
 from surgery.testing import Snapshot
+from tests.support.stack import stack
 
 IDS = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(1))
-
-
-def llama(layers: int = 4) -> Any:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(vocab_size=50, hidden_size=16, num_attention_heads=2, intermediate_size=24)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes)).eval()
 
 
 def lora(**fields: Any) -> LoraRule:
@@ -64,7 +58,7 @@ def lora(**fields: Any) -> LoraRule:
 
 def three() -> Any:
     """LoRA from before a cut, the cut alone, and an adapter with a cut and LoRA."""
-    model = apply_rules(llama(), lora(), adapter="a")
+    model = apply_rules(stack(), lora(), adapter="a")
     apply_rules(model, DropRule("model.layers.1"), adapter="cut")
     return apply_rules(model, [DropRule("model.layers.0"), lora()], adapter="mix")
 
@@ -115,7 +109,7 @@ def test_a_structure_is_always_in_force() -> None:
     wanted = run(model)
     deactivate(model)
     assert active(model) == ("cut",) and len(model.model.layers) == 2
-    base = apply_rules(apply_rules(llama(), DropRule("model.layers.1")), DropRule("model.layers.0"), adapter="b")
+    base = apply_rules(apply_rules(stack(), DropRule("model.layers.1")), DropRule("model.layers.0"), adapter="b")
     assert torch.equal(run(model), run(base))
     activate(model)
     assert active(model) == ("a", "cut", "mix") and torch.equal(run(model), wanted)
@@ -129,7 +123,7 @@ def test_a_structure_is_always_in_force() -> None:
         assert active(model) == ("cut",)
     assert active(model) == ("a", "cut", "mix") and torch.equal(run(model), wanted)
     refused(model, "'cut' can't have a weight", lambda m: activate(m, ["a", "cut"], weights={"cut": 0.5}))
-    only = apply_rules(llama(), DropRule("model.layers.1"), adapter="cut")
+    only = apply_rules(stack(), DropRule("model.layers.1"), adapter="cut")
     refused(only, "'cut' can't be made idle", deactivate)
     with using(only, None):
         assert active(only) == ("cut",)
@@ -137,7 +131,7 @@ def test_a_structure_is_always_in_force() -> None:
 
 def test_idle_adapters_on_layers_that_come_back() -> None:
     """A layer that was set aside follows its adapter: idle, live, and whether it trains."""
-    model = apply_rules(llama(), lora(), adapter="a")
+    model = apply_rules(stack(), lora(), adapter="a")
     plain, wanted = Snapshot(model), run(model)
     idle = run(deactivate(model))
     activate(model)
@@ -178,7 +172,7 @@ def test_merge_and_unmerge_leave_the_structure() -> None:
 
 
 def test_forget_after_a_structure() -> None:
-    model = apply_rules(llama(), DropRule("model.layers.1"), adapter="cut")
+    model = apply_rules(stack(), DropRule("model.layers.1"), adapter="cut")
     cut = Snapshot(model)
     apply_rules(model, lora(), adapter="a")
     wanted = run(model)
@@ -192,7 +186,7 @@ def test_forget_after_a_structure() -> None:
 
 
 def test_forgetting_needs_a_commit_where_the_merged_adapter_has_a_structure() -> None:
-    model = apply_rules(llama(), [DropRule("model.layers.1"), lora()], adapter="mix")
+    model = apply_rules(stack(), [DropRule("model.layers.1"), lora()], adapter="mix")
     merge(model)
     wanted = run(model)
     refused(model, r"DropRule changed the structure(.|\n)*commit\(model, 'mix'\)", forget)
@@ -205,7 +199,7 @@ def test_forgetting_needs_a_commit_where_the_merged_adapter_has_a_structure() ->
 
 def test_renaming_follows_layers_that_were_set_aside() -> None:
     model = three()
-    wanted, base = run(model), Snapshot(llama()).bits
+    wanted, base = run(model), Snapshot(stack()).bits
     rename_adapter(model, "a", "new")
     rename_adapter(model, "cut", "shorter")
     rename_adapter(model, "mix", "both")
@@ -214,7 +208,7 @@ def test_renaming_follows_layers_that_were_set_aside() -> None:
     assert adapters(model)["new"].sites == tuple(f"model.layers.{i}.self_attn.q_proj" for i in range(4))
     remove(model, "new")
     tensors = model.state_dict()
-    assert all(torch.equal(tensors[name], llama().state_dict()[name]) for name in tensors) and base
+    assert all(torch.equal(tensors[name], stack().state_dict()[name]) for name in tensors) and base
     assert not [key for module in model.modules() for key in vars(module) if "surgery" in key]
 
 
@@ -234,7 +228,7 @@ def test_copies_and_combinations_are_of_edits_alone() -> None:
     remove(model, ["mix", "cut"])
     assert len(model.model.layers) == 4 and adapters(model)["c"].sites[0] == "model.layers.2.self_attn.q_proj"
     remove(model)
-    assert all(torch.equal(t, model.state_dict()[key]) for key, t in llama().state_dict().items())
+    assert all(torch.equal(t, model.state_dict()[key]) for key, t in stack().state_dict().items())
 
 
 def test_other_tensors(tmp_path: Path) -> None:
@@ -245,7 +239,7 @@ def test_other_tensors(tmp_path: Path) -> None:
     remove(model)
 
     def cut(*rules: Any) -> Any:
-        return apply_rules(llama(), [*rules, lora()], adapter="m")
+        return apply_rules(stack(), [*rules, lora()], adapter="m")
 
     live, source, other = cut(DropRule("model.layers.0")), cut(DropRule("model.layers.0")), cut()
     torch.nn.init.normal_(source.model.layers[0].self_attn.q_proj.adapters.m.B)
@@ -290,11 +284,13 @@ def test_copies_of_the_model(how: str) -> None:
     remove(other, ["mix", "cut"])
     assert adapters(other)["a"].sites == tuple(f"model.layers.{i}.self_attn.q_proj" for i in range(4))
     remove(other)
-    assert torch.equal(run(other), run(llama())) and before.differences(model) == []
-    deep = apply_rules(llama(), [RepeatRule("model.layers", order=[0, 1, 1, 2], shared=True), lora()])
+    assert torch.equal(run(other), run(stack())) and before.differences(model) == []
+    deep = apply_rules(stack(), [RepeatRule("model.layers", order=[0, 1, 1, 2], shared=True), lora()])
     second = copy.deepcopy(deep)
     assert torch.equal(run(second), run(deep))
     assert second.model.layers[1].mlp.up_proj.weight is second.model.layers[2].mlp.up_proj.weight
+    refused(second, "would change another module", commit)
+    merge(second, untie=True)
     commit(second)
     assert torch.allclose(run(second), run(deep), atol=1e-5)
 
@@ -302,7 +298,7 @@ def test_copies_of_the_model(how: str) -> None:
 @pytest.mark.parametrize("order", list(itertools.permutations(["a", "cut", "mix"])), ids="-".join)
 @pytest.mark.parametrize("check", [True, False])
 def test_removal_in_any_order(order: tuple[str, ...], check: bool) -> None:
-    base = llama()
+    base = stack()
     plain = Snapshot(base)
     model = apply_rules(base, lora(), adapter="a")
     apply_rules(model, DropRule("model.layers.1"), adapter="cut")
@@ -319,7 +315,7 @@ def test_removal_in_any_order(order: tuple[str, ...], check: bool) -> None:
 
 @pytest.mark.parametrize("names", [["a", "cut"], ["cut", "mix"], None], ids=str)
 def test_several_removed_at_once(names: list[str] | None) -> None:
-    base = llama()
+    base = stack()
     plain = Snapshot(base)
     model = apply_rules(base, lora(), adapter="a")
     apply_rules(model, [DropRule("model.layers.1"), lora()], adapter="mix")

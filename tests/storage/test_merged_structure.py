@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -55,33 +56,33 @@ IDS = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(1))
 
 def llama(**settings: Any) -> Any:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(vocab_size=50, hidden_size=32, num_attention_heads=4, intermediate_size=64)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **{**sizes, **settings})).eval()
+    sizes: dict[str, Any] = dict(vocab_size=50, hidden_size=16, num_attention_heads=4, intermediate_size=16)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **{**sizes, **settings})).eval()
 
 
 def gpt2() -> Any:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_head=4, n_layer=4, n_positions=16)).eval()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_head=4, n_layer=2, n_positions=16)).eval()
 
 
 def qwen() -> Any:
     """Its configuration lists the kind of each layer."""
     torch.manual_seed(0)
     settings: dict[str, Any] = dict(num_hidden_layers=4, use_sliding_window=True, sliding_window=3, max_window_layers=2)
-    sizes: dict[str, Any] = dict(vocab_size=50, hidden_size=32, num_attention_heads=4, intermediate_size=64)
+    sizes: dict[str, Any] = dict(vocab_size=50, hidden_size=16, num_attention_heads=4, intermediate_size=16)
     return Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **sizes, **settings)).eval()
 
 
 def t5() -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_heads=4)
-    return T5ForConditionalGeneration(T5Config(num_layers=3, num_decoder_layers=4, **sizes)).eval()
+    return T5ForConditionalGeneration(T5Config(num_layers=2, num_decoder_layers=3, **sizes)).eval()
 
 
 def swin() -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(
-        image_size=32, patch_size=4, embed_dim=8, depths=[2, 4], num_heads=[2, 4], num_labels=3
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 2], num_heads=[1, 2], num_labels=3
     )
     return SwinForImageClassification(SwinConfig(window_size=4, drop_path_rate=0.0, **sizes)).eval()
 
@@ -98,12 +99,12 @@ CASES: dict[str, tuple[Any, Any, Any]] = {
     "llama drop": (llama, [DropRule("model.layers.1")], AutoModelForCausalLM),
     "llama tied": (lambda: llama(tie_word_embeddings=True), [DropRule("model.layers.0")], AutoModelForCausalLM),
     "llama shared": (llama, [RepeatRule("model.layers", times=2, shared=True)], AutoModelForCausalLM),
-    "gpt2 repeat": (gpt2, [RepeatRule("transformer.h", order=[0, 1, 1, 2, 3])], AutoModelForCausalLM),
+    "gpt2 repeat": (gpt2, [RepeatRule("transformer.h", order=[0, 1, 1])], AutoModelForCausalLM),
     "qwen reorder": (qwen, [ReorderRule("model.layers", order=[3, 0, 2, 1])], AutoModelForCausalLM),
     "qwen drop": (qwen, [DropRule("model.layers.2")], AutoModelForCausalLM),
     "t5 decoder": (t5, [DropRule("decoder.block.2")], AutoModelForSeq2SeqLM),
-    "t5 encoder": (t5, [RepeatRule("encoder.block", order=[0, 1, 1, 2])], AutoModelForSeq2SeqLM),
-    "swin": (swin, [DropRule("swin.encoder.layers.1.blocks.2")], AutoModelForImageClassification),
+    "t5 encoder": (t5, [RepeatRule("encoder.block", order=[0, 1, 1])], AutoModelForSeq2SeqLM),
+    "swin": (swin, [DropRule("swin.encoder.layers.1.blocks.1")], AutoModelForImageClassification),
 }
 
 
@@ -123,7 +124,10 @@ def test_the_plain_class_opens_it_with_equal_outputs(case: str, tmp_path: Path) 
     assert tied[0] == tied[1]
 
 
-@pytest.mark.parametrize("case", CASES)
+LIVE = CASES if os.environ.get("ALL_STRUCTURE") else ["llama tied", "llama shared", "qwen reorder"]
+
+
+@pytest.mark.parametrize("case", LIVE)
 def test_save_pretrained_writes_the_structure_of_a_live_model(case: str, tmp_path: Path) -> None:
     make, rules, auto = CASES[case]
     model = apply_rules(make(), rules)
@@ -147,9 +151,9 @@ def test_shards_and_the_generation_config(tmp_path: Path) -> None:
     other: Any = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(other.generate(IDS[:1], max_new_tokens=5, do_sample=False), wanted)
     names = {key for file in tmp_path.glob("*.safetensors") for key in _keys(file)}
-    assert not any("layers.3" in name for name in names) and any("layers.2" in name for name in names)
+    assert not any("layers.2" in name for name in names) and any("layers.1" in name for name in names)
     with pytest.warns(SurgeryWarning, match="leaves out its adapters"):
-        model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+        model.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
 
 
@@ -184,14 +188,14 @@ def test_a_structure_is_not_merged() -> None:
     wanted = model(IDS).logits
     with pytest.raises(MergeError, match=r"'cut' can't be merged(.|\n)*commit\(model\)"):
         merge(model, ["a", "cut"])
-    assert merge(model).adapters == ("a",) and len(model.model.layers) == 3
+    assert merge(model).adapters == ("a",) and len(model.model.layers) == 2
     torch.testing.assert_close(model(IDS).logits, wanted, atol=1e-5, rtol=1e-4)
     unmerge(model)
     assert torch.equal(model(IDS).logits, wanted) and active(model) == ("cut", "a")
     only = apply_rules(llama(), DropRule("model.layers.1"))
     assert merge(only).sites == 0
     mixed = apply_rules(llama(), [DropRule("model.layers.1"), LoraRule("q_proj", rank=2, init="random")], adapter="m")
-    assert merge(mixed, "m").sites == 3 and len(mixed.model.layers) == 3
+    assert merge(mixed, "m").sites == 2 and len(mixed.model.layers) == 2
 
 
 def test_a_model_that_was_merged_before_stays_merged(tmp_path: Path) -> None:

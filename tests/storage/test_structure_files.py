@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from surgery import (
 )
 from surgery.rules import DropRule, LoraRule, ReorderRule, RepeatRule
 from surgery.testing import Snapshot
+from tests.support.stack import stack
 
 IDS = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(1))
 SIZES: dict[str, Any] = dict(vocab_size=50, hidden_size=32, num_attention_heads=4, intermediate_size=64)
@@ -43,18 +45,22 @@ def lora(**fields: Any) -> LoraRule:
 STRUCTURES = [
     DropRule("model.layers.3"),
     DropRule(["model.layers.0", "model.layers.2"]),
-    RepeatRule("model.layers", times=2),
+    RepeatRule("model.layers", order=[0, 1, 2, 3, 0, 2]),
     RepeatRule("model.layers", order=[0, 0, 3], shared=True),
     ReorderRule("model.layers", order=[0, 2, 1, 3]),
 ]
 
 
+MODELS = [stack, *([llama] if os.environ.get("ALL_STRUCTURE") else [])]
+
+
+@pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("rule", STRUCTURES, ids=lambda rule: rule.label)
-def test_structure_and_tensors_come_back_on_the_plain_base(rule: Any, tmp_path: Path) -> None:
-    model = apply_rules(llama(), [lora(), rule], adapter="a")
+def test_structure_and_tensors_come_back_on_the_plain_base(rule: Any, make: Any, tmp_path: Path) -> None:
+    model = apply_rules(make(), [lora(), rule], adapter="a")
     wanted = model(IDS).logits
     save_adapter(model, tmp_path, "a")
-    other = llama()
+    other = make()
     before = Snapshot(other)
     report = load_adapter(other, tmp_path, "b")
     assert len(report.loaded) == 2 * len(model.model.layers) and not report.base
@@ -62,32 +68,34 @@ def test_structure_and_tensors_come_back_on_the_plain_base(rule: Any, tmp_path: 
     assert before.differences(remove(other)) == []
 
 
+@pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("rule", STRUCTURES, ids=lambda rule: rule.label)
-def test_a_structure_alone_has_a_file_without_tensors(rule: Any, tmp_path: Path) -> None:
-    model = apply_rules(llama(), rule)
+def test_a_structure_alone_has_a_file_without_tensors(rule: Any, make: Any, tmp_path: Path) -> None:
+    model = apply_rules(make(), rule)
     save_adapter(model, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.safetensors", "rules.json"]
     with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
         assert list(file.keys()) == []
-    other = llama()
+    other = make()
     assert load_adapter(other, tmp_path).loaded == [] and torch.equal(other(IDS).logits, model(IDS).logits)
     assert json.loads((tmp_path / "rules.json").read_text())["rules"] == [rule.to_dict()]
 
 
+@pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("rule", STRUCTURES, ids=lambda rule: rule.label)
-def test_an_adapter_of_another_structure_is_refused(rule: Any, tmp_path: Path) -> None:
+def test_an_adapter_of_another_structure_is_refused(rule: Any, make: Any, tmp_path: Path) -> None:
     """The names may agree: a model without its last layer has the names of the first layers."""
-    model = apply_rules(apply_rules(llama(), rule, adapter="cut"), lora(), adapter="a")
+    model = apply_rules(apply_rules(make(), rule, adapter="cut"), lora(), adapter="a")
     wanted = model(IDS).logits
     save_adapter(model, tmp_path, "a", format="surgery")
-    other = llama(max(4, len(model.model.layers)))  # so that names agree
+    other = make(max(4, len(model.model.layers)))  # so that names agree
     before = Snapshot(other)
     with pytest.raises(LoadError, match="it was made on another base") as error:
         load_adapter(other, tmp_path)
     assert before.differences(other) == []
     if len(model.model.layers) != len(other.model.layers):
         assert "with the same structural rules applied first" in str(error.value)
-    same = apply_rules(llama(), rule, adapter="cut")
+    same = apply_rules(make(), rule, adapter="cut")
     load_adapter(same, tmp_path, "a")
     assert torch.equal(same(IDS).logits, wanted)
 
@@ -111,10 +119,10 @@ def test_two_layers_exchanged_between_those_that_are_compared(tmp_path: Path) ->
     """Sixteen weights of many are compared; two numbers of each layer tell layers apart."""
     order = [*range(24)]
     order[8], order[10] = 10, 8  # no weight of these layers is among the sixteen
-    model = apply_rules(llama(24), lora(), adapter="a")
+    model = apply_rules(stack(24), lora(), adapter="a")
     save_adapter(model, tmp_path, "a")
     with pytest.raises(LoadError, match="other layers are at 8, 10 of model.layers"):
-        load_adapter(apply_rules(llama(24), ReorderRule("model.layers", order=order)), tmp_path, "a")
+        load_adapter(apply_rules(stack(24), ReorderRule("model.layers", order=order)), tmp_path, "a")
 
 
 def test_an_adapter_from_before_the_cut_is_saved_as_it_is_now(tmp_path: Path) -> None:
