@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,33 @@ class Output:
     logits: Tensor
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(SIZE, SIZE, bias=False)
+        self.v_proj = nn.Linear(SIZE, SIZE, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x).tanh() * self.v_proj(x)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up_proj(x).tanh()
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.self_attn = nn.Module()
-        self.self_attn.q_proj = nn.Linear(SIZE, SIZE, bias=False)
-        self.self_attn.v_proj = nn.Linear(SIZE, SIZE, bias=False)
-        self.mlp = nn.Module()
-        self.mlp.up_proj = nn.Linear(SIZE, SIZE)
+        self.self_attn, self.mlp = Attention(), Mlp()
 
     def forward(self, x: Tensor) -> Tensor:
-        attention = self.self_attn
-        x = x + attention.q_proj(x).tanh() * attention.v_proj(x)
-        return x + self.mlp.up_proj(x).tanh()
+        x = x + self.self_attn(x)
+        return x + self.mlp(x)
 
 
 class Inner(nn.Module):
@@ -55,6 +70,6 @@ class Stack(nn.Module):
         return Output(self.lm_head(self.model(ids)))
 
 
-def stack(layers: int = 4) -> Stack:
+def stack(layers: int = 4) -> Any:
     torch.manual_seed(0)
     return Stack(layers).eval()
