@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +172,44 @@ def test_what_mlx_saves_is_read(tmp_path: Path) -> None:
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
     assert load_adapter(model, tmp_path / "a").format == "mlx"
     assert torch.allclose(model(ids).logits, logits(tmp_path / "a"), **CLOSE)
+
+
+# llama.cpp ------------------------------------------------------------------------------------------------------
+
+LLAMA_CPP = os.environ.get("LLAMA_CPP")  # a checkout, whose convert_lora_to_gguf.py runs
+
+ARCHITECTURES = """
+Llama Mistral Granite SmolLM3 Olmo Arcee Qwen2 Qwen3 Gemma Gemma2 Gemma3Text Olmo2 Olmo3 StableLm Cohere Cohere2
+Nemotron SeedOss Ernie4_5 Exaone4 Apertus
+"""
+
+
+@pytest.mark.skipif(LLAMA_CPP is None, reason="LLAMA_CPP names no checkout of llama.cpp")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ARCHITECTURES.split())
+def test_gguf_is_that_of_llama_cpps_converter(tmp_path: Path, name: str) -> None:
+    gguf: Any = pytest.importorskip("gguf")
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, pad_token_id=0)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    layers = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    apply_rules(model, LoraRule(sorted(layers - {"lm_head"}), rank=4, alpha=8, init="random"))
+    save_adapter(model, tmp_path / "peft", format="peft")
+    save_adapter(model, tmp_path / "ours.gguf", format="gguf")
+    words = [Path(str(LLAMA_CPP)) / "convert_lora_to_gguf.py", "--base", tmp_path / "base"]
+    words += ["--outfile", tmp_path / "theirs.gguf", tmp_path / "peft"]
+    subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
+    ours, theirs = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    first, second = ({tensor.name: np.array(tensor.data) for tensor in each.tensors} for each in (ours, theirs))
+    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+    for field in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"):
+        assert ours.fields[field].contents() == theirs.fields[field].contents()
+    expected = model(ids := torch.arange(6)[None]).logits
+    load_adapter(remove(model), tmp_path / "theirs.gguf")
+    assert torch.equal(model(ids).logits, expected)
 
 
 # LyCORIS --------------------------------------------------------------------------------------------------------

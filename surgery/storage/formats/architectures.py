@@ -219,6 +219,12 @@ _GGUF = """
 """
 _GGUF_ENDS = (NameRow("token_embd", ("model.embed_tokens",), embedding=True), NameRow("output", ("lm_head",)))
 _GGUF_OWN = (r"^model\.layers\.\d+\.(self_attn|mlp)\.", r"^(lm_head|model\.embed_tokens)$")
+# Types of models whose rows llama.cpp leaves in their order → how its header calls them.
+_PLAIN = {
+    **{name: name for name in "qwen2 qwen3 gemma gemma2 olmo2 stablelm cohere2 nemotron".split()},
+    **{name: name for name in "seed_oss ernie4_5 exaone4 apertus".split()},
+    "gemma3_text": "gemma3", "cohere": "command-r", "olmo3": "olmo2",
+}  # fmt: skip
 # llama.cpp: conversion of models; classes that inherit from its LlamaModel permute the rows of query and key heads
 register_module_names(
     ModuleNames(
@@ -231,8 +237,8 @@ register_module_names(
         ),
         marks=(r"blk\.\d", r"token_embd$", r"output$"),
         own_marks=_GGUF_OWN,
-        model_types=("llama", "mistral", "smollm3", "granite"),
-        header_names=("llama", "llama", "smollm3", "granite"),
+        model_types=("llama", "mistral", "smollm3", "granite", "olmo", "arcee"),
+        header_names=("llama", "llama", "smollm3", "granite", "olmo", "arcee"),
     )
 )
 register_module_names(
@@ -244,8 +250,8 @@ register_module_names(
         ),
         marks=(r"blk\.\d", r"token_embd$", r"output$"),
         own_marks=_GGUF_OWN,
-        model_types=("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2"),
-        header_names=("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2"),
+        model_types=tuple(_PLAIN),
+        header_names=tuple(_PLAIN.values()),
     )
 )
 
