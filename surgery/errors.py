@@ -84,6 +84,10 @@ class MergeError(SurgeryError):
     """A merge is not possible, or a base weight changed while it was merged."""
 
 
+class NotInFilesError(MergeError):
+    """An adapter can't be merged into the files of a base. `merge_to` may merge it into the loaded model."""
+
+
 class ParityError(SurgeryError):
     """An exported file does not compute what the model computes.
 

@@ -135,7 +135,7 @@ def _open_indexed(folder: Path, index: str) -> CheckpointFiles:
     if outside := [name for name in names if Path(name).name != name or "\\" in name]:
         raise SurgeryError(f"{index} names a file outside of its folder", why=outside[0][:200])
     if absent := [name for name in names if not (folder / name).is_file()]:
-        why, fix = f"{index} names {abbreviate(absent, 'files')}", "copy or download the absent files"
+        why, fix = f"the index names {abbreviate(absent, 'files')}", "copy or download the absent files"
         raise SurgeryError(f"weights of {folder} are absent", why=why, fix=fix)
     shards = {name: _open_shard(folder / name) for name in names}
     wrong = [key for key, name in mapping.items() if key not in shards[name].tensors]

@@ -16,8 +16,9 @@ from typing import Any
 
 from surgery.checkpoints.shard_writing import sync_folder
 from surgery.errors import SurgeryError
+from surgery.transaction.created_folder import created_folder
 
-__all__ = ["Ledger", "check_new", "open_ledger"]
+__all__ = ["Ledger", "open_ledger"]
 
 _NAME, _FILES, _LOCK = "ledger.jsonl", "files", "lock"
 
@@ -57,11 +58,14 @@ class Ledger:
     def finish(self) -> None:
         """Makes the files the result, at once, and removes the rest."""
         sync_folder(self.files)
-        if self.out.exists():
-            self.out.rmdir()  # it is empty
-        os.rename(self.files, self.out)
-        sync_folder(self.out.parent)
-        shutil.rmtree(self.place, ignore_errors=True)
+        try:
+            if self.out.exists():
+                self.out.rmdir()  # it is empty
+            os.rename(self.files, self.out)
+            sync_folder(self.out.parent)
+        finally:
+            if not self.files.exists():
+                shutil.rmtree(self.place, ignore_errors=True)
 
     def _lines(self) -> list[Any]:
         """The lines that are complete. A kill may have cut off the last one."""
@@ -81,25 +85,24 @@ def _append(file: Any, line: Any) -> None:
     os.fsync(file.fileno())
 
 
-def check_new(out: Path) -> None:
-    """Raises `SurgeryError` unless a folder can be made here: nothing is there, or an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fix = "name another folder, or remove this one first"
-        raise SurgeryError(f"{out} exists already", why="the result is written into a new folder", fix=fix)
-
-
 @contextlib.contextmanager
 def open_ledger(out: Path) -> Iterator[Ledger]:
     """Yields the ledger of a result, for this process alone.
 
+    After a `SurgeryError` nothing is left, because the next run would raise it again. After a kill, Ctrl-C or an error
+    of the system, the unfinished folder stays for the next run.
+
     Raises:
         SurgeryError: another process writes the same result.
     """
-    out = out.absolute()
+    out = out.resolve()  # a link to an empty folder stays a link
     place = out.parent / f".{out.name}.unfinished"
-    place.mkdir(parents=True, exist_ok=True)
-    with _locked(place, out):
-        yield Ledger(place, out)
+    with created_folder(out.parent), created_folder(place), _locked(place, out):
+        try:
+            yield Ledger(place, out)
+        except SurgeryError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -11,17 +11,13 @@ from torch import nn
 
 from surgery.checkpoints.base_skeleton import Skeleton
 from surgery.checkpoints.unit_merge import MergeSite
-from surgery.errors import MergeError, PlanError, SurgeryError
+from surgery.errors import NotInFilesError, PlanError, SurgeryError
 from surgery.lifecycle.activation import activate, deactivate
 from surgery.merging.merge_objections import objections_to_merge
 from surgery.state.records import require_state, sites
 from surgery.storage.load import load_adapter
 
-__all__ = ["NotInFilesError", "load_adapters_on", "names_of", "sites_to_merge"]
-
-
-class NotInFilesError(MergeError):
-    """An adapter can't be merged into files; `merge_to` on a loaded model may be able to."""
+__all__ = ["load_adapters_on", "names_of", "sites_to_merge"]
 
 
 def names_of(sources: Sequence[Any]) -> list[str]:

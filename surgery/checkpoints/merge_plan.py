@@ -12,13 +12,13 @@ from torch import nn
 
 from surgery.checkpoints.base_skeleton import Skeleton, base_skeleton, check_not_quantised
 from surgery.checkpoints.checkpoint_files import CheckpointFiles, open_checkpoint
-from surgery.checkpoints.ledger import check_new
 from surgery.checkpoints.loaded_adapters import load_adapters_on, sites_to_merge
 from surgery.checkpoints.merge_units import MergeUnit, absent_error, merge_units
 from surgery.checkpoints.unit_merge import MergeSite
 from surgery.checkpoints.untied_tensors import check_shared, untie_shared
 from surgery.errors import PlanError, SurgeryError
 from surgery.state.parameter_owners import Owners
+from surgery.transaction.created_folder import check_new_folder
 
 __all__ = ["MergePlan", "check_arguments", "plan_merge"]
 
@@ -60,7 +60,7 @@ def check_arguments(
         raise SurgeryError("keep_record=True needs the dtype of the base", why=why, fix="leave out dtype=")
     if not base.is_dir():
         raise SurgeryError(f"{base} is not a folder", fix="name a folder with the base's config.json and weights")
-    check_new(out)
+    check_new_folder(out)
     if out.resolve() == base.resolve():
         raise SurgeryError("the result can't be written into the base's folder", fix="name another folder")
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from surgery.arithmetic.exact_fold import Record
 from surgery.checkpoints.base_skeleton import Skeleton
 from surgery.checkpoints.checkpoint_files import CheckpointFiles
-from surgery.checkpoints.loaded_adapters import NotInFilesError
 from surgery.checkpoints.name_map import NameGroup
 from surgery.checkpoints.unit_merge import MergeSite, TensorStore, merge_into
+from surgery.errors import NotInFilesError
 from surgery.forward.parameter_view import tensor_at
 from surgery.patterns.module_walk import base_modules
 from surgery.state.parameter_owners import Owners

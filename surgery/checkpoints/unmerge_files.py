@@ -16,13 +16,14 @@ from surgery.arithmetic.exact_fold import unfold
 from surgery.checkpoints.base_skeleton import base_names
 from surgery.checkpoints.checkpoint_files import CheckpointFiles, open_checkpoint
 from surgery.checkpoints.file_reports import FileUnmergeReport
-from surgery.checkpoints.ledger import check_new, open_ledger
+from surgery.checkpoints.ledger import open_ledger
 from surgery.checkpoints.merge_record import FOLDER, FORMAT, LIST, VERSION, read_record
 from surgery.checkpoints.name_map import NameGroup, NameMap
 from surgery.checkpoints.other_files import copy_other_files
 from surgery.checkpoints.shard_rewriting import Rewriting, Task, rewrite_shards
 from surgery.errors import MergeError, SurgeryError, abbreviate
 from surgery.progress import Progress
+from surgery.transaction.created_folder import check_new_folder
 from surgery.transaction.neutral_context import neutral
 
 __all__ = ["unmerge_files"]
@@ -58,7 +59,7 @@ def unmerge_files(
         SurgeryError: files or records are absent or damaged, or the folder is not empty.
     """
     merged, out = Path(merged_folder), Path(out_folder)
-    check_new(out)
+    check_new_folder(out)
     data = _read_list(merged)
     with neutral(None), torch.no_grad():
         files = open_checkpoint(merged)
@@ -99,11 +100,21 @@ def _read_list(merged: Path) -> dict[str, Any]:
     if data.get("version") != VERSION:
         what = f"its records have version {data.get('version')!r}"
         raise SurgeryError(what, where=str(place), why=f"this release reads version {VERSION}", fix="update")
-    if not isinstance(data.get("files"), dict) or any(
-        Path(name).name != name for name in (*data["shards"], *data["files"])
-    ):
+    if not isinstance(data.get("files"), dict) or not all(map(_is_shard, data["shards"].values())):
+        raise SurgeryError(f"{LIST} is damaged", where=str(place), why="it does not describe the folds of each file")
+    if any(Path(name).name != name for name in (*data["shards"], *data["files"])):
         raise SurgeryError(f"{LIST} is damaged", where=str(place), why="it names files outside of the folder")
     return data
+
+
+def _is_shard(facts: Any) -> bool:
+    """Whether an entry of the list describes a file: its checksum, its header, and folds of tensors by their names."""
+    if not (isinstance(facts, dict) and isinstance(facts.get("base"), str) and isinstance(facts.get("folds"), list)):
+        return False
+    head = facts.get("head", "")
+    if not (isinstance(head, str) and not set(head) - set("0123456789abcdef") and len(head) % 2 == 0):
+        return False
+    return all(isinstance(fold, dict) and isinstance(fold.get("tensor"), str) for fold in facts["folds"])
 
 
 def _tasks(files: CheckpointFiles, names: NameMap, merged: Path, shards: Mapping[str, Any]) -> list[Task]:
@@ -116,7 +127,7 @@ def _tasks(files: CheckpointFiles, names: NameMap, merged: Path, shards: Mapping
             group = names.of_memory.get(fold["tensor"])
             if group is None:
                 why = "the files do not hold this tensor"
-                raise SurgeryError(f"{LIST} does not fit the files", where=str(fold["tensor"])[:200], why=why)
+                raise SurgeryError(f"{LIST} does not fit the files", where=fold["tensor"][:200], why=why)
             groups[id(group)] = group
             folds.setdefault(id(group), []).append((fold["tensor"], file, fold))
     return [Task(group.disk, partial(_unfold_group, files, group, folds[key])) for key, group in groups.items()]
@@ -127,6 +138,12 @@ def _unfold_group(
 ) -> tuple[dict[str, Tensor], list[tuple[str, Record]]]:
     values = dict(group.to_memory({disk: files.read(disk) for disk in group.disk}))
     for name, file, facts in reversed(folds):
-        values[name] = values[name].contiguous()
-        unfold(values[name], read_record(file, facts), where=name)
+        values[name], record = values[name].contiguous(), read_record(file, facts)
+        try:
+            unfold(values[name], record, where=name)
+        except SurgeryError:
+            raise
+        except Exception as error:  # a damaged record may have factors and corrections of any size
+            why = f"{type(error).__name__}: {error}"[:200]
+            raise SurgeryError(f"{file.name} is damaged", where=name, why=why) from error
     return group.to_disk(values), []

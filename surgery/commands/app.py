@@ -21,11 +21,12 @@ from surgery.commands.inspect import inspect
 from surgery.commands.merge import merge
 from surgery.commands.plan import plan
 from surgery.commands.rules import rules
+from surgery.commands.unmerge import unmerge
 
 __all__ = ["app"]
 
 COMMANDS: tuple[Callable[..., Answer], ...] = (
-    inspect, plan, apply, merge, convert, extract, export, diff, rules, doctor, bench,
+    inspect, plan, apply, merge, unmerge, convert, extract, export, diff, rules, doctor, bench,
 )  # fmt: skip
 
 app = typer.Typer(cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
+from surgery.adapter_files.plain_json import read_json
 from surgery.commands.adapters import base_class, load_all, names_of
 from surgery.commands.answer import Answer, size_text
 from surgery.commands.example_call import model_and_call
+from surgery.commands.model_folder import CONFIG, class_in_config, model_on_meta
 from surgery.commands.new_files import check_new_folder, new_folder
 from surgery.commands.options import (
     AdapterPaths,
@@ -20,9 +23,11 @@ from surgery.commands.options import (
     Trust,
     Untie,
     WithExample,
+    Workers,
 )
-from surgery.commands.paths import size_of
-from surgery.errors import SurgeryError
+from surgery.commands.paths import existing, size_of
+from surgery.commands.weight_files import INDEX
+from surgery.errors import NotInFilesError, SurgeryError, abbreviate
 
 __all__ = ["AnyBase", "Weights", "merge"]
 
@@ -44,10 +49,22 @@ def merge(
     class_name: ClassName = None,
     trust: Trust = False,
     dry_run: DryRun = False,
+    keep_record: Annotated[
+        bool,
+        typer.Option("--keep-record", help="Write records, with which `surgery unmerge` restores the base."),
+    ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="The dtype of the result; default: that of the files."),
+    ] = None,
+    workers: Workers = 1,
 ) -> Answer:
     """Merge adapters into a model and write a plain checkpoint, which loads without this package.
 
-    surgery merge models/bert adapters/topics --out merged
+    The files are merged one tensor at a time where the adapters allow it, so the model may be larger than the memory.
+    If such a merge is stopped, the same command goes on with it.
+
+        surgery merge models/bert adapters/topics --out merged
     """
     from surgery import activate, merge_to
 
@@ -56,6 +73,23 @@ def merge(
     if weight and len(weight) != len(names):
         raise SurgeryError(f"there are {len(weight)} weights for {len(names)} adapters", fix="--weight once for each")
     kind = class_name or base_class(adapters)
+    options = {"keep_record": keep_record, "dtype": dtype, "workers": workers}
+    used = {"--keep-record": keep_record, "--dtype": dtype is not None, "--workers": workers > 1}
+    told = [option for option, is_used in used.items() if is_used]
+    why_loaded = None
+    if not dry_run:
+        why_loaded = "an example call needs the model" if example or with_example else _why_loaded(model, kind)
+        if why_loaded is None:
+            try:
+                chosen = {**options, "untie": untie, "weights": weight, "trust": trust, "same_base": not any_base}
+                return _by_files(model, kind, adapters, out, chosen)
+            except NotInFilesError as error:
+                if told:
+                    raise
+                why_loaded = f"{error.what}: {error.why}"
+        if told:
+            what = f"{abbreviate(told)} is not for a model that is loaded"
+            raise SurgeryError(what, why=why_loaded, fix="leave it out")
     net, call = model_and_call(model, kind, example, with_example, weights=not dry_run)
     reports = load_all(net, adapters, trust=trust, same_base=not any_base, example=call)
     data = {"out": str(out), "written": not dry_run, "model": type(net).__name__, "adapters": reports}
@@ -69,4 +103,37 @@ def merge(
         files = sorted(file.name for file in place.iterdir())
     size = size_of(out)
     text = f"{out}: {type(net).__name__} with {', '.join(names)} merged, {size_text(size)}"
-    return Answer({**data, "files": files, "nbytes": size}, [*lines, text])
+    lines += [f"the model was loaded: {why_loaded}"] if why_loaded else []
+    return Answer({**data, "files": files, "nbytes": size, "streamed": False}, [*lines, text])
+
+
+def _why_loaded(model: Path, kind: str | None) -> str | None:
+    """Why a merge can't go through the files of a model; None if it can."""
+    folder = existing(model) if model.is_dir() else model.parent
+    if not any((folder / name).is_file() for name in ("model.safetensors", INDEX)):
+        return "its weights are not in files of transformers' names"
+    saved = class_in_config(read_json(folder / CONFIG)) if (folder / CONFIG).is_file() else None
+    return None if kind in (None, saved) else f"its files are of {saved}, and the result is {kind}"
+
+
+def _by_files(model: Path, kind: str | None, adapters: Sequence[Path], out: Path, options: dict[str, Any]) -> Answer:
+    """Merges through the files, without loading the model."""
+    import torch
+
+    from surgery import merge_files
+
+    net, folder = model_on_meta(model, kind), model if model.is_dir() else model.parent
+    dtype = getattr(torch, options.pop("dtype") or "", None)
+    report = merge_files(
+        folder, [existing(path) for path in adapters], out, dtype=dtype, model=net, progress=True, **options
+    )
+    loaded, size = [each.to_dict() for each in report.loaded], size_of(out)
+    data = {"out": str(out), "written": True, "model": type(net).__name__, "adapters": loaded}
+    data |= {"files": sorted(file.name for file in out.iterdir()), "nbytes": size, "streamed": True}
+    data |= {"reused": list(report.reused), "left_out": list(report.left_out), "record": report.nbytes}
+    lines = [f"{each['adapter']}: {len(each['loaded'])} tensors fit" for each in loaded]
+    lines += [f"{len(report.reused)} files were finished by an earlier run"] if report.reused else []
+    lines += [f"not copied: {', '.join(report.left_out)}"] if report.left_out else []
+    lines += [f"records to unmerge: {size_text(report.nbytes)}"] if report.base else []
+    names = ", ".join(report.adapters)
+    return Answer(data, [*lines, f"{out}: {type(net).__name__} with {names} merged, {size_text(size)}"])

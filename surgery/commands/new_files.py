@@ -12,34 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
+from surgery.transaction.created_folder import check_folder_above, check_new_folder
 
 __all__ = ["check_new_file", "check_new_folder", "new_files", "new_folder"]
 
 
-def check_new_folder(out: Path) -> None:
-    """Raises `SurgeryError` unless a folder can be made here: nothing is there, or an empty folder."""
-    _check_folder_above(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fix = "name another folder, or remove this one first"
-        raise SurgeryError(f"{out} exists already", why="results are written into a new folder", fix=fix)
-
-
 def check_new_file(out: Path, overwrite: bool) -> None:
     """Raises `SurgeryError` if the file is a folder, or exists and may not be replaced."""
-    _check_folder_above(out)
+    check_folder_above(out)
     if out.is_dir():
         raise SurgeryError(f"{out} is a folder", fix="name a file")
     if out.exists() and not overwrite:
         raise SurgeryError(f"{out} exists already", fix="--overwrite replaces it; or name another file")
-
-
-def _check_folder_above(out: Path) -> None:
-    """Raises `SurgeryError` if no file can be made here: before the work, not after it."""
-    above = next(parent for parent in out.resolve().parents if parent.exists())
-    if not above.is_dir():
-        raise SurgeryError(f"{out} can't be written", why=f"{above} is a file", fix="name another place")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise SurgeryError(f"{out} can't be written", why=f"you may not write into {above}", fix="name another place")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ __all__ = ["parameters_of", "use_options", "with_options"]
 _FILE = "--example FILE.safetensors"
 _CALL = f"--with-example, or {_FILE}"
 _PASS_EXAMPLE = r"(?:pass|give) example_inputs(?:: apply_rules and load_adapter take them)?"
-_WRITER, _LOADER, _MERGER = r"save_adapter\(…, ", r"(?:\w*load_adapter|hotswap)\(…, ", r"merge(?:_to)?\([^()]*, "
+_WRITER, _LOADER = r"save_adapter\(…, ", r"(?:\w*load_adapter|hotswap|merge_files)\(…, "
+_MERGER = r"merge(?:_to|_files)?\([^()]*, "
 
 # An argument in a text, the parameter of commands that stands for it, and the words for a person at a terminal. The
 # first row whose parameter the command has is taken.
@@ -29,6 +30,9 @@ _WORDS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (_LOADER + r"trust=True\)", "trust", "--trust"),
         (_WRITER + r'format="surgery"\)', "format", "--format surgery"),
         (_MERGER + r"untie=True\)(?: and keep this model)?", "untie", "--untie"),
+        (r"keep_record=True", "keep_record", "--keep-record"),
+        (r"leave out dtype=", "dtype", "leave out --dtype"),
+        (r"workers=", "workers", "--workers "),
         (r"make one of them live at a time", "weight", "merge one of them at a time"),
         (r"make one of them live at a time", "form", "export one of them at a time, or use --as slots"),
         (r"keep (?:it|the adapter) unmerged", "form", "--as constant, or --as slots"),

@@ -18,6 +18,7 @@ __all__ = [
     "Trust",
     "Untie",
     "WithExample",
+    "Workers",
 ]
 
 ModelPath = Annotated[
@@ -52,4 +53,5 @@ Trust = Annotated[bool, typer.Option("--trust", help="Accept rules that name cod
 WithExample = Annotated[
     bool, typer.Option("--with-example", help="Call the model with an example that is made for it.")
 ]
+Workers = Annotated[int, typer.Option(min=1, help="Threads; each needs the memory of one tensor.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Let tied weights become different.")]

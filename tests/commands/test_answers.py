@@ -24,8 +24,8 @@ def test_every_command_has_help_with_an_example_and_takes_json(command: object) 
 
 
 def test_wrong_words_get_near_misses_and_exit_code_2() -> None:
-    wrong = run("mrege")
-    assert wrong.code == 2 and "Did you mean 'merge'?" in wrong.err
+    wrong = run("exprot")
+    assert wrong.code == 2 and "Did you mean 'export'?" in wrong.err
     option = run("rules", "--jsn")
     assert option.code == 2 and "--json" in option.err
     assert run("merge", "only-one").code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,33 @@ def test_several_adapters_with_weights(files: Files, tmp_path: Path) -> None:
     activate(expected, ["news", "mail"], weights=[0.5, -2.0])
     merge(expected)
     assert torch.equal(logits(files.load(tmp_path / "m")), logits(expected))
+
+
+def test_records_dtypes_and_threads(files: Files, tmp_path: Path) -> None:
+    done = run("merge", files.model, files.peft, "--out", tmp_path / "m", "--keep-record", "--workers", "2", "--json")
+    assert done.code == 0 and done.data["streamed"] and done.data["record"] > 0, done
+    back = run("unmerge", tmp_path / "m", "--out", tmp_path / "base", "--json")
+    base = (files.model / "model.safetensors").read_bytes()
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == base
+    assert back.data["shards"] == {"model.safetensors": hashlib.sha256(base).hexdigest()}
+    assert "keep_record" in run("unmerge", files.model, "--out", tmp_path / "x").err
+
+    half = run("merge", files.model, files.peft, "--out", tmp_path / "half", "--dtype", "bfloat16")
+    assert half.code == 0 and files.load(tmp_path / "half").dtype == torch.bfloat16
+    both = run("merge", files.model, files.peft, "--out", tmp_path / "x", "--dtype", "bfloat16", "--keep-record")
+    assert both.code == 1 and "leave out --dtype" in both.err
+    loaded = run("merge", files.model, files.peft, "--out", tmp_path / "x", "--keep-record", "--with-example")
+    assert loaded.code == 1 and "--keep-record is not for a model that is loaded" in loaded.err
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_head_that_the_base_does_not_have_loads_the_model(files: Files, tmp_path: Path) -> None:
+    files.load().bert.save_pretrained(tmp_path / "bare")
+    model = apply_rules(files.load(), [LoraRule("query", rank=2, init="random"), TrainRule("classifier")])
+    save_adapter(model, tmp_path / "head")
+    done = run("merge", tmp_path / "bare", tmp_path / "head", "--out", tmp_path / "m")
+    assert done.code == 0 and "the model was loaded" in done.out
+    assert "classifier.weight" in load_file(tmp_path / "m" / "model.safetensors")
 
 
 def test_a_dry_run_checks_the_adapter_and_reads_no_weights(files: Files, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from surgery import merge_files
 from tests.support.command_line import Files, Result, run_apart, run_forked
 
 
@@ -24,11 +25,20 @@ def tuned(files: Files) -> Path:
     return place
 
 
+def merged_with_record(files: Files) -> Path:
+    """A merged model with the records to unmerge it."""
+    merged = files.folder / "merged with record"
+    if not merged.exists():
+        merge_files(files.model, files.peft, merged, keep_record=True)
+    return merged
+
+
 COMMANDS: dict[str, tuple[Callable[[Files], list[object]], str]] = {
     "inspect": (lambda files: ["inspect", files.peft], "lora_A[4, 16]"),
     "plan": (lambda files: ["plan", files.model, files.rules], "2 edits, 256 trainable parameters"),
     "apply": (lambda files: ["apply", files.model, files.rules, "--out", "new"], "an adapter of 256 parameters"),
     "merge": (lambda files: ["merge", files.model, files.peft, "--out", "merged"], "with news merged"),
+    "unmerge": (lambda files: ["unmerge", merged_with_record(files), "--out", "base"], "have the bits of the base's"),
     "convert": (lambda files: ["convert", files.peft, "--to", "mlx", "--out", "mlx"], "2 modules, peft to mlx"),
     "extract": (lambda files: ["extract", files.model, tuned(files), "--out", "new"], "LoRA at 1 weights, rank 1"),
     "export": (lambda files: ["export", files.model, files.peft, "--out", "m.onnx", "--no-verify"], "merged; "),
@@ -114,7 +124,8 @@ def interrupted(words: list[object], place: str, folder: Path, signal: str = "SI
     ],
 )
 def test_ctrl_c_leaves_nothing_behind(command: str, place: str, files: Files, tmp_path: Path) -> None:
-    done = interrupted(COMMANDS[command][0](files), place, tmp_path)
+    loaded = ["--with-example"] if "merged_checkpoint" in place else []
+    done = interrupted([*COMMANDS[command][0](files), *loaded], place, tmp_path)
     assert done.code == 130 and "interrupted" in done.err and "Traceback" not in done.err, done
     assert list(tmp_path.iterdir()) == []
 
@@ -126,9 +137,18 @@ def test_ctrl_c_while_the_result_is_renamed_leaves_it_whole(files: Files, tmp_pa
 
 
 def test_sigterm_leaves_nothing_behind(files: Files, tmp_path: Path) -> None:
-    words = COMMANDS["merge"][0](files)
+    words = [*COMMANDS["merge"][0](files), "--with-example"]
     done = interrupted(words, "surgery.storage.merged_checkpoint:_copy_tokenizer", tmp_path, "SIGTERM")
     assert done.code == 143 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("signal, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_merge_of_files_goes_on_after_it_was_stopped(signal: str, code: int, files: Files, tmp_path: Path) -> None:
+    words = COMMANDS["merge"][0](files)
+    done = interrupted(words, "surgery.checkpoints.shard_rewriting:_write_shard", tmp_path, signal)
+    assert done.code == code and [file.name for file in tmp_path.iterdir()] == [".merged.unfinished"]
+    done = run_forked(*words, "--json", folder=tmp_path)
+    assert done.code == 0 and done.data["streamed"] and [file.name for file in tmp_path.iterdir()] == ["merged"]
 
 
 def test_folders_above_the_result_go_with_it(files: Files, tmp_path: Path) -> None:

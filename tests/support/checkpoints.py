@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -71,7 +73,17 @@ def meta(make: Callable[[], nn.Module] = stack) -> nn.Module:
 
 
 def merges(base: str, adapter: str, out: str, back: str) -> None:
-    """A process that forks, for each line, a child that merges into a folder, and then restores the base from it."""
+    """A process that forks, for each line, a child that merges into a folder, and then restores the base from it.
+
+    Its first line of output is the seconds of one such run.
+    """
+    with TemporaryDirectory() as folder:
+        place = Path(folder)
+        merge_files(base, adapter, place / "first", keep_record=True, model=meta())  # imports what it needs
+        start = time.monotonic()
+        merge_files(base, adapter, place / "out", keep_record=True, model=meta())
+        unmerge_files(place / "out", place / "back", model=meta())
+        print(time.monotonic() - start, flush=True)
     for _ in sys.stdin:
         child = os.fork()
         if not child:
@@ -95,12 +107,14 @@ def kill_merges(
     killed = runs = 0
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         assert process.stdin is not None and process.stdout is not None
+        seconds = float(process.stdout.readline())
         while killed < times and runs < 20 * times:
             runs += 1
             print("next", file=process.stdin, flush=True)
             child = int(process.stdout.readline())
-            time.sleep(chance.random() * 0.2)
-            os.kill(child, signal.SIGKILL)
+            time.sleep(chance.random() * 2 * seconds)
+            with contextlib.suppress(ProcessLookupError):  # it is done
+                os.kill(child, signal.SIGKILL)
             end = process.stdout.readline().strip()
             assert end in ("killed", "0"), end
             killed += end == "killed"
