@@ -12,11 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
-from tests.benchmarks import exported, growth, lines, report, several  # noqa: E402
+from tests.benchmarks import exported, files, growth, lines, report, several  # noqa: E402
 from tests.benchmarks.lines import Row  # noqa: E402
 from tests.benchmarks.timing import Setting  # noqa: E402
 
-LINES = {**lines.LINES, **several.LINES, **exported.LINES, **growth.LINES}
+LINES = {**lines.LINES, **several.LINES, **exported.LINES, **growth.LINES, "files": files.files}
 
 
 def main() -> None:
@@ -28,6 +28,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     quick = arguments.quick
+    files.MEGABYTES = arguments.megabytes
     setting = Setting(arguments.device, 3 if quick else arguments.rounds, 0.0 if quick else 0.02, quick)
     names = arguments.only or list(LINES)
     rows: list[Row] = []
@@ -46,6 +47,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu (one thread), or cuda")
     parser.add_argument("--only", action="append", choices=list(LINES), help="one line; may be given several times")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved runs of each measurement (15)")
+    parser.add_argument("--megabytes", type=int, default=files.MEGABYTES, help="the checkpoint of the line files (512)")
     parser.add_argument("--quick", action="store_true", help="few runs on small work: that it runs, not how fast")
     return parser.parse_args()
 

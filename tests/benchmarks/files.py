@@ -27,8 +27,9 @@ MEGABYTES, SHARDS = 512, 8  # of the checkpoint, in bfloat16
 WAYS = ("loop", "files", "peft")
 
 
-def files(setting: Setting, megabytes: int = MEGABYTES) -> Iterator[Row]:
-    megabytes = 16 if setting.quick else megabytes
+def files(setting: Setting, megabytes: int | None = None) -> Iterator[Row]:
+    """`megabytes`: the size of the checkpoint. Default None: `MEGABYTES`."""
+    megabytes = 16 if setting.quick else megabytes or MEGABYTES
     with TemporaryDirectory() as folder:
         write(Path(folder), megabytes)
         spent: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
@@ -56,7 +57,8 @@ def write(folder: Path, megabytes: int) -> None:
         tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size=f"{max(1, int(megabytes * 1.05 / SHARDS))}MB")
     apply_rules(model, LoraRule("all-linear", rank=16, init="random"))
     save_adapter(model, folder / "adapter", format="peft")
