@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import ModelEdits, SiteError, StructureRule, rule
+from surgery import ModelEdits, SiteError, StructureRule, register_packed, rule
+from surgery.rules.rewrites._int8_weight import Int8Weight
 
 __all__ = ["Int8Linear", "QuantiseRule"]
 
@@ -44,6 +45,9 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+register_packed(Int8Weight)
 
 
 @rule("quantise")

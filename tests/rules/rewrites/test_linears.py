@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from surgery import PlanError, RuleError, SiteError, apply_rules, remove, rules_from_json, rules_to_json
+from surgery import (
+    PlanError,
+    RuleError,
+    SiteError,
+    apply_rules,
+    merge,
+    packed_weight_of,
+    remove,
+    rules_from_json,
+    rules_to_json,
+    unmerge,
+)
 from surgery.rules import LoraRule
 from surgery.rules.rewrites import Int8Linear, JoinLinearsRule, QuantiseRule, join_linears
 
@@ -81,3 +92,23 @@ def test_adapters_beside_an_int8_linear() -> None:
     assert torch.equal(model(x), quantised)
     remove(model)
     assert torch.equal(model(x), before)
+
+
+def test_adapters_go_on_linears_of_int8() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)), torch.randn(5, 16)
+    apply_rules(model, QuantiseRule(nn.Linear), adapter="int8")
+    quantised: Any = model[0]
+    packed = packed_weight_of(quantised)
+    assert packed is not None and torch.equal(packed.dequantise(), quantised.weight.float() * quantised.scale[:, None])
+    again = packed.requantise(packed.dequantise())
+    assert torch.equal(again["weight"], quantised.weight)
+    apply_rules(model, LoraRule("all-linear", rank=2, init="random"), adapter="lora")
+    params = quantised.adapters.lora
+    weight = packed.dequantise() + 4 * params.B @ params.A
+    torch.testing.assert_close(quantised(x), F.linear(x, weight, quantised.bias), rtol=1e-4, atol=1e-5)
+    live = model(x)
+    merge(model, "lora", quantised="dequantise")
+    torch.testing.assert_close(model(x), live, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+    assert torch.equal(model(x), live)
