@@ -13,11 +13,15 @@ from surgery import PackedWeight, class_of
 class Int8Weight(PackedWeight):
     """Codes of int8 with one scale for each row."""
 
-    backend, layout = "Int8Linear", "int8, one scale for each row"
+    backend = "Int8Linear"
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         return any(f"{base.__module__}.{base.__name__}" == _CLASS for base in class_of(module).__mro__)
+
+    @property
+    def layout(self) -> str:
+        return "int8, one scale for each row"
 
     @property
     def shape(self) -> tuple[int, int]:
