@@ -355,7 +355,8 @@ def table(rows: list[QuantisedLinear]) -> str:
 
 
 def _versions() -> str:
-    names = ["torch", *sorted({row.package.replace(".", "-") for row in ROWS} - {"torch"})]
+    packages = {row.package.replace("optimum.quanto", "optimum-quanto").partition(".")[0] for row in ROWS}
+    names = ["torch", *sorted(packages - {"torch"})]
     found = []
     for name in names:
         try:
