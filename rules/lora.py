@@ -180,7 +180,7 @@ class LoraRule(LowRankMethod):
             return None
         magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
         if self.layout(site).packed:
-            return gain_for(part, magnitude, site.apply(changed_norm, site.this, A, B, self.scale_at(site.path)))
+            return gain_for(part, magnitude, site.apply(changed_norm, site.weight, A, B, self.scale_at(site.path)))
         weight = site.tensor(part.weight).to(A.dtype)
         return gain_of(part, magnitude, weight + part.delta(A, B) * self.scale_at(site.path))
 

@@ -30,10 +30,16 @@ class _Norm:
 _norms: weakref.WeakKeyDictionary[nn.Module, dict[int, _Norm]] = weakref.WeakKeyDictionary()
 
 
-def changed_norm(module: nn.Module, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Returns the norm of each row of W + scale · B A, without a gradient. W is the module's dequantised weight."""
+def changed_norm(weight: Tensor | nn.Module, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Returns the norm of each row of W + scale · B A, without a gradient.
+
+    `weight`: W, if other rules edit it; else the quantised module, whose dequantised weight is W.
+    """
     with torch.no_grad():
         A, B = A.detach(), B.detach()
+        if isinstance(weight, Tensor):
+            return _norm(weight.detach(), A, B, scale)
+        module = weight
         packed = packed_weight_of(module)
         assert packed is not None
         if not (_has_versions(A) and _has_versions(B)):
@@ -52,6 +58,9 @@ def changed_norm(module: nn.Module, A: Tensor, B: Tensor, scale: float) -> Tenso
             entries.clear()
         entries[A.data_ptr()] = _Norm(versions, A.clone(), B.clone(), scale, norm)
         return norm
+
+
+changed_norm.reads_codes = True  # type: ignore[attr-defined]  # the weave gives it the module for an unedited weight
 
 
 def _norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -14,6 +14,7 @@ from surgery.forward.parameter_view import call_child
 from surgery.forward.tape import Layer, Tape
 from surgery.forward.tape_steps import Ref, Step, thaw
 from surgery.forward.unnamed_inputs import FIRST, first_input
+from surgery.packed.packed_weight import dequantised_weight
 from surgery.tracing.decisions import check_decision, decide
 from surgery.tracing.guards import in_region
 from surgery.weaving.line_places import LinePlaces
@@ -112,6 +113,8 @@ def play(graph: TermGraph, tape: Tape, adapter: str, origin: str, weight: float 
             ops[index] = repeat_own(graph, args, kwargs, origin)
         else:
             op, target, args = node_parts(step, args)
+            if getattr(target, "reads_codes", False):
+                args = tuple([_module_of(value) for value in args])
             if target is check_decision and graph.own.graph is not None:
                 target, args = decide, (*args, False)
             elif step.region is not None:
@@ -126,6 +129,12 @@ def play(graph: TermGraph, tape: Tape, adapter: str, origin: str, weight: float 
     if places.writes:
         graph.ordered.append((origin, played))
     return played
+
+
+def _module_of(value: Any) -> Any:
+    """The module in the place of its dequantised weight, for functions that may not need the weight in each call."""
+    reads = isinstance(value, Term) and value.target is dequantised_weight
+    return value.args[0] if reads else value
 
 
 def _put_around(graph: TermGraph, outer: Term, wrapped: Term | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import Rule, apply_rules, packed_weight_of, plan_rules, remove
+from surgery import Rule, SurgeryError, apply_rules, load_adapter, packed_weight_of, plan_rules, remove, save_adapter
 from surgery.rules import (
     AdaLoraRule,
     BiasRule,
@@ -176,3 +177,31 @@ def test_the_norm_is_computed_again_when_it_must_be(monkeypatch: pytest.MonkeyPa
         assert calls() == 1
     with torch.inference_mode():
         assert model(x).shape == (3, 32)
+
+
+def test_rules_that_edit_the_weight_one_after_the_other() -> None:
+    model, plain = pair(BY_NAME["bitsandbytes Linear4bit nf4, double"])
+    for one in (model, plain):
+        torch.manual_seed(1)
+        for place, name in enumerate(("boft", "shira", "dora")):
+            apply_rules(one, RULES[name], adapter=f"a{place}")
+    plain[0].adapters.load_state_dict(model[0].adapters.state_dict())
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)  # sums of 64 products, three times
+
+
+def test_an_adapter_moves_to_a_base_that_is_quantised_afterwards(tmp_path: Path) -> None:
+    backend = BY_NAME["torchao int8"]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32))
+    apply_rules(model, LoraRule("0", rank=4, dora=True, init="random"))
+    x = torch.randn(3, 64)
+    before = model(x).detach()
+    backend.build(model[0])  # type: ignore[arg-type]
+    with pytest.raises(SurgeryError, match="can't compute with a quantised weight") as caught:
+        model(x)
+    assert "save the adapter, remove it, and load it" in str(caught.value.fix)
+    save_adapter(model, tmp_path)
+    remove(model)
+    load_adapter(model, tmp_path)
+    assert (model(x) - before).norm() < 2e-2 * before.norm()  # 8 bits a number
