@@ -66,6 +66,9 @@ def as_lora(
     ranks fit. The ΔW of other rules (IA3, LoHa, OFT, DoRA, …) is computed at this base's weights in float64, and its
     largest singular values are kept.
 
+    An adapter that changed the base's weights at its start (PiSSA, OLoRA) becomes a LoRA of twice its rank on the base
+    as it was, whose bits are restored.
+
     The new rules have the scale 1 (`alpha = rank`), no dropout, and float32 tensors, or float64 on a float64 base. A
     changed bias becomes LoRA's bias (`lora_bias`). Rules that hold copies of the base's tensors (TrainRule, NormRule),
     and rules that change only biases, stay as they are.
@@ -90,8 +93,8 @@ def as_lora(
         PlanError: one problem for each site with a rule without a ΔW (prompts, prefixes, ReFT, bottlenecks, …), with a
             change that LoRA can't hold, or whose change needs a higher rank than `rank` to keep the tolerance.
         SurgeryError: an unknown adapter, a name that is taken, a wrong value of an argument, a merged model, or an
-            adapter that changed the base's weights at its start (PiSSA) or the model's structure. After an error the
-            model is unchanged.
+            adapter that changed the model's structure, or that changed the base's weights at its start (PiSSA) and is
+            to stay beside the LoRA. After an error the model is unchanged.
 
     PEFT: `convert_to_lora`.
     """
@@ -103,16 +106,20 @@ def as_lora(
     converted = convert_sites(root, state, weights, choice, progress)
     rules, placed = _new_rules(root, state, names, converted)
     new = into if into is not None else _free_name(state)
+    examples = [(example, random_state()) for example in examples_in(example_inputs) if example is not None]
+    old = [_outputs(root, example, draws, weights) for example, draws in examples]
     before = weights_now(state)
     attach_idle(root, new, rules, placed, names)
-    outputs = tuple(
-        _output_error(root, example, weights, new) for example in examples_in(example_inputs) if example is not None
-    )
     if into is None:
         remove(root, names[0])
         rename_adapter(root, new, names[0])
         switch(root, before)
-    return _report(names, converted, outputs)
+    result = {into or names[0]: 1.0}
+    losses = [
+        _loss(outputs, *(_outputs(root, example, draws, live) for live in ({}, result)))
+        for outputs, (example, draws) in zip(old, examples, strict=True)
+    ]
+    return _report(names, converted, tuple(losses))
 
 
 def _weights(state: ModelState, adapter: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
@@ -136,7 +143,8 @@ def _check_adapters(root: nn.Module, state: ModelState, names: Sequence[str], in
             why = f"{structural[0]} changes the structure of the model, which no LoRA holds"
             fix = "put the structural rules into an adapter of their own"
             raise SurgeryError(f"the adapter {name!r} can't be converted to LoRA", why=why, fix=fix)
-        check_whole(state, name, "be converted to LoRA")
+        if into is not None:  # the LoRA would go on the changed weights, which stay while the adapter is there
+            check_whole(state, name, "be converted to LoRA beside it")
     for path, _, site in sites(root):
         if site.merged is not None:
             raise merged_error(path, site.merged.adapters)
@@ -192,16 +200,15 @@ def _free_name(state: ModelState) -> str:
     )
 
 
-def _output_error(root: nn.Module, example: Any, weights: Mapping[str, float], new: str) -> float:
+def _outputs(root: nn.Module, example: Any, draws: list[Tensor], live: Mapping[str, float]) -> list[Tensor]:
+    """The model's outputs on an example with these adapters live."""
+    with using(root, list(live), list(live.values())):
+        leaves = [leaf for leaf in tree_leaves(call(root, example, draws)) if isinstance(leaf, Tensor)]
+    return [leaf.cpu().double() for leaf in leaves if leaf.is_floating_point()]
+
+
+def _loss(old: list[Tensor], base: list[Tensor], now: list[Tensor]) -> float:
     """The difference of the outputs as a share of the adapters' own effect on them."""
-    draws, outputs = random_state(), []
-    for live, factors in (((), None), (list(weights), list(weights.values())), ([new], None)):
-        with using(root, list(live), factors):
-            leaves = tree_leaves(call(root, example, draws))
-        outputs.append(
-            [leaf.double().cpu() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        )
-    base, old, now = outputs
     effect, lost = (
         math.sqrt(sum(float((x - y).square().sum()) for x, y in zip(old, other, strict=True))) for other in (base, now)
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from surgery.arithmetic.exact_fold import LowRank, Record
 from surgery.authoring.rule import Rule
 from surgery.errors import MergeError, PlanError, SurgeryError
 from surgery.forward.own_forward import own_forward
@@ -97,6 +99,7 @@ def _convert_site(
 ) -> ConvertedSite:
     possible = lora_rule()[1].weights_at(module)
     change = change_of_site(module, site, chosen, possible, lambda applied: weights[applied.adapter])
+    _add_starts(path, change, chosen, possible)
     result = ConvertedSite(site.path, module, chosen, change)
     if change.others:
         name, label = next(iter(change.others.items()))
@@ -107,3 +110,26 @@ def _convert_site(
     lora = lora_tensors(site.path, module, change.weights, change.bias, choice)
     result.rule, result.tensors, result.factors = lora.rule, lora.tensors, lora.factors
     return result
+
+
+def _add_starts(
+    path: str, change: SiteChange, chosen: list[Applied], shapes: Mapping[str, tuple[tuple[int, ...], int]]
+) -> None:
+    """Add what the rules changed in the base's weights at their start: the LoRA goes on the base as it was before."""
+    for applied in chosen:
+        for name, record in applied.changed:
+            start = record.change if isinstance(record, Record) and record.kind == "record" else None
+            if start is None or name not in shapes:
+                why = f"{applied.rule.label} changed the {name} at its start by a change that is not known as factors"
+                raise MergeError("the site's change can't be held by LoRA", where=path, why=why, fix="keep the rule")
+            present = change.weights.get(name)
+            if present is None:
+                change.weights[name] = start
+            elif isinstance(present, LowRank) and present.groups == start.groups == 1:
+                device = present.B.device
+                moved = replace(start, B=start.B.to(device), A=start.A.to(device))
+                change.weights[name] = LowRank.join([present, moved])
+            else:
+                shape = shapes[name][0]
+                dense = present.delta(shape, torch.float64) if isinstance(present, LowRank) else present
+                change.weights[name] = dense + start.delta(shape, torch.float64).to(dense.device, dense.dtype)

@@ -260,3 +260,20 @@ def test_a_stack_on_a_quantised_weight() -> None:
         both = model(x)
     as_lora(model, ["a", "b"], "both")
     assert torch.allclose(activate(model, "both")(x), both, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changed_the_base(init: str) -> None:
+    """The LoRA has twice the rank, and goes on the base as it was."""
+    model = apply_rules(Net().eval(), LoraRule(["up", "down"], rank=2, init=init), example_inputs=X)
+    with torch.no_grad():
+        for tensor in adapter_state_dict(model).values():
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    before = model(X)
+    with pytest.raises(SurgeryError, match="can't be converted to LoRA beside it"):
+        as_lora(model, "default", "other")
+    report = as_lora(model, example_inputs=X)
+    assert report.outputs[0] < 1e-4
+    assert [site.rank for site in report.sites] == [4, 4] and torch.allclose(model(X), before, atol=2e-6)
+    assert torch.equal(model.up.weight, Net().up.weight)
+    assert torch.equal(remove(model)(X), Net().eval()(X))
