@@ -54,8 +54,8 @@ class RewriteRule(Rule):
             rewritten. A text is the reason why not, of which a warning tells. Default None: all matches.
         training: "both" (default), or "eval": in training the forward stays as it is.
         equivalent: Whether `apply_rules` compares each rewritten module with its own forward: outputs and gradients on
-            the example, and on examples with one row more and one position less. A difference that rounding does not
-            explain is an error. Default True. False: the rule is meant to compute something else.
+            the example, and on examples with more rows and another length, drawn at random. A difference that
+            rounding does not explain is an error. Default True. False: the rule is meant to compute something else.
         exact: The check asks for the same bits. Default False.
         tolerance: The largest difference that the check allows, relative to the largest value of a tensor. Default
             None: computed from the dtype.

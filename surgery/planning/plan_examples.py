@@ -60,7 +60,8 @@ def check_examples(plan: Plan) -> None:
                 plan.problems.append(error)
     compared = {id(step.module): step.module for step in plan.steps if step.rule.equivalence() is not None}
     for example in plan.examples if compared and not plan.problems else ():
-        plan.resized += observe_resized(plan.model, example, compared.values())
+        seed = " ".join(f"{step.rule.label} {step.path}" for step in plan.steps)
+        plan.resized += observe_resized(plan.model, example, compared.values(), seed)
     if not plan.problems:
         plan.kinds += trace_graphs(plan.steps, plan.observations)
         plan.warnings += _unready(plan.kinds)

@@ -67,8 +67,8 @@ def test_rounding_is_allowed(dtype: torch.dtype, size: int) -> None:
         (tanh_gelu, "on the example\n.*the output differs"),
         (lambda x: F.gelu(x) + 1e-4 * x, "the output differs by up to .*, and .* is allowed: at .* it is .* and was"),
         (cut_gradient, "the gradient of input 0 differs"),
-        (only_two_rows, "on 3 rows"),
-        (only_five_positions, "on length 4"),
+        (only_two_rows, r"on [345] rows"),
+        (only_five_positions, r"on length [234678]\b"),
     ],
     ids=["tanh", "term", "gradient", "rows", "length"],
 )
