@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from _common import folder
@@ -43,6 +44,23 @@ def texts(tokenizer: Any, count: int, tokens: int, seed: int) -> tuple[Tensor, T
     (play,) = [play for play in plays if play.stem.startswith(HELD_OUT)]
     ids = tokenizer(play.read_text(encoding="latin-1")[20_000:22_000], return_tensors="pt")["input_ids"]
     return passages[order][:count], ids[:, :256]
+
+
+def train(model: Any, optimiser: Any, batches: Sequence[Tensor], steps: int) -> None:
+    """Train the model on batches of passages; the rate warms up in three steps and falls to zero at the last."""
+    import torch
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / 3, 1 - step / steps))
+    model.train()
+    for step, batch in enumerate(batches, 1):
+        optimiser.zero_grad()
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 8 == 0 or step == steps:
+            print(f"  step {step}: loss {loss.item():.2f}", flush=True)
+    model.eval()
 
 
 def perplexity(model: Any, ids: Tensor) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from _common import Clock, quiet, require, sha256
-from _smollm2 import loaded, logits_of, perplexity, texts
+from _smollm2 import loaded, logits_of, perplexity, texts, train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,17 +107,7 @@ def trained(model: Any, rules: list[Rule], passages: Tensor, start: Tensor, args
     optimiser = torch.optim.AdamW(
         [{"params": before, "lr": args.prefix_rate}, {"params": beside, "lr": args.rate}], weight_decay=0.0
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / 3, 1 - step / args.steps))
-    model.train()
-    for step, batch in enumerate(passages[1:].split(args.batch), 1):
-        optimiser.zero_grad()
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        if step % 8 == 0 or step == args.steps:
-            print(f"  step {step}: loss {loss.item():.2f}", flush=True)
-    model.eval()
+    train(model, optimiser, passages[1:].split(args.batch), args.steps)
 
 
 def removed(model: Any) -> None:

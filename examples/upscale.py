@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _common import Clock, quiet, require, sha256, shown
-from _smollm2 import loaded, logits_of, perplexity, texts
+from _smollm2 import loaded, logits_of, perplexity, texts, train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,17 +131,7 @@ def healed(model: Any, passages: Tensor, args: argparse.Namespace) -> None:
     rules: list[Rule] = [LoraRule(targets, rank=args.rank, alpha=2 * args.rank)]
     apply_rules(model, rules, adapter="heal")
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / 3, 1 - step / args.steps))
-    model.train()
-    for step, batch in enumerate(passages[1:].split(args.batch), 1):
-        optimiser.zero_grad()
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        if step % 8 == 0 or step == args.steps:
-            print(f"  step {step}: loss {loss.item():.2f}", flush=True)
-    model.eval()
+    train(model, optimiser, passages[1:].split(args.batch), args.steps)
 
 
 def measured(name: str, model: Any, held_out: Tensor) -> dict[str, Any]:

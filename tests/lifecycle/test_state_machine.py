@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
@@ -54,9 +52,8 @@ from surgery import rule as surgery_rule
 from surgery.rules import BottleneckRule, IA3Rule, LoraRule, TrainRule
 from surgery.testing import Snapshot
 from tests.support.shadow import LINEAR, SITES, Body, Entry, Held, Shadow
+from tests.support.state_machines import EXAMPLES, configure
 
-EXAMPLES, STEPS = int(os.environ.get("STATES", "60")), 40
-SEED = int(os.environ.get("STATES_SEED", "0"))
 NAMES = ["a", "b", "c", "a b", "'1'"]
 BAD_NAMES = ["", "x.y", "forward", "class", 'a"', "a\nb", None, 3]
 WEIGHTS = st.sampled_from([1.0, 0.5, -1.0, 2, 0.0, 0.1])
@@ -752,18 +749,7 @@ def near(actual: Tensor, wanted: Tensor, dtype: torch.dtype, label: str = "") ->
     assert error < _WITHIN[dtype], f"{label}: off by {error:.3g}"
 
 
-Adapters.TestCase.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=STEPS,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    print_blob=False,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
-if SEED:
-    Adapters.TestCase.settings = settings(Adapters.TestCase.settings, derandomize=False)
-    seed(SEED)(Adapters)
+configure(Adapters, EXAMPLES, 40)
 
 
 class TestAdapters(Adapters.TestCase):

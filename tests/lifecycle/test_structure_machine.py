@@ -7,7 +7,6 @@ change nothing. At the end, the base has its bits. STATES and STATES_SEED are as
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import shutil
 import tempfile
@@ -17,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
@@ -39,9 +37,8 @@ from surgery import (
 )
 from surgery.rules import DropRule, LoraRule, ReorderRule, RepeatRule
 from surgery.testing import Snapshot
+from tests.support.state_machines import EXAMPLES, configure
 
-EXAMPLES, STEPS = int(os.environ.get("STATES", "60")) // 3, 25
-SEED = int(os.environ.get("STATES_SEED", "0"))
 NAMES = ["a", "b", "c", "d", "e"]
 SIZE, LAYERS = 4, 4
 X = torch.randn(3, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -317,18 +314,7 @@ class Structures(RuleBasedStateMachine):
             assert self.plain.differences(self.model) == []
 
 
-Structures.TestCase.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=STEPS,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    print_blob=False,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
-if SEED:
-    Structures.TestCase.settings = settings(Structures.TestCase.settings, derandomize=False)
-    seed(SEED)(Structures)
+configure(Structures, EXAMPLES // 3, 25)
 
 
 class TestStructures(Structures.TestCase):

@@ -29,6 +29,7 @@ from surgery import (
 )
 from surgery.rules import HeadRule, LoraRule, TrainRule
 from surgery.testing import Snapshot
+from tests.support.built_models import build_model
 from tests.support.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
@@ -62,9 +63,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Tensor], Tensor]] = {
 
 
 def build(name: str, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    cls = getattr(transformers, name)
-    return cls(cls.config_class(**CASES[name][0], **fields)).eval()
+    return build_model(name, {**CASES[name][0], **fields})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -30,17 +30,10 @@ from surgery import (
 )
 from surgery.rules import LoraRule, ResizeVocabRule, TokensRule, TrainRule
 from surgery.testing import Snapshot
+from tests.support.built_models import SEQ2SEQ, SIZES, TEXT, build_model, logits_of
 from tests.support.sampling import sample
 
 transformers = pytest.importorskip("transformers")
-SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT = {**SIZES, "vocab_size": 40}
-SEQ2SEQ: dict[str, Any] = {
-    **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in
-       (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))},
-    **{"d_model": 16, "vocab_size": 40, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    **{"decoder_start_token_id": 2, "forced_eos_token_id": None, "max_position_embeddings": 32, "dropout": 0.0},
-}  # fmt: skip
 IDS = torch.tensor([[3, 4, 5, 41, 6, 44]])  # with new tokens
 OLD = torch.tensor([[3, 4, 5, 11, 6, 9]])
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,14 +58,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(name: str, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    cls = getattr(transformers, CASES[name][0])
-    return cls(cls.config_class(**{**CASES[name][1], **fields})).eval()
+    kind, own = CASES[name]
+    return build_model(kind, {**own, **fields})
 
 
 def call(model: Any, ids: Tensor = IDS) -> Tensor:
-    seq2seq = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    return model(input_ids=ids, **seq2seq).logits
+    return logits_of(model, ids)
 
 
 def by_transformers(name: str, model: Any, size: int, **fields: Any) -> Any:

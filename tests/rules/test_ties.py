@@ -27,18 +27,11 @@ from surgery import (
 )
 from surgery.rules import LoraRule, ResizeVocabRule, TieRule, UntieRule
 from surgery.testing import Snapshot
+from tests.support.built_models import SEQ2SEQ, SIZES, TEXT, build_model, logits_of
 from tests.support.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
-SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT = {**SIZES, "vocab_size": 40}
 IDS = torch.arange(6)[None] + 6
-SEQ2SEQ: dict[str, Any] = {
-    **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in
-       (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))},
-    **{"d_model": 16, "vocab_size": 40, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    **{"decoder_start_token_id": 2, "forced_eos_token_id": None, "max_position_embeddings": 32},
-}  # fmt: skip
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
 TIED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {**TEXT, "tie_word_embeddings": True}),
@@ -55,14 +48,12 @@ OTHER_TIES = ("t5", "umt5, which computes by the flag", "marian")  # of encoder 
 
 
 def build(name: str, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    cls = getattr(transformers, TIED[name][0])
-    return cls(cls.config_class(**{**TIED[name][1], **fields})).eval()
+    kind, own = TIED[name]
+    return build_model(kind, {**own, **fields})
 
 
 def call(model: Any) -> Tensor:
-    seq2seq = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
-    return model(input_ids=IDS, **seq2seq).logits
+    return logits_of(model, IDS)
 
 
 def train(model: Any) -> None:
