@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from surgery import PlanError, SurgeryError, apply_rules, merge, plan_rules, synced, unmerge
+from surgery import PlanError, SurgeryError, apply_rules, merge, synced, unmerge
 from surgery.packed.packed_weight import packed_weight_of
 from surgery.rules import BiasRule, BoftRule, HraRule, IA3Rule, LohaRule, LoraRule, OftRule, RoadRule, VeraRule
 from surgery.testing import Snapshot
@@ -78,10 +78,9 @@ def test_unmerging_restores_every_bit(data: st.DataObject) -> None:
     if not bias and isinstance(rule, BiasRule):
         return
     try:
-        plan_rules(model, rule)
-    except PlanError:
+        apply_rules(model, rule)
+    except PlanError:  # a bias that is a buffer does not train
         return
-    apply_rules(model, rule)
     disturb(model, data.draw(st.sampled_from([1e-3, 0.1, 1.0])))
     options: dict[str, Any] = {"quantised": data.draw(st.sampled_from(["dequantise", "requantise"]))}
     options["keep"] = data.draw(st.sampled_from(["record", "copy"]))
