@@ -59,7 +59,7 @@ def choose_codes(packed: PackedWeight, wanted: Tensor, products: Tensor | None =
         tried.append(refitted := codes(wanted, "keep"))
     if H is not None:
         factor = feedback_factor(H)
-        for start in sorted(tried, key=lambda found: found.error)[:1] + [kept]:
+        for start in {id(found): found for found in (min(tried, key=lambda found: found.error), kept)}.values():
             packed.write(start.tensors)
             grid = _Grid.of(packed, wanted)
             tried.append(codes(round_with_feedback(wanted, grid.nearest, factor), "keep"))
