@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.arithmetic.corrections import checksum
 from surgery.errors import MergeError, SurgeryError
+from surgery.forward.parameter_view import find_tensor
 from surgery.merging.merge_settings import MergeSettings
 from surgery.merging.quantisation_marks import take_off_marks
 from surgery.merging.site_folding import SiteFolding, check_foldable, fold_into
@@ -122,6 +123,9 @@ def unmerge_packed(path: str, module: nn.Module, site: SiteState, merged: Merged
     packed = packed_weight_of(module)
     if packed is not None:
         journal.undo(packed.write, {name: tensor.detach().clone() for name, tensor in packed.tensors().items()})
+    for name in fold.others:
+        tensor = getattr(module, name)
+        journal.undo(tensor.copy_, tensor.detach().clone())
     fold.take_out(module, path)
 
 
@@ -197,10 +201,17 @@ def _requantise(
     copies = settings.keep == "copy" or packed.rearranges
     fold.codes = {name: CodeRecord.of(tensor, now[name], copies) for name, tensor in old.items()}
     for name, value in wanted.items():
-        if not torch.equal(value, own[name]):
-            target: Any = getattr(module, name)
-            change = value.to(target.dtype)
+        if torch.equal(value, own[name]):
+            continue
+        target: Any = getattr(module, name)
+        change = value.to(target.dtype)
+        if find_tensor(module, name) is not None:
             merged.folds.append((name, fold_into(module, name, change, keep="record", where=path, journal=journal)))
+            continue
+        former = target.detach().clone()  # a plain attribute, as HQQ's bias
+        journal.undo(target.copy_, former)
+        target.copy_(change)
+        fold.others[name] = CodeRecord.of(former, target, True)
     share = fold.error / fold.norm if fold.norm else 0.0
     if settings.limit is not None and not share <= settings.limit:
         outputs_lost = f", and {fold.outputs:.0%} of the change of the example's outputs" if fold.outputs else ""

@@ -89,6 +89,7 @@ class PackedFold:
         layout: the layout of the packed weight, in words; the dtype of a plain Linear in its place.
         plain: the module as it was, if it is a plain Linear while merged.
         codes: the former codes and scales by name, if it stays quantised.
+        others: the former values of tensors that are plain attributes of the module, by name.
         after: checksums of the plain module's tensors.
         norm: ‖ΔW‖.
         error: the norm of what the merge lost.
@@ -100,6 +101,7 @@ class PackedFold:
     layout: str
     plain: PlainModule | None = None
     codes: dict[str, CodeRecord] = field(default_factory=dict)
+    others: dict[str, CodeRecord] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
     norm: float | None = None
     error: float | None = None
@@ -109,12 +111,16 @@ class PackedFold:
 
     @property
     def nbytes(self) -> int:
-        return self.stored if self.plain is not None else sum(record.nbytes for record in self.codes.values())
+        return (
+            self.stored
+            if self.plain is not None
+            else sum(record.nbytes for record in (*self.codes.values(), *self.others.values()))
+        )
 
     @property
     def names(self) -> list[str]:
         """The names of the module's tensors that the merge changed."""
-        return list(self.after) if self.plain is not None else ["weight"]
+        return list(self.after) if self.plain is not None else ["weight", *self.others]
 
     def check(self, module: nn.Module, where: str) -> None:
         """Raise `MergeError` if a tensor changed since the merge. Changes nothing."""
@@ -125,6 +131,7 @@ class PackedFold:
             # A backend may arrange its codes anew at a call; the tensors then have other names.
             same = stored.keys() == self.codes.keys()
             changed = [n for n, record in self.codes.items() if same and checksum(stored[n]) != record.after]
+            changed += [n for n, record in self.others.items() if checksum(getattr(module, n)) != record.after]
         if changed:
             raise MergeError(
                 "the base's weight changed since a rule folded into it",
@@ -142,6 +149,9 @@ class PackedFold:
                 module.to(device)
             return
         packed = _stored(module, where)
+        for name, record in self.others.items():
+            tensor = getattr(module, name)
+            tensor.copy_(record.old(tensor))
         now = packed.tensors()
         same = now.keys() == self.codes.keys()
         if not same:
