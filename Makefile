@@ -51,7 +51,7 @@ test-fast: $(VENV)/.dev ## Run a chosen part of the tests, about a minute: for e
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix tests/,$(FAST)) -n $(JOBS) $(ARGS)
 
 families: $(VENV)/.dev ## Run the tests of all model families, of which `make test` runs a sample
-	ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_family_list.py tests/rules/test_prefix_families.py tests/rules/test_prompt_families.py tests/routing/test_route_families.py -n $(JOBS) $(ARGS)
+	ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_family_list.py tests/rules/test_prefix_families.py tests/rules/test_prompt_families.py tests/routing/test_route_families.py tests/checkpoints/test_merge_files.py -n $(JOBS) $(ARGS)
 
 coverage: $(VENV)/.dev ## Trace every module class of every model family and write docs/reference/coverage.md
 	$(BIN)/python -m tests.reports.coverage $(ARGS)

@@ -44,7 +44,7 @@ from tests.support.families import FAMILIES
 transformers: Any = pytest.importorskip("transformers")
 
 ALL = bool(os.environ.get("ALL_FAMILIES"))
-SOME = ("bert", "t5", "mixtral", "zamba", "beit")
+SOME = ("t5", "mixtral", "zamba")
 
 
 def llama(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
