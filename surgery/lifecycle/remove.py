@@ -16,7 +16,8 @@ from surgery.merging.offloaded_merge import unmerge_offloaded_site
 from surgery.merging.site_folding import verify_records
 from surgery.rewritten_model import transformers_hooks
 from surgery.rewritten_model.moved_sites import unwatch
-from surgery.rewritten_model.restructure import check_undoable, set_aside_sites, undo_edits
+from surgery.rewritten_model.restructure import set_aside_sites, undo_edits
+from surgery.rewritten_model.structure_objections import check_undoable
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import detach

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -23,20 +22,19 @@ from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, Trace
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import packed_in, way_without_packing
 from surgery.packed.packed_weight import packed_weight_of
-from surgery.patterns.wrappers import submodule, unwrap
+from surgery.patterns.wrappers import unwrap
 from surgery.planning.absorbed_modules import absorbed_problems
+from surgery.planning.bypassed_sites import DirectReads, check_bypasses, fast_paths, switch_fast_paths
 from surgery.planning.covered_sites import uncovered
-from surgery.planning.direct_reads import bypasses, fastpath_switch
+from surgery.planning.direct_reads import bypasses
 from surgery.planning.equivalent_sites import site_key
 from surgery.planning.matching import Match, Tree
 from surgery.planning.model_check import model_problems
 from surgery.planning.plan import Plan
 from surgery.planning.plan_examples import check_examples
-from surgery.planning.read_search import Bypass
 from surgery.planning.rewrite_placement import join_sites
 from surgery.planning.site_matches import match_sites, nothing_to_do
 from surgery.planning.structure_plan import plan_structure
-from surgery.planning.uncalled_modules import never_called
 from surgery.planning.unreached_sites import unreached_sites
 from surgery.state.records import site_state
 from surgery.state.running_statistics import changing_buffers, moving_modules
@@ -84,7 +82,7 @@ def _plan_sites(plan: Plan, rules: Sequence[Rule]) -> None:
     """Plan the rules that edit forwards."""
     model = plan.model
     tree = Tree.of(model)
-    reads = _DirectReads(bypasses(model), _fast_paths(tree))
+    reads = DirectReads(bypasses(model), fast_paths(tree))
     matched = [
         (rule, targets, is_companion)
         for rule, is_companion in with_companions(rules)
@@ -144,19 +142,7 @@ def _excludable(tree: Tree, rules: Sequence[Rule]) -> Callable[[Rule, str], bool
 # Trace and rewrite --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _DirectReads:
-    """The code that reads parameters past a module's forward, by path, and torch's fast paths that can be switched off
-    (path → attribute, value)."""
-
-    by_path: dict[str, list[Bypass]]
-    fast_paths: dict[str, tuple[str, Any]]
-
-    def of(self, match: Match) -> list[Bypass]:
-        return [bypass for path in (match.path, *match.aliases) for bypass in self.by_path.get(path, ())]
-
-
-def _plan_rule(plan: Plan, rule: Rule, targets: Sequence[Match], reads: _DirectReads, is_companion: bool) -> None:
+def _plan_rule(plan: Plan, rule: Rule, targets: Sequence[Match], reads: DirectReads, is_companion: bool) -> None:
     """Plan a rule at each of its target modules."""
     for why in rule.review([match.path for match in targets]):
         plan.problems.append(why if isinstance(why, SurgeryError) else RuleError(f"{rule.label}: {why}"))
@@ -180,7 +166,7 @@ def _plan_site(
     plan: Plan,
     rule: Rule,
     match: Match,
-    reads: _DirectReads,
+    reads: DirectReads,
     is_companion: bool,
     recordings: dict[Hashable, Recording],
 ) -> None:
@@ -203,10 +189,10 @@ def _plan_site(
     except SurgeryError as error:
         return _refuse_site(plan, rule, match, error)
     bypasses_here = reads.of(match)
-    if bypasses_here and not _check_bypasses(plan, rule, match, bypasses_here, is_companion or rule.skips_sites):
+    if bypasses_here and not check_bypasses(plan, rule, match, bypasses_here, is_companion or rule.skips_sites):
         plan.passed += [path] if rule.skips_sites else []
         return
-    _switch_fast_paths(plan, path, reads.fast_paths)
+    switch_fast_paths(plan, path, reads.fast_paths)
     facts: dict[str, Any] = dict(match.facts)
     try:
         if recording is None:
@@ -275,52 +261,6 @@ def _stops_gradients(module: nn.Module) -> bool:
 def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:
     with HookCall(rule, "check", path):
         return rule.check(module, path)
-
-
-def _check_bypasses(plan: Plan, rule: Rule, match: Match, reads: list[Bypass], is_companion: bool) -> bool:
-    """Whether a rule can go to a module whose parameters other code reads directly.
-
-    If not, a rule gets a problem; a companion skips the module with a warning.
-    """
-    path = match.path
-    for bypass in reads:
-        if bypass.in_fast_path and fastpath_switch(submodule(plan.model, bypass.reader)):
-            continue  # the plan switches that code off
-        place = f"{bypass.reader_type} reads its {bypass.parameter} directly, at {bypass.file}:{bypass.line}"
-        uncalled = bypass.conditional and never_called(plan.model, (path, *match.aliases))
-        if bypass.conditional and not uncalled:
-            plan.warnings.append(f"{rule.label} at {path} is bypassed on one branch: {place}: {bypass.source}")
-            continue
-        if is_companion:
-            if not any(place in warning for warning in plan.warnings):
-                plan.warnings.append(f"{rule.label} leaves out {path} and modules like it: {place}: {bypass.source}")
-            return False
-        plan.problems.append(
-            SiteError(
-                f"{rule.label} would be bypassed",
-                where=path,
-                why=f"{place}: {bypass.source}{'; no code calls the module' if uncalled else ''}",
-                fix=f"target {bypass.reader or 'the model itself'!r}, exclude this module, or call it in that forward",
-            )
-        )
-        return False
-    return True
-
-
-def _fast_paths(tree: Tree) -> dict[str, tuple[str, Any]]:
-    """torch's encoders whose inference fast path is on: path → the attribute and the value that switch it off."""
-    switches = ((path, module, fastpath_switch(module)) for path, module in tree.modules.items())
-    return {path: switch for path, module, switch in switches if switch and getattr(module, switch[0]) != switch[1]}
-
-
-def _switch_fast_paths(plan: Plan, path: str, fast_paths: dict[str, tuple[str, Any]]) -> None:
-    """Plan to switch off the fast paths of the encoders around a site, which bypass their children's forwards."""
-    if not fast_paths:
-        return
-    while path:
-        path = path.rpartition(".")[0]
-        if path in fast_paths:
-            plan.switches[path] = fast_paths[path]
 
 
 # Checks -------------------------------------------------------------------------------------------------------

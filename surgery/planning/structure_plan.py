@@ -12,7 +12,8 @@ from surgery.planning.matching import Match, Tree
 from surgery.planning.plan import Plan
 from surgery.planning.site_matches import match_sites
 from surgery.rewritten_model.resized_embeddings import check_resizable
-from surgery.rewritten_model.restructure import check_exchanged, moved_along
+from surgery.rewritten_model.restructure import moved_along
+from surgery.rewritten_model.structure_objections import check_exchanged
 from surgery.state.records import model_state
 from surgery.state.restructuring import Restructuring
 from surgery.transaction.undo_log import Journal
