@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from surgery.planning.matching import Tree, verdict_of
 from surgery.planning.plan import Plan
 from surgery.planning.planner import make_plan
 from surgery.planning.rank_check import rank_warnings
+from surgery.planning.rewrite_placement import structures_verdict
 from surgery.progress import Progress
 from surgery.transaction.neutral_context import neutrally, verb
 
@@ -118,7 +120,7 @@ def plan_rules(
     return plan
 
 
-def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
+def explain(model: nn.Module, rule: Rule, path: str, example_inputs: Any = None) -> Verdict:
     """Explain, clause by clause, why a rule matches the module at `path` or does not.
 
     >>> from torch import nn
@@ -133,6 +135,9 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
         model: the model.
         rule: the rule whose targets, `exclude` and `layers` are tested.
         path: the module's path, as in `model.named_modules()`.
+        example_inputs: for a rule with a pattern, such as a RewriteRule: inputs of one call, as for `apply_rules`.
+            The verdict then has a clause that says whether the module has the pattern, or how nearly it has it.
+            Default None: the pattern is not searched.
 
     Returns:
         A `Verdict`; it is true if the rule matches.
@@ -142,4 +147,10 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
     """
     if not isinstance(rule, Rule):
         raise rule_problem(rule)
-    return verdict_of(Tree.of(unwrap(model)), rule, path)
+    model = unwrap(model)
+    verdict = verdict_of(Tree.of(model), rule, path)
+    if not verdict or not rule.structures():
+        return verdict
+    pattern = structures_verdict(model, rule, path, example_inputs)
+    reason = verdict.reason if pattern.ok else "fails at pattern"
+    return dataclasses.replace(verdict, ok=pattern.ok, reason=reason, parts=(*verdict.parts, pattern))

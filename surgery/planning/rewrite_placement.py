@@ -18,6 +18,7 @@ from torch import nn
 from surgery.authoring.rule import Rule
 from surgery.authoring.site_facts import INLINED
 from surgery.errors import MatchError, SurgeryError, abbreviate, collapse_similar
+from surgery.patterns.pattern import Verdict
 from surgery.planning.matching import Match, Tree, matches
 from surgery.planning.plan import Plan
 from surgery.state.records import site_state
@@ -27,7 +28,7 @@ from surgery.tracing.example_call import evaluating
 from surgery.tracing.inlining import inlining_objection
 from surgery.weaving.class_objections import reason_against
 
-__all__ = ["join_sites", "place_rule"]
+__all__ = ["join_sites", "place_rule", "structures_verdict"]
 
 
 @dataclass
@@ -194,8 +195,6 @@ def _graphs(plan: Plan) -> list[Any]:
 
 def _find_in_modules(graph: Any, structure: Structure) -> Found:
     """Find a structure among the operations of each module alone."""
-    import networkx
-
     members: dict[str, dict[Any, Any]] = {}
     for node, data in graph.nodes(data=True):
         if data["op"] != "get_attr":
@@ -203,15 +202,48 @@ def _find_in_modules(graph: Any, structure: Structure) -> Found:
             members.setdefault(_parent(path) if data["op"] == "call_module" else path, {})[node] = data
     found, reason, order = list[Occurrence](), "", {node: index for index, node in enumerate(graph)}
     for nodes in members.values():
-        own = networkx.DiGraph()
-        sources = {source for node in nodes for source in graph.predecessors(node)}
-        for node in sorted({*nodes, *sources}, key=order.__getitem__):
-            own.add_node(node, **(nodes[node] if node in nodes else {**graph.nodes[node], **_INPUT}))
-        own.add_edges_from(graph.in_edges(nodes, data=True))
-        matches = structure.find(own)
+        matches = structure.find(_part(graph, nodes, order))
         found += matches
         reason = max(reason, matches.reason, key=_closeness)
     return Found(found, "" if found else reason)
+
+
+def _part(graph: Any, nodes: dict[Any, Any], order: dict[Any, int]) -> Any:
+    """Returns a part of a graph. What the part reads from other nodes are inputs."""
+    import networkx
+
+    own = networkx.DiGraph()
+    sources = {source for node in nodes for source in graph.predecessors(node)}
+    for node in sorted({*nodes, *sources}, key=order.__getitem__):
+        own.add_node(node, **(nodes[node] if node in nodes else {**graph.nodes[node], **_INPUT}))
+    own.add_edges_from(graph.in_edges(nodes, data=True))
+    return own
+
+
+def structures_verdict(model: nn.Module, rule: Rule, path: str, example_inputs: Any) -> Verdict:
+    """Whether a rule's structures occur among the operations of a module and of those inside it; else how nearly."""
+    if example_inputs is None:
+        return Verdict(True, "pattern", "not searched, because there are no example_inputs")
+    start = f"{path}." if path else ""
+    with evaluating(model):
+        graph = whole_graph(model, example_inputs)
+    order = {node: index for index, node in enumerate(graph)}
+    nodes = {
+        node: data for node, data in graph.nodes(data=True)
+        if data["op"] == "get_attr" or f"{data['path'] or ''}.".startswith(start) or not path
+    }  # fmt: skip
+    reasons = []
+    for structure in rule.structures():
+        part = _part(graph, nodes, order)
+        found = structure.find(part) if rule.spans_modules() else _find_in_modules(part, structure)
+        if found:
+            places = dict.fromkeys(
+                _common(owners | layers) for owners, layers in (_owners(graph, m.nodes) for m in found)
+            )
+            return Verdict(True, "pattern", f"found in {abbreviate([place or 'the model itself' for place in places])}")
+        reasons.append(found.reason)
+    untraced = [why for why in _untraced(graph) if not path or why.startswith(path)]
+    return Verdict(False, "pattern", "; ".join([*reasons, *untraced]) or "its operations do not have the pattern")
 
 
 def _closeness(reason: str) -> int:

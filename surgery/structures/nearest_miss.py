@@ -58,18 +58,20 @@ def _nearest(search: Search) -> str:
 
 
 def _above_rarest(search: Search) -> set[int]:
-    """Returns the operation that the pattern needs and the graph has least often, and the parts that contain it.
+    """Returns the parts that contain the operation that the pattern always needs and the graph has least often.
 
     A partial match with it says more than a larger one without it, such as a product of matrices without a softmax.
     """
-    needed = [index for index in search.needed(len(search.parts) - 1) if search.candidates(index)]
-    found, waiting = set[int](), [min(needed, key=lambda index: len(search.candidates(index)))] if needed else []
-    while waiting:
-        index = waiting.pop()
-        if index not in found:
-            found.add(index)
-            waiting += search.above[index]
-    return found
+    names: list[set[str]] = []  # the operations that each part needs
+    for part in search.parts:
+        below = [names[child] for child in part.children()]
+        own = {part.operation} if part.kind == "operation" and part.operation is not None else set[str]()
+        names.append(set.intersection(*below) if part.kind == "either" else own.union(*below))
+    counts = {name: len(nodes) for name in names[-1] if (nodes := search.by_operation.get(name))}
+    if not counts:
+        return set()
+    rarest = min(sorted(counts), key=counts.__getitem__)
+    return {index for index, needed in enumerate(names) if rarest in needed}
 
 
 def _user(search: Search, index: int) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import PlanError, apply_rules, remove
+from surgery import PlanError, apply_rules, explain, remove
 from surgery.rules.rewrites import fuse_attention
 from tests.support.tiny import bert, gpt2, llama, t5
 
@@ -255,3 +255,14 @@ def test_weights_that_the_forward_computes_with_are_kept() -> None:
     apply_rules(lone, fuse_attention(weights=False), example_inputs=inputs)
     output, none = lone(*inputs)
     assert none is None and torch.equal(output, sdpa(*inputs, scale=1.0))
+
+
+def test_explain_tells_how_nearly_a_module_has_the_pattern() -> None:
+    model = nn.Sequential(Plain(lambda _, q: (q @ q.mT).softmax(-1) @ q), Plain(lambda _, q: (q @ q.mT).tanh() @ q))
+    found, missed = (explain(model, fuse_attention(), path, heads()) for path in ("0", "1"))
+    assert found and "yes  pattern: found in 0" in str(found)
+    assert not missed and "no   pattern: nearest miss" in str(missed)
+    capped = nn.Sequential(Plain(lambda _, q: (q @ q.mT).tanh().softmax(-1) @ q), nn.Linear(8, 8))
+    assert "the graph has tanh" in str(explain(capped, fuse_attention(), "", heads()))
+    assert explain(capped, fuse_attention(), "0") and "not searched" in str(explain(capped, fuse_attention(), "0"))
+    assert not explain(model, fuse_attention("0"), "1", heads())
