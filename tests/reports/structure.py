@@ -2,6 +2,7 @@
 
 Names of families and of operations as arguments run only these, and keep the other cells of the page.
 `--results FILE` appends each cell to a file of JSON lines. A later run with the same file skips the cells that it has.
+`--all` also runs the families that are not on the page, and prints their cells.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.support import ROOT
+from tests.support.families import FAMILIES as EVERY_FAMILY
 from tests.support.structure_checks import CHECKS, OPERATIONS, outcomes
 
 PAGE = ROOT / "docs/reference/structure-models.md"
@@ -104,6 +106,7 @@ def append_result(file: Path, name: str, operation: str, text: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Structural rules on models of many families.")
     parser.add_argument("names", nargs="*", choices=[*FAMILIES, *OPERATIONS, []], metavar="family or operation")
+    parser.add_argument("--all", action="store_true", help="also the families that are not on the page")
     parser.add_argument("--results", type=Path, metavar="FILE", help="JSON lines, from which a later run goes on")
     options = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)
@@ -114,7 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = {name: cells for name, cells in stored_rows(old).items() if name in FAMILIES}
     operations = [name for name in OPERATIONS if name in options.names] or [*OPERATIONS]
     results = stored_results(options.results)
-    for name in [name for name in FAMILIES if name in options.names] or FAMILIES:
+    others = [name for name in EVERY_FAMILY if name not in FAMILIES] if options.all else []
+    for name in [name for name in FAMILIES if name in options.names] or [*FAMILIES, *others]:
         cells = rows.setdefault(name, [""] * len(OPERATIONS))
         for operation in operations:
             text = results.get((name, operation))
