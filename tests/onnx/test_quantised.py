@@ -14,6 +14,7 @@ from surgery import SurgeryError, apply_rules, export_onnx, packed_weight_of
 from surgery.onnx import OnnxRunner
 from surgery.rules import LoraRule
 from surgery.testing import Snapshot
+from tests.support.packed_layers import QuantLinear
 from tests.support.quantised import BACKENDS, BY_NAME, QuantisedLinear
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -100,3 +101,12 @@ def test_a_module_that_rounds_its_inputs(tmp_path: Path) -> None:
     assert 1e-4 < (y - live).norm() / live.norm() < 3e-2  # 8 bits an input, in two layers
     model.train()  # the library's own kernel leaves inputs as they are in training
     torch.testing.assert_close(y, model(x), rtol=1e-4, atol=2e-5)
+
+
+def test_codes_whose_scales_are_in_half_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(QuantLinear(nn.Linear(64, 32)), nn.Linear(32, 8)).eval(), torch.randn(5, 64)
+    report = export_onnx(model, tmp_path / "m.onnx", x, weights="packed")
+    assert report.parity is not None and report.parity.ok and not report.notices
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert kinds.count("DequantizeLinear") == 1 and "Cast" in kinds  # the bias is in half precision, too

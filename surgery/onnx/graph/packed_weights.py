@@ -37,8 +37,12 @@ def pack_weights(model: ir.Model, codes: Mapping[str, AffineCodes | None]) -> li
         attributes: dict[str, int] = {"axis": int(turned)}
         if found.scales.shape[1] > 1:
             attributes = {"axis": int(not turned), "block_size": found.block}
-        node = ir.node("DequantizeLinear", inputs, attributes)
-        output = node.outputs[0]
+        nodes = [ir.node("DequantizeLinear", inputs, attributes)]
+        output = nodes[0].outputs[0]
+        if inputs[1].dtype != value.dtype:  # the kernel's values are of the scales' dtype
+            output.type, output.shape = ir.TensorType(inputs[1].dtype or ir.DataType.FLOAT16), value.shape
+            nodes.append(ir.node("Cast", [output], {"to": value.dtype}))
+            output = nodes[1].outputs[0]
         output.shape, output.type = value.shape, value.type
         value.replace_all_uses_with(output)
         graph.initializers.pop(name)
@@ -46,7 +50,7 @@ def pack_weights(model: ir.Model, codes: Mapping[str, AffineCodes | None]) -> li
         for given in inputs:
             assert given.name is not None
             graph.initializers[given.name] = given
-        graph.insert_before(graph[0], node)
+        graph.insert_before(graph[0], nodes)
     return staying
 
 
