@@ -19,9 +19,10 @@ Lost = tuple[float, float]  # of ‖ΔW‖, and of ‖ΔW x‖
 
 
 def measure(layout: str, ratio: float, merge_into: Callable[[nn.Module, torch.Tensor, torch.Tensor], Any]) -> Lost:
-    """The shares that a merge loses. `merge_into` gets the model, the wanted weight and the inputs."""
+    """The shares that a merge loses. `merge_into` gets the model, the wanted weight and inputs; others are measured."""
     torch.manual_seed(0)
-    x = torch.randn(1024, 32) @ torch.randn(32, SIZE) + 0.1 * torch.randn(1024, SIZE)
+    inputs = torch.randn(2048, 32) @ torch.randn(32, SIZE) + 0.1 * torch.randn(2048, SIZE)
+    x, unseen = inputs[:1024], inputs[1024:]
     dense = nn.Linear(SIZE, SIZE, bias=False)
     nn.init.normal_(dense.weight, std=0.02)
     model = apply_rules(nn.Sequential(BY_NAME[LAYOUTS[layout]].build(dense)), LoraRule("0", rank=8, alpha=8))
@@ -34,7 +35,7 @@ def measure(layout: str, ratio: float, merge_into: Callable[[nn.Module, torch.Te
         delta = box.B @ box.A
     merge_into(model, base + delta, x)
     error = packed(site).dequantise().float() - base - delta
-    return float(error.norm() / delta.norm()), float((error @ x.t()).norm() / (delta @ x.t()).norm())
+    return float(error.norm() / delta.norm()), float((error @ unseen.t()).norm() / (delta @ unseen.t()).norm())
 
 
 def packed(module: nn.Module) -> Any:
