@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from surgery import Rule, SurgeryError, apply_rules, class_of, remove
 from surgery.rules.rewrites import (
     NoOpsRule,
     ShareRule,
+    centre_layer_norm,
     fuse_attention,
     fuse_gelu,
     fuse_layer_norm,
@@ -40,26 +42,30 @@ from tests.support.families import FAMILIES, Family
 
 PAGE = ROOT / "docs" / "reference" / "rewrites-models.md"
 
-REWRITES: dict[str, Callable[[], Rule]] = {
-    "fuse_attention": lambda: fuse_attention(weights=False),
-    "fuse_rms_norm": fuse_rms_norm,
-    "fuse_layer_norm": fuse_layer_norm,
-    "fuse_gelu": fuse_gelu,
-    "fuse_gelu (tanh)": lambda: fuse_gelu(approximate="tanh"),
-    "fuse_silu": fuse_silu,
-    "fuse_linears (3)": fuse_linears,
-    "fuse_linears (2)": lambda: fuse_linears(count=2),
-    "NoOpsRule": NoOpsRule,
-    "ShareRule": ShareRule,
+REWRITES: dict[str, Callable[[nn.Module, Any], Rule]] = {
+    "fuse_attention": lambda model, inputs: fuse_attention(weights=False),
+    "fuse_rms_norm": lambda model, inputs: fuse_rms_norm(),
+    "fuse_layer_norm": lambda model, inputs: fuse_layer_norm(),
+    "fuse_gelu": lambda model, inputs: fuse_gelu(),
+    "fuse_gelu (tanh)": lambda model, inputs: fuse_gelu(approximate="tanh"),
+    "fuse_silu": lambda model, inputs: fuse_silu(),
+    "fuse_linears (3)": lambda model, inputs: fuse_linears(),
+    "fuse_linears (2)": lambda model, inputs: fuse_linears(count=2),
+    "NoOpsRule": lambda model, inputs: NoOpsRule(),
+    "ShareRule": lambda model, inputs: ShareRule(),
+    "centre_layer_norm": centre_layer_norm,
 }
+CALLS = 3  # whose times are taken, before and after a rewrite
 
 INTRO = """# Rewrites on all families
 
 Where each of the [rewrites](rules/rewrites.md) fits in transformers' models. Each family is a tiny model with random
 weights, in evaluation, with attention written out (`attn_implementation="eager"`). A row says how many modules of which
 classes were rewritten, and by how much the outputs and the gradients of the parameters moved, as a share of the largest
-value. "–": autograd refuses the gradients of the model itself. Rewrites that change weights or modules are not in the
-list: their page says how each is tested.
+value. "–": autograd refuses the gradients of the model itself, or the rewrite gives the model other parameters. The
+time is that of a call without gradients, as a share of the time before: processor time, the shortest of three calls. In
+a model so tiny it shows the cost of calls, and not that of arithmetic. Other rewrites that change weights or modules
+are not in the list: their page says how each is tested.
 
 `python -m tests.reports.rewrites`, a part of `make rewrites`, writes this page.
 """
@@ -77,7 +83,8 @@ class Row:
     classes: str = ""
     sites: int = 0
     outputs: float = 0.0
-    gradients: float | None = 0.0  # None: the model itself can't be differentiated
+    gradients: float | None = 0.0  # None: the model itself can't be differentiated, or has other parameters
+    time: float = 1.0
     refused: str = ""
 
 
@@ -87,25 +94,29 @@ def rows_of(family: Family) -> Iterator[Row]:
     model, inputs = family.make().eval(), family.inputs()
     with contextlib.suppress(AttributeError, ValueError):
         model.set_attn_implementation("eager")  # type: ignore[operator]
-    before = _results(model, inputs)
+    before, seconds = _results(model, inputs), _seconds(model, inputs)
     for name, make in REWRITES.items():
         row = Row(name, family.name)
         try:
-            apply_rules(model, make(), example_inputs=inputs)
+            apply_rules(model, make(model, inputs), example_inputs=inputs)
         except SurgeryError as error:
             row.refused = " ".join(" ".join(str(error).splitlines()[:3]).split())[:200]
             if not any(words in row.refused for words in _NOT_FOUND):
                 yield row
             continue
         changed = Counter(class_of(m).__name__ for m in model.modules() if hasattr(type(m), "_surgery_base"))
+        if not changed:  # other modules are in the place of the model's
+            changed = Counter(type(m).__name__ for m in model.modules() if type(m) is nn.RMSNorm)
         row.classes, row.sites = ", ".join(changed), changed.total()
         try:
             after = _results(model, inputs)
+            row.time = _seconds(model, inputs) / seconds
         finally:
             remove(model)
         own = before if after[0].keys() == before[0].keys() else _results(model, inputs, after[0].keys())
         row.outputs = _largest([*own[0].values()], [*after[0].values()])
-        row.gradients = None if own[1] is None or after[1] is None else _largest(own[1], after[1])
+        same = own[1] is not None and after[1] is not None and name != "centre_layer_norm"
+        row.gradients = _largest(own[1], after[1]) if same else None  # type: ignore[arg-type]
         yield row
 
 
@@ -129,6 +140,17 @@ def _results(
     return outputs, [g for g in gradients if g is not None]
 
 
+def _seconds(model: nn.Module, inputs: Any) -> float:
+    """Returns the processor time of the shortest of some calls without gradients."""
+    times = []
+    with torch.no_grad():
+        for _ in range(CALLS):
+            start = time.process_time()
+            model(**inputs)
+            times.append(time.process_time() - start)
+    return min(times)
+
+
 def _named(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yields all tensors of a model's output with their places, without caches."""
     if isinstance(output, Tensor):
@@ -149,22 +171,23 @@ def page(rows: list[Row], measured: int) -> str:
     lines = [INTRO, f"transformers {metadata.version('transformers')}, torch {torch.__version__.split('+')[0]}, "
              f"{measured} of {len(FAMILIES)} families.", ""]  # fmt: skip
     lines += [
-        "| rewrite | families | modules | largest difference of outputs | of gradients |",
-        "|---|--:|--:|--:|--:|",
+        "| rewrite | families | modules | largest difference of outputs | of gradients | time, median |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for name in REWRITES:
         done = [row for row in rows if row.rewrite == name and not row.refused]
         if done:
             outputs = max(row.outputs for row in done)
-            gradients = max(row.gradients or 0.0 for row in done)
-            modules = sum(row.sites for row in done)
-            lines.append(f"| `{name}` | {len(done)} | {modules} | {outputs:.1e} | {gradients:.1e} |")
+            gradients = _number(max((g for row in done if (g := row.gradients) is not None), default=None))
+            modules, ratio = sum(row.sites for row in done), median(row.time for row in done)
+            lines.append(f"| `{name}` | {len(done)} | {modules} | {outputs:.1e} | {gradients} | {ratio:.2f} |")
     for name in REWRITES:
-        lines += ["", f"## {name}", "", "| family | classes | modules | outputs | gradients |", "|---|---|--:|--:|--:|"]
+        lines += ["", f"## {name}", "", "| family | classes | modules | outputs | gradients | time |"]
+        lines.append("|---|---|--:|--:|--:|--:|")
         for row in rows:
             if row.rewrite == name and not row.refused:
-                gradients = "–" if row.gradients is None else f"{row.gradients:.1e}"
-                lines.append(f"| {row.family} | {row.classes} | {row.sites} | {row.outputs:.1e} | {gradients} |")
+                cells = [row.family, row.classes, str(row.sites), f"{row.outputs:.1e}", _number(row.gradients)]
+                lines.append(f"| {' | '.join(cells)} | {row.time:.2f} |")
     refused = [row for row in rows if row.refused]
     if refused:
         lines += ["", "## Refused", "", "| rewrite | family | classes | reason |", "|---|---|---|---|"]
@@ -172,6 +195,10 @@ def page(rows: list[Row], measured: int) -> str:
             f"| {row.rewrite} | {row.family} | {row.classes} | {row.refused.replace('|', '')} |" for row in refused
         ]
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"
 
 
 def measure(family: Family) -> list[Row]:
