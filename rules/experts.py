@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, SurgeryError, rule
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, SurgeryError, packed_stacks_of, rule
 from surgery.rules._linear.factored import factored
 from surgery.rules._low_rank import swapping
 from surgery.rules._shared import combining, fields, path_patterns
@@ -92,6 +92,10 @@ class ExpertLoraRule(Rule):
 
     def check(self, module: nn.Module, path: str) -> str | None:
         parameters = module._parameters
+        if stacks := packed_stacks_of(module):
+            layout = next(iter(stacks.values())).layout
+            names = " and ".join(stacks)
+            return f"its {names} are packed ({layout}): its own kernel reads the codes and can't add a product to W x"
         if not self.names(module):
             return "it owns no parameter of three dimensions (experts, out, in)"
         for name in self.names(module):

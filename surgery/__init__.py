@@ -26,7 +26,7 @@
                         MatchedModule
     writing a rule      rule, Rule, SlotRule, Site, LiveSite, SiteModule, Value, Member, Combination, Share, LowRank,
                         Rows, Equivalence, StructureRule, ModelEdits, call_own, hidden_of, takes_functions, with_layers
-    quantised weights   packed_weight_of, register_packed, PackedWeight
+    quantised weights   packed_weight_of, packed_stacks_of, register_packed, PackedWeight, PackedStack
     PEFT's files        peft_method, PeftMethod, PeftPart, PeftConfig, PeftPlace, PeftEntry
     errors              SurgeryError, PlanError, LoadError, RuleError, MatchError, SiteError, MergeError, TraceError,
                         ParityError, SurgeryWarning

@@ -54,6 +54,7 @@ from .merging.synced import synced
 from .model_edits.model_edits import ModelEdits
 from .onnx.checking.parity import ParityReport, verify_onnx
 from .onnx.export import ExportReport, export_onnx
+from .packed.packed_stack import PackedStack, packed_stacks_of
 from .packed.packed_weight import PackedWeight, packed_weight_of, register_packed
 from .patterns.module_class import class_of
 from .patterns.pattern import Pattern
@@ -119,6 +120,7 @@ __all__ = [
     "ModuleNames",
     "NameRow",
     "Occurrence",
+    "PackedStack",
     "PackedWeight",
     "ParityError",
     "ParityReport",
@@ -186,6 +188,7 @@ __all__ = [
     "merge_to",
     "module_of",
     "one_of",
+    "packed_stacks_of",
     "packed_weight_of",
     "pad_rank",
     "peft_method",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from surgery.complex_numbers import narrow
+from surgery.packed.packed_stack import packed_stacks_of
 from surgery.packed.packed_weight import packed_weight_of
 
 __all__ = ["UNPACKED", "is_packed", "packed_in", "way_without_packing"]
@@ -25,6 +26,8 @@ def is_packed(tensor: Tensor | None) -> bool:
 def packed_in(module: nn.Module) -> str | None:
     """Describes the packed parameters of a module, or its packed buffers; None if it does not have any."""
     packed = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None and is_packed(tensor)]
+    if not packed and (stacks := packed_stacks_of(module)):
+        return f"{', '.join(stacks)} is packed ({next(iter(stacks.values())).layout})"
     if not packed:
         weight = packed_weight_of(module)
         return None if weight is None else f"weight is packed ({weight.backend}, {weight.layout})"

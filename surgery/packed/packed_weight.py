@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from abc import abstractmethod
 from importlib import import_module
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SiteError
 from surgery.packed.affine_codes import AffineCodes
+from surgery.packed.packed_tensors import PackedTensors
 
 __all__ = [
     "BACKENDS",
@@ -48,7 +48,7 @@ BACKENDS: dict[str, str] = {
 _registered: list[type[PackedWeight]] = []
 
 
-class PackedWeight(ABC):
+class PackedWeight(PackedTensors):
     """The packed weight of one module, such as the 4-bit weight of bitsandbytes' `Linear4bit`.
 
     An object of this class reads the module each time; it does not keep tensors. A subclass implements one backend, and
@@ -60,11 +60,7 @@ class PackedWeight(ABC):
         rearranges: whether a call of the module may arrange its codes anew, under other names in `tensors`.
     """
 
-    backend: ClassVar[str]
     rearranges: ClassVar[bool] = False
-
-    def __init__(self, module: nn.Module):
-        self.module: Any = module
 
     @classmethod
     @abstractmethod
@@ -73,18 +69,8 @@ class PackedWeight(ABC):
 
     @property
     @abstractmethod
-    def layout(self) -> str:
-        """The layout in words, such as "nf4, blocks of 64"."""
-
-    @property
-    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """The sizes of the dequantised weight, (out, in)."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The dtype of the dequantised weight, as the module's kernel computes it."""
 
     @property
     def bias(self) -> Tensor | None:
@@ -118,19 +104,6 @@ class PackedWeight(ABC):
         """Whether the module's forward passes a gradient on to its input."""
         return True
 
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of codes, scales and what else is stored."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors themselves (codes, scales, zero points) by name. Their bits are the weight's bits."""
-
     @abstractmethod
     def dequantise(self) -> Tensor:
         """A new plain tensor (out, in): the values that the module's own forward multiplies with."""
@@ -152,25 +125,9 @@ class PackedWeight(ABC):
         """The codes as integers with scales and zero points; None if the values are not of this form (nf4, float8)."""
         return None
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        """The values that a plain weight (out, in) has after it is quantised in this layout. Changes nothing."""
-        before = {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
-        try:
-            self.write(self.requantise(weight))
-            return self.dequantise()
-        finally:
-            self.write(before)
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The module's map with a plain weight (out, in) in place of its own, in the dtype of `x`."""
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies values into the stored tensors, in place: the module's objects stay."""
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                with torch.inference_mode(tensor.is_inference()):  # HQQ makes such tensors, which others can't write
-                    tensor.copy_(tensors[name])
 
 
 def register_packed(cls: W) -> W:
