@@ -52,7 +52,7 @@ class PackedTensors(ABC):
 
     @abstractmethod
     def requantise(self, weight: Tensor, *, scales: Literal["refit", "keep"] = "refit") -> dict[str, Tensor]:
-        """Quantises plain numbers, shaped as those of `dequantise`, in this layout and with its settings. Changes nothing.
+        """Quantises plain numbers of the shape of `dequantise`, with the settings of the layout. Changes nothing.
 
         Args:
             weight: the new values.
