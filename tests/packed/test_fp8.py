@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import PlanError, apply_rules, packed_weight_of, remove
+from surgery import PlanError, SurgeryWarning, apply_rules, merge, packed_weight_of, remove, unmerge
 from surgery.rules import ExpertLoraRule, LoraRule
 
 fp8: Any = pytest.importorskip("transformers.integrations.finegrained_fp8")
 mxfp4: Any = pytest.importorskip("transformers.integrations.mxfp4")
 transformers: Any = pytest.importorskip("transformers")
+fbgemm: Any = pytest.importorskip("transformers.integrations.fbgemm_fp8")
 row_wise: Any = pytest.importorskip("transformers.integrations.compressed_tensors")
 
 
@@ -34,6 +35,7 @@ LAYERS = {
     "powers of two": lambda: fp8.FP8Linear(48, 40, block_size=(16, 16), scale_fmt="ue8m0", has_bias=True),
     "one scale": lambda: fp8.FP8Linear(48, 40, has_bias=True),
     "rows": lambda: row_wise.CompressedTensorsFP8Linear(48, 40, has_bias=True),
+    "fbgemm": lambda: fbgemm.FbgemmFp8Linear(48, 40, bias=True),
 }
 every_layer = pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
 
@@ -44,7 +46,7 @@ def reference(module: Any) -> Tensor:
     for row in range(40):
         for column in range(48):
             if hasattr(module, "weight_scale"):
-                scale = module.weight_scale[0, row]
+                scale = module.weight_scale.flatten()[row]
             else:
                 scale = module.weight_scale_inv
                 scale = scale if scale.dim() == 0 else scale[row // 16, column // 16]
@@ -91,6 +93,43 @@ def test_lora_is_added_to_the_kernels_output(name: str, monkeypatch: pytest.Monk
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     model(x).sum().backward()
     assert params.A.grad is not None and params.B.grad is not None and x.grad is not None
+    remove(model)
+    assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("name", ["rows", "fbgemm"])
+def test_lora_is_added_to_the_output_of_a_kernel_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' stand-ins multiply codes, scale each row of the weight, and do not round the input."""
+
+    def unrounded(x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        return x, torch.ones(len(x))
+
+    def scaled(x: Tensor, weight: Tensor, *, scale_b: Tensor, bias: Tensor, **_: Any) -> Tensor:
+        return (x @ weight.float()) * scale_b + bias
+
+    def by_rows(x: Tensor, weight: Tensor, _: Tensor, scales: Tensor, **__: Any) -> Tensor:
+        return (x @ weight.float().T) * scales.T
+
+    monkeypatch.setattr(row_wise, "quantize_fp8_per_row", unrounded)
+    monkeypatch.setattr(row_wise, "_scaled_mm_rowwise", scaled)
+    monkeypatch.setattr(fbgemm, "quantize_fp8_per_row", unrounded, raising=False)
+    monkeypatch.setattr(torch.ops.fbgemm, "f8f8bf16_rowwise", by_rows, raising=False)
+    model: Any = nn.Sequential(fill(LAYERS[name]()).requires_grad_(False)).eval()
+    nn.init.normal_(model[0].bias)
+    x, weight = torch.randn(2, 5, 48), reference(model[0])
+    base = model(x)
+    torch.testing.assert_close(base, F.linear(x, weight, model[0].bias), rtol=1e-4, atol=1e-4)  # the order of sums
+    with pytest.warns(SurgeryWarning, match="gradient"):
+        apply_rules(model, LoraRule("all-linear", rank=4, alpha=6, init="random"))
+    params: Any = model[0].adapters.default
+    expected = F.linear(x, weight + 1.5 * params.B @ params.A, model[0].bias)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    codes = model[0].weight.clone()
+    merge(model, quantised="dequantise")
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    unmerge(model)
+    assert torch.equal(model[0].weight.view(torch.uint8), codes.view(torch.uint8))
     remove(model)
     assert torch.equal(model(x), base)
 
