@@ -67,7 +67,9 @@ class MergeLoss(Report):
 
     @property
     def share(self) -> float:
-        """The norm of everything that was lost, as a share of the norm of all changes."""
+        """The norm of everything that was lost, as a share of that of all changes; NaN if a change is not finite."""
+        if self._not_finite:
+            return math.nan
         known = [(loss.norm, loss.error) for loss in self.tensors if loss.share is not None]
         lost = math.hypot(*(error for _, error in known if error is not None))
         return lost / total if (total := math.hypot(*(norm for norm, _ in known if norm is not None))) else 0.0
@@ -84,7 +86,18 @@ class MergeLoss(Report):
         """One row for each tensor."""
         return [loss.to_dict() for loss in self.tensors]
 
+    @property
+    def _not_finite(self) -> list[str]:
+        """The tensors whose change, or what was lost of it, is not finite."""
+        return [
+            f"{loss.site}.{loss.tensor}".lstrip(".")
+            for loss in self.tensors
+            if not all(norm is None or math.isfinite(norm) for norm in (loss.norm, loss.error))
+        ]
+
     def __str__(self) -> str:
+        if self._not_finite:
+            return f"the change is not finite at {abbreviate(self._not_finite)}"
         worst = self.worst
         parts = [f"lost {_percent(self.share)} of the change"]
         if worst is not None:

@@ -16,6 +16,7 @@ __all__ = ["Keep", "MergeSettings", "Quantised"]
 
 Keep = Literal["record", "copy"]
 Quantised = Literal["refuse", "dequantise", "requantise"]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 _DTYPE = 'merge(model, quantised="dequantise", dtype=…)'
@@ -55,8 +56,23 @@ class MergeSettings:
         if self.quantised not in get_args(Quantised):
             names = ", ".join(map(repr, get_args(Quantised)))
             raise MergeError(f"quantised={self.quantised!r} is not known", fix=f"use one of {names}")
+        if self.keep not in get_args(Keep):
+            names = ", ".join(map(repr, get_args(Keep)))
+            raise MergeError(f"keep={self.keep!r} is not known", fix=f"use one of {names}")
+        number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
+        if self.limit is not None and not (number and self.limit >= 0):
+            why = "it is the share of ‖ΔW‖ that a site may lose"
+            raise MergeError(
+                f"limit={self.limit!r} is not known", why=why, fix="use a number from 0, or None for any share"
+            )
         if self.dtype is not None and self.quantised != "dequantise":
             raise MergeError("a dtype is not used", why="only quantised weights change theirs", fix=_DTYPE)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            names = ", ".join(map(str, DTYPES))
+            why = "a plain Linear multiplies with floating-point numbers of at least 16 bits"
+            raise MergeError(f"dtype={self.dtype!r} can't be used here", why=why, fix=f"use one of {names}")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise MergeError(f"generator={self.generator!r} is not a torch.Generator", fix="pass one, or None")
         if self.generator is not None and self.rounding != "stochastic":
             why = f"rounding={self.rounding!r} does not draw numbers"
             raise MergeError("a generator is not used", why=why, fix='rounding="stochastic"')

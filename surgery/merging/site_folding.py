@@ -17,6 +17,7 @@ from surgery.errors import MergeError
 from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.forward.parameter_view import find_tensor, tensor_at
 from surgery.merging.merge_settings import MergeSettings
+from surgery.state.packed_module import without_bits
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_fold
 from surgery.transaction.undo_log import Journal
@@ -68,6 +69,9 @@ def verify_records(folds: Sequence[tuple[Tensor, Record]], where: str | Sequence
     """
     paths = [where] * len(folds) if isinstance(where, str) else where
     last = {id(tensor): (tensor, record, path) for (tensor, record), path in zip(folds, paths, strict=True)}
+    for tensor, _, path in last.values():
+        if tensor.is_meta:
+            raise without_bits(path)
     whole_tensors = (
         [tensor for tensor, _, _ in last.values() if type(tensor) in (nn.Parameter, Tensor)] if check else []
     )

@@ -13,7 +13,7 @@ from surgery.errors import MergeError
 from surgery.packed.packed_weight import PackedWeight, packed_weight_of
 from surgery.transaction.undo_log import ABSENT
 
-__all__ = ["CodeRecord", "PackedFold", "PlainModule", "become_plain"]
+__all__ = ["CodeRecord", "PackedFold", "PlainModule", "become_plain", "without_bits"]
 
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _NOT_BACKENDS = {"torch", "builtins", "abc", "typing", "transformers", "surgery"}
@@ -124,6 +124,8 @@ class PackedFold:
 
     def check(self, module: nn.Module, where: str) -> None:
         """Raise `MergeError` if a tensor changed since the merge. Changes nothing."""
+        if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
+            raise without_bits(where)
         if self.plain is not None:
             changed = [n for n, after in self.after.items() if checksum(module._parameters[n]) != after]  # type: ignore[arg-type]
         else:
@@ -169,6 +171,16 @@ class PackedFold:
                 fix="load the base again, or merge with keep='copy'",
             )
         return kept
+
+
+def without_bits(where: str) -> MergeError:
+    """The error for a merged weight that went to the meta device."""
+    return MergeError(
+        "the site can't be unmerged",
+        where=where,
+        why="its merged weight is on the meta device, and so its bits are gone",
+        fix="load the base again",
+    )
 
 
 def become_plain(module: nn.Module, packed: PackedWeight, dtype: torch.dtype) -> PlainModule:

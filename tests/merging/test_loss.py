@@ -215,6 +215,29 @@ def test_wrong_arguments_say_what_is_right() -> None:
         merge(model, rounding=wrong)
     with pytest.raises(MergeError, match="generator is not used"):
         merge(model, generator=torch.Generator())
+    with pytest.raises(MergeError, match="keep='up' is not known"):
+        merge(model, keep=wrong)
+    with pytest.raises(MergeError, match="not a torch.Generator"):
+        merge(model, rounding="stochastic", generator=wrong)
     with pytest.raises(MergeError, match="empty list"):
         merge(model, example_inputs=[])
     assert math.isfinite(merge(model).loss.share)
+
+
+def test_a_change_that_is_not_finite_is_not_reported_as_kept() -> None:
+    model = adapted(torch.bfloat16, 1.0)
+    with torch.no_grad():
+        model[0].adapters.default.B[0, 0] = math.nan  # type: ignore[index, union-attr]
+    loss = merge(model).loss
+    assert math.isnan(loss.share) and str(loss) == "the change is not finite at 0.weight"
+    assert loss.worst is not None and loss.worst.site == "2"
+
+
+@pytest.mark.parametrize("keep", ["record", "copy"])
+def test_a_weight_without_bits_is_not_unmerged(keep: Any) -> None:
+    model = adapted(torch.float32, 1.0)
+    merge(model, keep=keep)
+    model.to("meta")
+    for check in (True, False):
+        with pytest.raises(MergeError, match="on the meta device"):
+            unmerge(model, check=check)

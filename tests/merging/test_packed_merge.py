@@ -257,9 +257,18 @@ def test_wrong_arguments_say_what_is_right() -> None:
         merge(model, quantised=wrong)
     with pytest.raises(MergeError, match="dtype is not used"):
         merge(model, dtype=torch.float16)
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64, wrong):
+        with pytest.raises(MergeError, match="can't be used here"):
+            merge(model, quantised="dequantise", dtype=dtype)
+    for limit in (-0.1, float("nan"), True, wrong):
+        with pytest.raises(MergeError, match="limit=.* is not a share"):
+            merge(model, quantised="requantise", limit=limit)
     merge(model, quantised="dequantise", dtype=torch.float16)
     assert model[0].weight.dtype == torch.float16
     assert LowRank
+    model.to("meta")
+    with pytest.raises(MergeError, match="on the meta device"):
+        unmerge(model)
 
 
 def _model(bits_: int) -> Any:
