@@ -34,6 +34,7 @@ from surgery import (
     using,
 )
 from surgery.rules import LoraRule
+from tests.reports.packed_stacks import stack_table
 from tests.support import ROOT
 from tests.support.packed_layers import HQQLinear, QuantLinear, TorchLinear, WQLinear_GEMM
 from tests.support.quantised import BACKENDS, QuantisedLinear
@@ -97,6 +98,37 @@ def _plain_fp8(x: Tensor, weight: Tensor, scales: Tensor, block: tuple[int, int]
     return F.linear(x, weight.to(x.dtype) * steps, bias)
 
 
+def _fp8_rows(file: str, name: str) -> Callable[[nn.Linear], nn.Module]:
+    """A layer of transformers with one scale for each row; plain kernels stand in for the GPU's."""
+
+    def make(linear: nn.Linear) -> nn.Module:
+        integration: Any = importlib.import_module(f"transformers.integrations.{file}")
+        integration.quantize_fp8_per_row = _unrounded
+        integration._scaled_mm_rowwise = _plain_rows
+        torch.ops.fbgemm.f8f8bf16_rowwise = _plain_fbgemm
+        layer = getattr(integration, name)(linear.in_features, linear.out_features, True)
+        packed = packed_weight_of(layer)
+        assert packed is not None
+        with torch.no_grad():
+            layer.bias.copy_(linear.bias)
+            packed.write(packed.requantise(linear.weight))
+        return layer.requires_grad_(False)
+
+    return make
+
+
+def _unrounded(x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return x, torch.ones(len(x))
+
+
+def _plain_rows(x: Tensor, weight: Tensor, *, scale_b: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    return (x @ weight.to(x.dtype)) * scale_b + bias
+
+
+def _plain_fbgemm(x: Tensor, weight: Tensor, _: Tensor, scales: Tensor, **__: Any) -> Tensor:
+    return (x @ weight.to(x.dtype).T) * scales.T
+
+
 ROWS: list[QuantisedLinear] = [
     *BACKENDS,
     QuantisedLinear("GPTQ QuantLinear, version 1", "torch", QuantLinear),
@@ -104,6 +136,16 @@ ROWS: list[QuantisedLinear] = [
     QuantisedLinear("AWQ WQLinear_GEMM", "torch", WQLinear_GEMM),
     QuantisedLinear("HQQ HQQLinear", "torch", lambda linear: HQQLinear(linear, dtype=torch.float32)),
     QuantisedLinear("transformers FP8Linear", "transformers.integrations.finegrained_fp8", _fp8),
+    QuantisedLinear(
+        "transformers CompressedTensorsFP8Linear",
+        "transformers.integrations.compressed_tensors",
+        _fp8_rows("compressed_tensors", "CompressedTensorsFP8Linear"),
+    ),
+    QuantisedLinear(
+        "transformers FbgemmFp8Linear",
+        "transformers.integrations.fbgemm_fp8",
+        _fp8_rows("fbgemm_fp8", "FbgemmFp8Linear"),
+    ),
     QuantisedLinear(
         "gptqmodel TorchLinear (GPTQ)",
         "gptqmodel.nn_modules.qlinear.torch",
@@ -374,6 +416,8 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = [row for row in ROWS if not names or any(name in row.name for name in names)]
     made = table(rows)
+    if not names:
+        made += f"\n\n{stack_table()}"
     if not names:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
