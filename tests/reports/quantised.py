@@ -105,7 +105,8 @@ def _fp8_rows(file: str, name: str) -> Callable[[nn.Linear], nn.Module]:
         integration: Any = importlib.import_module(f"transformers.integrations.{file}")
         integration.quantize_fp8_per_row = _unrounded
         integration._scaled_mm_rowwise = _plain_rows
-        torch.ops.fbgemm.f8f8bf16_rowwise = _plain_fbgemm
+        kernels: Any = torch.ops.fbgemm
+        kernels.f8f8bf16_rowwise = _plain_fbgemm
         layer = getattr(integration, name)(linear.in_features, linear.out_features, True)
         packed = packed_weight_of(layer)
         assert packed is not None
