@@ -41,6 +41,8 @@ def why_unreadable(module: nn.Module, what: str) -> str | None:
     """Returns why a rule can't read or edit a packed weight: its layout is not known. `what` the rule does with it."""
     if not packed(module) or packed_weight_of(module) is not None:
         return None
+    if not isinstance(module, nn.Linear) and "weight" not in module._parameters:
+        return None  # its weights have other names, such as those of MultiheadAttention
     kind = type(module._parameters.get("weight")).__name__
     return f"{what}, and the weight is packed in a layout that is not known ({kind})"
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.forward.parameter_view import tensor_at
+from surgery.patterns.module_walk import base_modules
 
 __all__ = [
     "adapters_stay",
@@ -92,7 +93,7 @@ def weights_present(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     values: dict[str, Tensor] = {}
     try:
-        for path, owner in module.named_modules():
+        for path, owner in base_modules(module):  # accelerate never offloads adapters (`adapters_stay`)
             hook = _hook(owner)
             kinds: list[dict[str, Any]] = [owner._parameters, owner._buffers] if hook is not None else []
             for kind in kinds:

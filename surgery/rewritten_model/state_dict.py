@@ -149,6 +149,8 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
     for key in own.keys() & tensors.keys():
         if own[key].shape != tensors[key].shape:
             problems.append(f"{key} has the shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}")
+        elif tensors[key].is_meta and not own[key].is_meta:
+            problems.append(f"{key} is on the device meta, so it has no values")
     if problems:
         raise SurgeryError(
             f"the tensors do not fit the adapter {adapter!r}",
@@ -156,10 +158,13 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
             fix="apply the rules that they were trained with: rules_of, rules_to_json",
         )
     with Journal() as journal:
-        if any(tensor.is_meta for tensor in own.values()):
+        if any(own[key].is_meta and not tensor.is_meta for key, tensor in tensors.items()):
+            if absent := [key for key, tensor in tensors.items() if tensor.is_meta]:
+                what = f"{len(absent)} of {len(tensors)} tensors are on the device meta"
+                raise SurgeryError(what, where=absent[0], why="they have no values", fix="load their values first")
             _give_memory(model, adapter, journal)
             own = adapter_state_dict(model, adapter)
-        fill_tensors(own, tensors)
+        fill_tensors({key: tensor for key, tensor in own.items() if not tensors[key].is_meta}, tensors)
 
 
 def _give_memory(model: nn.Module, adapter: str, journal: Journal) -> None:

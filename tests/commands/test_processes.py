@@ -119,7 +119,7 @@ def interrupted(words: list[object], place: str, folder: Path, signal: str = "SI
         ("merge", "surgery.storage.merged_checkpoint:_merge"),
         ("merge", "surgery.storage.merged_checkpoint:_copy_tokenizer"),
         ("export", "surgery.commands.example_call:example_call"),
-        ("diff", "surgery.commands.diff:_read"),
+        ("diff", "surgery.commands.diff:_tensors"),
         ("bench", "surgery.commands.bench:load_model"),
     ],
 )

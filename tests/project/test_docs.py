@@ -257,12 +257,19 @@ def rule_lengths(source: str) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """What the pages' code changes for the whole process: the random state, and rules by name."""
+    """What the pages' code changes for the whole process: the random state, rules by name, and what is registered."""
     from surgery.authoring import rule_names
+    from surgery.packed import packed_weight
+    from surgery.storage.formats import known, module_names, table
 
-    registry = rule_names._classes
-    before, state = dict(registry), torch.get_rng_state()
+    packed_classes, state = packed_weight._registered, torch.get_rng_state()
+    registries: list[dict[str, Any]] = [rule_names._classes, table._formats, module_names._names]
+    assert known.adapter_formats()  # registered before, and not by a page
+    before, classes = [dict(registry) for registry in registries], list(packed_classes)
     yield
-    registry.clear()
-    registry.update(before)
+    for registry, content in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(content)
+    added = [kind for kind in packed_classes if kind not in classes and kind.__module__.startswith("docs_")]
+    packed_classes[:] = [kind for kind in packed_classes if kind not in added]
     torch.set_rng_state(state)
