@@ -63,7 +63,7 @@ class MergeSettings:
         if self.limit is not None and not (number and self.limit >= 0):
             why = "it is the share of ‖ΔW‖ that a site may lose"
             raise MergeError(
-                f"limit={self.limit!r} is not known", why=why, fix="use a number from 0, or None for any share"
+                f"limit={self.limit!r} is not a share", why=why, fix="use a number from 0, or None for any share"
             )
         if self.dtype is not None and self.quantised != "dequantise":
             raise MergeError("a dtype is not used", why="only quantised weights change theirs", fix=_DTYPE)

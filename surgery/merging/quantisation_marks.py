@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -28,26 +29,29 @@ def take_off_marks(model: nn.Module, plain: list[str], state: ModelState | None,
     remaining = any(packed_weight_of(module) is not None for _, module in modules)
     # Without a list, transformers chooses modules such as the head itself; with a list, these alone.
     unpacked = [p for p, m in modules if isinstance(m, nn.Linear) and p not in plain and not packed_weight_of(m)]
-    owners: dict[int, Any] = {}
+    changes: dict[int, tuple[Any, dict[str, Any]]] = {}  # the objects to change, and their new entries
+    copies: dict[int, Any] = {}
     for _, module in modules:
         config = module.__dict__.get("config")
-        if remaining:
-            owner = getattr(config, "quantization_config", None)
-            owners |= {id(owner): owner} if hasattr(owner, "__dict__") else {}
-        else:
-            owners |= {id(module): module}
-            owners |= {id(config): config} if hasattr(config, "__dict__") else {}
-    for owner in owners.values():
-        if remaining:
-            before = {name: owner.__dict__[name] for name in _SKIPPED if name in owner.__dict__}
-            after = {name: [*(value or unpacked), *plain] for name, value in before.items()}
-        else:
-            before = {name: owner.__dict__[name] for name in (*_MARKS, "quantization_config") if name in owner.__dict__}
-            after = {}
+        if not remaining:
+            changes |= {id(owner): (owner, {}) for owner in (module, config) if hasattr(owner, "__dict__")}
+            continue
+        for owner in (config, module.__dict__.get("hf_quantizer")):
+            noted = getattr(owner, "__dict__", {}).get("quantization_config")
+            if not hasattr(noted, "__dict__"):
+                continue
+            if id(noted) not in copies:  # the caller of from_pretrained has the same object, and may use it again
+                copies[id(noted)] = copy.copy(noted)
+                skipped = {name: noted.__dict__[name] for name in _SKIPPED if name in noted.__dict__}
+                copies[id(noted)].__dict__.update({n: [*(value or unpacked), *plain] for n, value in skipped.items()})
+            changes[id(owner)] = owner, {"quantization_config": copies[id(noted)]}
+    for owner, after in changes.values():
+        names = after or (*_MARKS, "quantization_config")
+        before = {name: owner.__dict__[name] for name in names if name in owner.__dict__}
         if not before:
             continue
         journal.keep(owner.__dict__)
-        for name in before:
+        for name in before.keys() - after.keys():
             del owner.__dict__[name]
         owner.__dict__.update(after)
         if state is not None:

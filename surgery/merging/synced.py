@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def synced(
     Raises:
         PlanError: as for `merge`.
         MergeError: quantised="requantise", whose names depend on the backend.
-        SurgeryError: the iterator is used after the block.
+        SurgeryError: the iterator is used after the block, or adapters were merged, unmerged or removed in between.
     """
     settings = MergeSettings("copy", untie, rounding, generator, False, quantised, dtype)
     if quantised == "requantise":
@@ -109,14 +110,26 @@ class _Tensors(Iterator[tuple[str, Tensor]]):
         for path, (module, site) in self._sites.items():  # a shared weight is refused before the first tensor
             if any(len(self._owners.of(tensor)) > 1 for tensor in module.parameters()):
                 _Folding(path, module, site, settings, {}).run(self._owners, chosen.rules[id(module)])
-        self._items = self._run()
+        self._start, self._items = self._adapters(), self._run()
 
     def __next__(self) -> tuple[str, Tensor]:
         if self.closed:
             why, fix = "the tensors are computed from the model as it was there", "use them inside the block"
             raise SurgeryError("the block of synced has ended", why=why, fix=fix)
+        now = self._adapters()
+        if len(now) != len(self._start) or any(a is not b for a, b in zip(now, self._start, strict=True)):
+            why, fix = (
+                "the next tensors would not belong to the first ones",
+                "merge, unmerge and remove after the block",
+            )
+            raise SurgeryError("the model's adapters changed inside the block of synced", why=why, fix=fix)
         with neutral(self.root), torch.no_grad():
             return next(self._items)
+
+    def _adapters(self) -> list[Any]:
+        """What is merged at each site, and the records of its rules."""
+        sites = self.chosen.merged or self.chosen.sites
+        return [record for _, _, site in sites for record in (site.merged, *site.applied)]
 
     def _run(self) -> Iterator[tuple[str, Tensor]]:
         done: set[str] = set()

@@ -165,3 +165,18 @@ def test_quantised_modules_give_dequantised_tensors(name: str) -> None:
     unmerge(model)
     with pytest.raises(MergeError, match="depend on the backend"), synced(model, quantised="requantise"):
         pass
+
+
+@pytest.mark.parametrize("change", [merge, remove, lambda model: apply_rules(model, LoraRule("up"), adapter="more")])
+def test_a_change_of_adapters_inside_the_block_is_an_error(change: Any) -> None:
+    model = adapted()
+    before = Snapshot(model)
+    with synced(model) as tensors:
+        next(tensors)
+        change(model)
+        with pytest.raises(SurgeryError, match="adapters changed inside the block"):
+            next(tensors)
+        if change is merge:
+            unmerge(model)
+            next(tensors)
+            assert not before.differences(model)

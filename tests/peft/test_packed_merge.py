@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -105,9 +104,10 @@ def test_what_the_facade_merged_is_saved_as_a_plain_model(tmp_path: Path) -> Non
     plain.save_pretrained(tmp_path / "base")
     load = transformers.LlamaForCausalLM.from_pretrained
     config = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    asked = config.to_dict()
     ids = torch.randint(0, 60, (2, 7))
     for targets in ("all-linear", ["q_proj"]):
-        base = load(tmp_path / "base", quantization_config=copy.deepcopy(config), device_map="cpu").eval()
+        base = load(tmp_path / "base", quantization_config=config, device_map="cpu").eval()
         model = ours.get_peft_model(base, ours.LoraConfig(r=4, target_modules=targets))
         shrink(model.named_parameters(), 0.05)
         live = model(ids).logits
@@ -119,3 +119,4 @@ def test_what_the_facade_merged_is_saved_as_a_plain_model(tmp_path: Path) -> Non
         assert (getattr(again.config, "quantization_config", None) is None) == (targets == "all-linear")
         assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
         torch.testing.assert_close(again(ids).logits, live, rtol=1e-3, atol=1e-4)
+        assert config.to_dict() == asked  # the caller's own object
