@@ -32,8 +32,12 @@ class MergeSite:
 
     @property
     def started(self) -> list[tuple[str, Record]]:
-        """The changes of the base's tensors by the start of the rules, by the site's own names."""
-        return [change for applied in self.chosen for change in applied.changed]
+        """The changes of the base's tensors by the start of the rules, by the site's own names.
+
+        No quantised base is merged in files, so no change is one of codes.
+        """
+        changes = [change for applied in self.chosen for change in applied.changed]
+        return [(name, record) for name, record in changes if isinstance(record, Record)]
 
     def name(self, tensor: str) -> str:
         """The name in the model of one of the site's tensors."""
