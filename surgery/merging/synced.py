@@ -19,7 +19,7 @@ from surgery.merging.packed_merge import merged_dense, plain_dtype
 from surgery.merging.site_folding import SiteFolding, check_foldable
 from surgery.merging.site_merge import changes_of_rules
 from surgery.packed.packed_weight import PackedWeight, packed_weight_of
-from surgery.patterns.module_walk import base_modules
+from surgery.patterns.module_walk import base_modules, every_path
 from surgery.rewritten_model.state_dict import base_state_dict
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.in_use import check_free, claim
@@ -105,6 +105,12 @@ class _Tensors(Iterator[tuple[str, Tensor]]):
         self._packed: dict[str, PackedWeight] = {}
         if settings.quantised == "dequantise":
             self._packed = {path: weight for path, m in base_modules(root) if (weight := packed_weight_of(m))}
+        # The first path of each module that has several, by all its paths. What they share is computed once and kept.
+        paths: dict[int, list[str]] = {}
+        for path, module in every_path(root):
+            paths.setdefault(id(module), []).append(path)
+        self._first = {path: names[0] for names in paths.values() if len(names) > 1 for path in names}
+        self._kept: dict[str, dict[str, Tensor]] = {}
         self._values: dict[str, Tensor] = {}
         self._computed: set[str] = set()
         for path, (module, site) in self._sites.items():  # a shared weight is refused before the first tensor
@@ -134,16 +140,22 @@ class _Tensors(Iterator[tuple[str, Tensor]]):
     def _run(self) -> Iterator[tuple[str, Tensor]]:
         done: set[str] = set()
         for key, tensor in base_state_dict(self.root).items():
-            path = next((p for p in _parents(key) if p in self._packed), None)
+            path = next((p for p in _parents(key) if self._first.get(p, p) in self._packed), None)
             if path is not None:
                 if path not in done:
                     done.add(path)
-                    yield from self._dequantised(path)
+                    for name, value in self._dequantised(self._first.get(path, path)).items():
+                        yield f"{path}.{name}" if path else name, value
                 continue
-            for parent in _parents(key):
+            alias = next((p for p in reversed(_parents(key)) if p in self._first), None)
+            source = key if alias is None else f"{self._first[alias]}.{key.removeprefix(alias).lstrip('.')}".lstrip(".")
+            for parent in _parents(source):
                 if parent in self._sites and parent not in self._computed:
                     self._compute(parent)
-            yield key, self._values.pop(key, tensor.detach())
+            value = self._values.get(source, tensor.detach())
+            if alias is None:
+                self._values.pop(source, None)
+            yield key, value
 
     def _compute(self, top: str) -> None:
         """Fold the rules of a site, and of the sites inside it, which may change the same tensors."""
@@ -154,14 +166,17 @@ class _Tensors(Iterator[tuple[str, Tensor]]):
                     _Folding(path, module, site, self.settings, self._values).run(self._owners, rules)
                 self._computed.add(path)
 
-    def _dequantised(self, path: str) -> Iterator[tuple[str, Tensor]]:
+    def _dequantised(self, path: str) -> dict[str, Tensor]:
+        if path in self._kept:
+            return self._kept[path]
         packed = self._packed[path]
         dtype = self._dense or packed.dtype
         entry = self._sites.get(path)
         rules = self.chosen.rules[id(entry[0])] if entry is not None else []
         values = merged_dense(path, packed, entry[1] if entry is not None else None, rules, dtype, self.settings)
-        for name, value in values.items():
-            yield f"{path}.{name}" if path else name, value
+        if path in self._first:
+            self._kept[path] = values
+        return values
 
 
 class _Folding(SiteFolding):

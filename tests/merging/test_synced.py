@@ -180,3 +180,23 @@ def test_a_change_of_adapters_inside_the_block_is_an_error(change: Any) -> None:
             unmerge(model)
             next(tensors)
             assert not before.differences(model)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("layer", ["plain", "quantised"])
+def test_a_module_with_two_names_has_the_change_under_both(layer: str, rounding: Any) -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(64, 64).to(torch.bfloat16)
+    if layer == "quantised":
+        shared = BY_NAME["bitsandbytes Linear4bit nf4"].build(nn.Linear(64, 64))
+    block = nn.Sequential(shared, nn.Tanh())
+    model = nn.Sequential(block, nn.Linear(64, 64), block, shared)
+    apply_rules(model, LoraRule(["re:0[.]0", "re:1"], rank=4, init="random"))
+    options: Any = {"quantised": "dequantise", "rounding": rounding, "dtype": torch.bfloat16}
+    torch.manual_seed(1)
+    with synced(model, **options) as tensors:
+        got = dict(tensors)
+    torch.manual_seed(1)
+    merge(model, **options)
+    expected = base_state_dict(model)
+    assert list(got) == list(expected) and all(torch.equal(got[name], expected[name]) for name in expected)
