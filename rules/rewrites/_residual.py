@@ -17,6 +17,7 @@ __all__ = ["Streams", "features_dim", "find_streams", "is_writer"]
 _KEEPING = frozenset(
     "add dropout to contiguous float double half bfloat16 type_as clone alias identity view squeeze unsqueeze".split()
 )
+_SHAPE = frozenset({"shape", "ndim", "dtype", "device", "requires_grad", "is_cuda"})
 _READING = frozenset({"getattr", "size", "dim", "layer_norm"})  # they do not depend on the mean of the features
 
 
@@ -166,8 +167,13 @@ class _Search:
         return ""
 
     def is_invariant(self, node: Any, user: Any) -> bool:
-        """Whether a use does not depend on the mean of the features: a norm over these, or a read of the shape."""
+        """Whether a use does not depend on the mean of the features: a norm over these, or a read of the shape.
+
+        An attribute that is read may be a tensor of the layer, such as the weight of an embedding that is a head, too.
+        """
         data = self.data[user]
+        if data["operation"] == "getattr":
+            return data["operands"][1] in _SHAPE
         if data["operation"] != "layer_norm":
             return True
         sizes = data["operands"][1] if len(data["operands"]) > 1 else ()

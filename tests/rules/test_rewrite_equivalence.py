@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import RuleError, SurgeryError, apply_rules
+from surgery import RuleError, SurgeryError, apply_rules, remove
 from surgery.rules import RewriteRule
 from surgery.state.records import sites
 from surgery.testing import Snapshot
@@ -167,3 +167,24 @@ def test_outputs_alone_are_compared_where_autograd_refuses_the_gradients() -> No
     assert torch.allclose(model(x), before, atol=1e-6)
     with pytest.raises(SurgeryError, match="the output differs"):
         apply_rules(WithoutGradients(), rule(tanh_gelu), example_inputs=x)
+
+
+def test_calls_in_other_sizes_leave_no_trace_in_the_model() -> None:
+    """A forward may change its model at a short text, as BigBird's does; only the user's own calls may do that."""
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.other, self.kind = Layer(), nn.Linear(6, 6), "sparse"
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] < 6:
+                self.kind, self.other = "full", nn.Linear(6, 6)
+            return self.inner(self.other(x))
+
+    model, x = Sparse(), torch.randn(2, 6, 6)
+    snapshot = Snapshot(model)
+    for _ in range(8):
+        apply_rules(model, rule(exact_gelu, targets="inner"), example_inputs=x)
+        remove(model)
+        assert model.kind == "sparse" and not snapshot.differences(model)

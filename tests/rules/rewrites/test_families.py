@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 EXPECTED = {
     "llama": {"fuse_attention", "fuse_rms_norm", "fuse_linears (3)", "fuse_linears (2)", "NoOpsRule"},
-    "gpt2": {"fuse_attention", "fuse_gelu (tanh)", "NoOpsRule"},
+    "gpt2": {"fuse_attention", "fuse_gelu (tanh)", "NoOpsRule", "centre_layer_norm"},
     "cohere": {"fuse_attention", "fuse_layer_norm", "fuse_linears (3)", "fuse_linears (2)", "NoOpsRule", "ShareRule"},
 }
 
@@ -24,4 +24,5 @@ def test_a_family(name: str) -> None:
     assert EXPECTED[name] <= REWRITES.keys() and f"| {name} |" in page(rows, 1)
     for row in rows:
         # float32 sums of other orders, through a model of two layers
-        assert row.outputs < 1e-5 and row.gradients is not None and row.gradients < 1e-4, row
+        assert row.outputs < 1e-5, row
+        assert (row.gradients is None) == (row.rewrite == "centre_layer_norm") and (row.gradients or 0) < 1e-4, row

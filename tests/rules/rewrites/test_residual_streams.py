@@ -132,6 +132,31 @@ def test_other_uses_of_a_stream(use: str, why: str) -> None:
     assert use in ("factor", "number")
 
 
+class Decoder(nn.Module):
+    def forward(self, x: Tensor, layer: nn.Embedding) -> Tensor:
+        return x @ layer.weight.t()
+
+
+def test_a_layer_whose_weight_another_module_reads_is_not_centred() -> None:
+    """As in Perceiver: the decoder gets the embedding, and multiplies by its weight."""
+
+    class Decoding(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.head
+            self.decoder = Decoder()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.decoder(self.norm(x), self.embed)
+
+    model = Decoding().double()
+    with pytest.raises(SiteError, match="decoder reads the stream"):
+        centre_layer_norm(model, IDS)
+
+
 def test_a_stream_without_one_of_its_layers_is_refused() -> None:
     model = Model()
     rule = centre_layer_norm(model, IDS)
