@@ -327,3 +327,14 @@ def test_old_diffusers(tmp_path: Path) -> None:
 def test_unknown_words(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="there is no format 'safetensors'"):
         convert_adapter(write(tmp_path / "a.safetensors", locon()[0]), tmp_path / "b", format="safetensors")
+
+
+@pytest.mark.parametrize("fmt", ["openvino", "kohya", "lycoris", "comfyui"])
+def test_a_table_of_embeddings_is_written_where_programs_read_one(tmp_path: Path, fmt: str) -> None:
+    """OpenVINO GenAI warns and goes on without such tensors; ComfyUI adds them to the table in another order."""
+    model = model_of_paths({"embed_tokens": nn.Embedding(8, 4), "to_q": nn.Linear(4, 4)})
+    apply_rules(model, LoraRule(["embed_tokens", "to_q"], rank=2, init="random"))
+    component = None if fmt == "openvino" else "transformer"
+    with pytest.raises(SurgeryError, match="no place for a change of a table of embeddings"):
+        save_adapter(model, tmp_path / "a.safetensors", format=fmt, component=component)
+    assert not list(tmp_path.iterdir())

@@ -58,8 +58,8 @@ register_format(
         "mlx",
         "MLX-LM",
         (
-            TensorKey("A", ".lora_a", "transposed"),
-            TensorKey("B", ".lora_b", "transposed"),
+            TensorKey("A", ".lora_a", "transposed", embedding=None),
+            TensorKey("B", ".lora_b", "transposed", embedding=None),
             TensorKey("magnitude", ".m"),
         ),
         files=("adapters.safetensors",),

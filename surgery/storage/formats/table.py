@@ -23,13 +23,14 @@ class TensorKey:
     """One kind of tensor: its part of the change, what follows the module's name in its key, and its layout.
 
     `part`: the name in the intermediate form, such as "A" (rank, in) or "B" (out, rank). `layout`: the name of a
-    conversion in `layouts.py`; "" where the numbers are the same. `embedding`: a tensor of a table of embeddings.
+    conversion in `layouts.py`; "" where the numbers are the same. `embedding`: True for tensors of tables of embeddings
+    alone, False for those of all other modules, None for both.
     """
 
     part: str
     ending: str
     layout: str = ""
-    embedding: bool = False
+    embedding: bool | None = False
 
 
 @dataclass(frozen=True)

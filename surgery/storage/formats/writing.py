@@ -204,7 +204,16 @@ def _join(place: Place, parts: Mapping[int, Change], written: Written) -> Change
 
 def _key(adapter_format: AdapterFormat, part: str, change: Change, place: Place) -> TensorKey:
     keys = [key for key in adapter_format.keys if key.part == part]
-    keys = [key for key in keys if key.embedding == change.embedding] or [key for key in keys if not key.embedding]
+    table = change.embedding and not place.row.embedding  # a row for a table says where its tensors go
+    fitting = [key for key in keys if key.embedding in (table, None)]
+    if keys and not fitting and table and part in ("A", "B"):
+        raise SurgeryError(
+            f"the format {adapter_format.name!r} can't hold the adapter",
+            where=" + ".join(place.ours),
+            why="it has no place for a change of a table of embeddings, and programs would ignore or misread it",
+            fix="leave the table out of the adapter, merge it, or choose another format, such as 'peft'",
+        )
+    keys = fitting or [key for key in keys if not key.embedding]
     if not keys:
         raise SurgeryError(
             f"the format {adapter_format.name!r} can't hold the adapter",
