@@ -25,7 +25,7 @@ from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.forward.parameter_view import make_view
 from surgery.planning.plan import Plan
 from surgery.state.records import site_state
-from surgery.tracing.verification import restore_state
+from surgery.tracing.state_restoration import restore_state
 from surgery.transaction.gradient_flags import set_flag
 from surgery.transaction.neutral_context import ambient
 from surgery.transaction.object_contents import contents, copied

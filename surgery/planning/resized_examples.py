@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from surgery.errors import SurgeryError
-from surgery.patterns.module_walk import base_modules
 from surgery.tracing.example_call import Observation, observe
-from surgery.transaction.undo_log import Trial
 
 __all__ = ["observe_resized"]
 
@@ -30,25 +27,11 @@ def observe_resized(
     for choices in _resized(example, random.Random(seed)):
         for words, resized in choices:
             try:
-                with _unchanged(model):
-                    observations.append((words, observe(model, resized, watched)))
+                observations.append((words, observe(model, resized, watched)))
                 break
             except SurgeryError:  # the model does not take inputs of this size
                 continue
     return observations
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """At the end of the block, the modules have the attributes, children and tensors that they had before.
-
-    A forward may change its model by what it is called with: BigBird gives up sparse attention for good at a short
-    text.
-    """
-    with Trial() as trial:
-        for _, module in base_modules(model):
-            trial.keep(module.__dict__, module._modules, module._parameters, module._buffers)
-        yield
 
 
 def _resized(example: Any, generator: random.Random) -> Iterator[list[tuple[str, Any]]]:

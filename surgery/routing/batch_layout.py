@@ -19,6 +19,7 @@ from surgery.complex_numbers import is_number
 from surgery.routing.rows import RowsError
 from surgery.routing.thread_state import paused
 from surgery.state.records import site_state
+from surgery.tracing.state_restoration import restore_state
 from surgery.transaction.object_contents import copied
 
 __all__ = ["check_rows_first"]
@@ -71,11 +72,8 @@ def _observe_rows(
         return "no call of the model itself is running"
     try:
         in_order, reordered = _some_rows(arguments, batch)
-        with paused(), torch.no_grad(), _evaluating(model), torch.random.fork_rng():
-            state = torch.get_rng_state()
-            first = _record_inputs(model, modules, in_order)
-            torch.set_rng_state(state)
-            second = _record_inputs(model, modules, reordered)
+        with paused(), torch.no_grad(), _evaluating(model):
+            first, second = (_record_inputs(model, modules, rows) for rows in (in_order, reordered))
     except Exception as error:  # the model's own code, which may not support this batch
         return f"the model can't be run on {_ROWS} rows ({type(error).__name__}: {error})"
     answer: int | str = f"{_ROWS} rows don't reach it"
@@ -125,7 +123,8 @@ def _record_inputs(
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
     try:
-        model(*copied(arguments[0]), **copied(arguments[1]))
+        with restore_state(model):  # so both runs start from the same state
+            model(*copied(arguments[0]), **copied(arguments[1]))
     finally:
         for handle in handles:
             handle.remove()

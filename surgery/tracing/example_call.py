@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
+from surgery.tracing.state_restoration import restore_state
 from surgery.transaction.gradient_flags import set_flag
 from surgery.transaction.neutral_context import ambient
 from surgery.transaction.object_contents import copied
@@ -43,7 +44,7 @@ class Observation:
 def observe(model: nn.Module, example_inputs: Any, watched: Iterable[nn.Module]) -> Observation:
     """Run the example once in evaluation mode without gradients, and note the first calls of the watched modules.
 
-    The model's modes, hooks, buffers and the random state are restored.
+    The model and the random states are restored.
     """
     observation = Observation()
 
@@ -108,7 +109,7 @@ def call(model: nn.Module, example_inputs: Any, random: list[Tensor] | None = No
     and two calls with the same state draw the same numbers.
     """
     args, kwargs = arguments(example_inputs)
-    with ambient(), torch.no_grad(), torch.random.fork_rng(), evaluating(model):
+    with ambient(), torch.no_grad(), restore_state(model), evaluating(model):
         if random is not None:
             torch.set_rng_state(random[0])
             torch.cuda.set_rng_state_all(random[1:])

@@ -21,7 +21,8 @@ from surgery.tracing.call_writer import Calls
 from surgery.tracing.depth import LAYERS, Depth
 from surgery.tracing.example_call import arguments
 from surgery.tracing.recorder import Recorder
-from surgery.tracing.verification import check_forward_runs, restore_state, trace_error, verify
+from surgery.tracing.state_restoration import restore_state
+from surgery.tracing.verification import check_forward_runs, trace_error, verify
 
 __all__ = ["trace", "traced"]
 

@@ -170,7 +170,7 @@ def test_outputs_alone_are_compared_where_autograd_refuses_the_gradients() -> No
 
 
 def test_calls_in_other_sizes_leave_no_trace_in_the_model() -> None:
-    """A forward may change its model at a short text, as BigBird's does; only the user's own calls may do that."""
+    """A forward may change its model at a short text, as BigBird's does."""
 
     class Sparse(nn.Module):
         def __init__(self) -> None:
