@@ -18,8 +18,8 @@ from surgery.tracing.call_writer import Calls
 from surgery.tracing.depth import Depth
 from surgery.tracing.example_call import arguments, outermost_calls
 from surgery.tracing.guards import check_call, check_parts, check_settings, require
-from surgery.tracing.trace import traced
 from surgery.tracing.state_restoration import restore_state
+from surgery.tracing.trace import traced
 from surgery.transaction.object_contents import copied
 
 if TYPE_CHECKING:
