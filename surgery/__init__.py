@@ -19,6 +19,7 @@
                         load_adapter_state_dict, save_surgery, load_surgery, LoadReport
     formats of files    convert_adapter, adapter_formats, register_format, register_module_names, AdapterFormat,
                         KeyPrefix, TensorKey, ModuleNames, NameRow, ConversionReport
+    other programs      check_target, target_profiles, register_target, TargetProfile, TargetReport, TargetSite
     looking             show, draw, report, summary, coverage, trace, trace_site, graph_of, as_digraph, class_of,
                         Drawing, Summary, Coverage
     ONNX                export_onnx, verify_onnx, ExportReport, ParityReport

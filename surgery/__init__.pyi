@@ -67,6 +67,11 @@ from .planning.plan import Plan
 from .rewritten_model.folded_values import folded_adapter
 from .rewritten_model.state_dict import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
 from .routing.route import route
+from .serving.check import check_target
+from .serving.known import target_profiles
+from .serving.profile import TargetProfile, register_target
+from .serving.report import TargetReport, TargetSite
+from .serving.save import save_adapter
 from .storage.formats.conversion import ConversionReport, convert_adapter
 from .storage.formats.known import adapter_formats
 from .storage.formats.module_names import register_module_names
@@ -78,7 +83,6 @@ from .storage.load_many import load_adapters
 from .storage.load_report import LoadReport
 from .storage.load_surgery import load_surgery
 from .storage.merged_checkpoint import merge_to
-from .storage.save import save_adapter
 from .storage.save_surgery import save_surgery
 from .structures.expression import ANY, Const, having, maybe, module_of, one_of
 from .structures.fx_digraph import as_digraph, graph_of
@@ -146,6 +150,9 @@ __all__ = [
     "SurgeryError",
     "SurgeryWarning",
     "SwapReport",
+    "TargetProfile",
+    "TargetReport",
+    "TargetSite",
     "Targets",
     "TensorKey",
     "TensorLoss",
@@ -161,6 +168,7 @@ __all__ = [
     "as_lora",
     "base_state_dict",
     "call_own",
+    "check_target",
     "class_of",
     "combine",
     "commit",
@@ -195,6 +203,7 @@ __all__ = [
     "plan_rules",
     "push_adapter",
     "register_packed",
+    "register_target",
     "register_format",
     "register_module_names",
     "remove",
@@ -213,6 +222,7 @@ __all__ = [
     "summary",
     "synced",
     "takes_functions",
+    "target_profiles",
     "trace",
     "trace_site",
     "unmerge",

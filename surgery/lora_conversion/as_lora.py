@@ -33,7 +33,7 @@ from surgery.state.records import Applied, ModelState, sites
 from surgery.tracing.example_call import call, examples_in, random_state
 from surgery.transaction.neutral_context import verb
 
-__all__ = ["as_lora"]
+__all__ = ["adapter_weights", "as_lora"]
 
 
 @verb
@@ -99,7 +99,7 @@ def as_lora(
     PEFT: `convert_to_lora`.
     """
     root, state = rewritten(model)
-    choice, weights = RankChoice(rank, tolerance), _weights(state, adapter)
+    choice, weights = RankChoice(rank, tolerance), adapter_weights(state, adapter)
     names = list(weights)
     check_free(root)
     _check_adapters(root, state, names, into)
@@ -122,7 +122,8 @@ def as_lora(
     return _report(names, converted, tuple(losses))
 
 
-def _weights(state: ModelState, adapter: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+def adapter_weights(state: ModelState, adapter: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """The weight of each adapter, by name."""
     names = adapter_names(state, list(adapter) if isinstance(adapter, Mapping) else adapter)
     if not names:
         raise SurgeryError("no adapter is named", fix="name the adapters to convert")

@@ -39,7 +39,7 @@ from surgery.storage.formats.table import formats
 from surgery.storage.path_check import check_targets
 from surgery.transaction.neutral_context import neutrally
 
-__all__ = ["later_structure", "save_adapter", "structure_since"]
+__all__ = ["json_data", "later_structure", "save_adapter", "structure_since"]
 
 
 @neutrally()
@@ -57,54 +57,7 @@ def save_adapter(
     component: str | None = None,
     progress: Progress = False,
 ) -> Path:
-    """Write an adapter into a folder: its tensors, and the rules that made it. The base is not written.
-
-    >>> import tempfile
-    >>> from torch import nn
-    >>> from surgery import apply_rules, load_adapter, save_adapter
-    >>> from surgery.rules import LoraRule
-    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
-    >>> folder = save_adapter(model, tempfile.mkdtemp())
-    >>> sorted(file.name for file in folder.iterdir())
-    ['adapter_config.json', 'adapter_model.safetensors']
-
-    Args:
-        model: a model with the adapter.
-        folder: the folder; it is created if it is absent, and its other files stay. A format of one file may have the
-            name of a file instead, such as `lora.safetensors`.
-        adapter: the adapter's name; default "default".
-        format: "peft": the files that PEFT reads. "surgery": `adapter.safetensors` and `rules.json`, for any rules.
-            "auto" (default): "peft" if it holds the adapter exactly, otherwise "surgery". Other names are formats of
-            other programs ("diffusers", "kohya", "mlx", …), which `adapter_formats` lists.
-        metadata: JSON data that `load_adapter`'s report returns; default None.
-        licence: name of a licence, which `load_adapter`'s report returns; default None.
-        config: fields of PEFT's configuration that no rule has, such as `{"task_type": "SEQ_CLS"}`; default None:
-            those of the file that the adapter was loaded from. The format "surgery" keeps the task, the base's name
-            and the revision, for a later save in PEFT's format.
-        state_dict: the model's state dict, gathered elsewhere (accelerate's `get_state_dict`); default None.
-        save_embedding_layers: whether PEFT's format contains the base's embeddings, too. "auto" (default): if
-            "embed_tokens" or "lm_head" is a target, or the vocabulary differs from the base of that name.
-        component: the component of a pipeline that the model is ("text_encoder_2"), for formats that write it; default
-            None: the model's class tells it.
-        progress: as in `apply_rules`; a step is a tensor. Default False.
-
-    Returns:
-        The folder's path.
-
-    Raises:
-        SurgeryError: the format can't hold the adapter; a rule holds something that is not data, or its class lacks
-            `@rule`; a state dict lacks a tensor or is sharded; or other processes have other parts of the model (a
-            pipeline's stages).
-
-    Warns:
-        SurgeryWarning: running statistics of the base moved, and no rule of the adapter keeps them. Or `config` is
-            given, and "auto" writes "surgery".
-
-    Notes:
-        A merged adapter is saved as it was trained. If the process is killed, the folder holds either the previous
-        adapter or this one, whole. If processes share a sharded model, all of them call this function, and the first
-        one writes. Or one process calls it alone, with `state_dict`.
-    """
+    """Writes an adapter into a folder in a format; `surgery.serving.save` documents the public function."""
     other = format not in ("auto", "peft", "surgery")
     if other and format not in formats():
         known = ", ".join(('"auto"', '"surgery"', *map(repr, formats())))
@@ -126,7 +79,7 @@ def save_adapter(
         return save_other(model, Path(folder), adapter, format, component, config, state_dict, progress)
     with structure_undone(structure_since(state, adapter)):
         base = fingerprint(model)  # of the model on which the adapter can be loaded
-    extra = {"base": base, "licence": licence, "metadata": _data(metadata)}
+    extra = {"base": base, "licence": licence, "metadata": json_data(metadata)}
     alone = state_dict is not None
     if format != "surgery":
         try:
@@ -192,7 +145,7 @@ def _warn_of_format(adapter: str, error: SurgeryError, config: Mapping[str, Any]
         f"the adapter {adapter!r} is saved in the format of this library, which PEFT does not read: {reason}{remedy}. "
         f"Of config, the files keep {kept}",
         SurgeryWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -208,7 +161,7 @@ def _warn_of_statistics(model: nn.Module, state: ModelState, adapter: str) -> No
         "not have them, and a model that loads the adapter computes with other statistics. Train with StatisticsRule() "
         "in the adapter, which keeps them, or with StatisticsRule(frozen=True)",
         SurgeryWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -250,7 +203,8 @@ def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: whole(tensor) for key, tensor in tensors.items()}
 
 
-def _data(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def json_data(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Metadata as JSON data."""
     try:
         return json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -64,6 +64,7 @@ ORDER: dict[str, int] = {
                 "storage",
                 "checkpoints",
                 "lora_conversion",
+                "serving",
                 "trainer",
                 "testing",
             ),

@@ -21,7 +21,7 @@ from surgery.storage.formats.contents import Change, Contents
 from surgery.storage.formats.file_tensor import FileTensor
 from surgery.storage.formats.lokr_factor import lokr_fields
 
-__all__ = ["SCALES", "Scale", "Written", "alpha_of", "peft_fields"]
+__all__ = ["KIND_OF", "SCALES", "Scale", "Written", "alpha_of", "peft_fields"]
 
 
 @dataclass
