@@ -135,7 +135,7 @@ def test_a_head_in_full_goes_where_the_program_takes_it(tmp_path: Path) -> None:
     for rules in ([LoraRule("q_proj", init="random")], [IA3Rule("q_proj", init="random")]):
         model = apply_rules(copy.deepcopy(base), [*rules, TrainRule("score")])
         with torch.no_grad():
-            model.score.adapters.default.weight.mul_(2)
+            model.get_parameter("score.adapters.default.weight").mul_(2)
         wanted, other = logits(model), copy.deepcopy(base)
         folder = save_adapter(model, tmp_path / rules[0].name, target="vllm")
         assert config_of(folder)["modules_to_save"] == ["score"]
