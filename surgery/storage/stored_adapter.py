@@ -21,6 +21,7 @@ from surgery.peft_format.adapter_config import kept_fields
 from surgery.peft_format.header_settings import header_format
 from surgery.peft_format.reading import read
 from surgery.planning.plan import Plan
+from surgery.storage.formats.base_facts import components_in
 from surgery.storage.formats.place import ALONE, file_names
 from surgery.storage.formats.stored import OtherAdapter, find_other, read_other
 from surgery.storage.model_origin import origin_of
@@ -82,7 +83,7 @@ def stored_adapter(
             place = download(str(source), subfolder, revision, names)
         elif subfolder:
             place = place / subfolder
-        if (other := find_other(place, format)) is not None:
+        if (other := find_other(place, format, component is None and bool(components_in(model)))) is not None:
             return _of_other(other, model, config, component)
         return _open_folder(model, place, config, component)
     except LoadError:

@@ -209,6 +209,19 @@ register_module_names(
     )
 )
 
+_CLIP = ("encoder.{rest}", "embeddings.{rest}", "final_layer_norm")
+# CLIP's text model: transformers left "text_model" out of the paths of CLIPTextModel in 5.6; no program's files did.
+register_module_names(
+    ModuleNames(
+        "clip",
+        tuple(NameRow(f"text_model.{name}", (name,)) for name in _CLIP),
+        marks=(),
+        own_marks=(r"^encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$",),
+        partial=True,
+        model_types=("clip_text_model",),
+    )
+)
+
 _GGUF = """
     attn_v       self_attn.v_proj
     attn_output  self_attn.o_proj

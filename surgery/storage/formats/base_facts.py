@@ -12,16 +12,19 @@ from surgery.adapter_files.plain_json import read_json
 from surgery.adapter_files.tensor_headers import read_header
 from surgery.errors import SurgeryError
 from surgery.patterns.module_walk import base_modules
+from surgery.peft_format.key_history import COMPONENTS
 from surgery.storage.formats.contents import BaseFacts
 
-__all__ = ["COMPONENT_CLASSES", "base_facts", "component_of", "facts_of_model"]
+__all__ = ["COMPONENT_CLASSES", "base_facts", "component_of", "components_in", "facts_of_model"]
 
 # The component of a pipeline that a class of model is, by the beginning and the end of its name.
 COMPONENT_CLASSES = (
-    ("UNet", "", "unet"), ("ControlNet", "", "controlnet"), ("CLIPTextModel", "", "text_encoder"),
-    ("T5EncoderModel", "", "text_encoder_2"), ("", "Transformer2DModel", "transformer"),
-    ("", "Transformer3DModel", "transformer"), ("PriorTransformer", "", "prior"),
+    ("UNet", "", "unet"), ("ControlNet", "", "controlnet"), ("CLIPTextModel", "CLIPTextModel", "text_encoder"),
+    ("", "Transformer2DModel", "transformer"), ("", "Transformer3DModel", "transformer"),
+    ("PriorTransformer", "", "prior"),
 )  # fmt: skip
+# Components of classes that stand in different places of different pipelines, such as the first, second or third.
+_SHARED_CLASSES = ("CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel")
 
 
 def facts_of_model(model: nn.Module) -> BaseFacts:
@@ -32,7 +35,18 @@ def facts_of_model(model: nn.Module) -> BaseFacts:
     if not isinstance(config, Mapping):
         config = {}
     is_embedding = lambda path: isinstance(modules[path], nn.Embedding)  # noqa: E731
-    return BaseFacts(modules.keys() - {""}, dict(config), is_embedding, type(model).__name__)
+    parts = {name: facts_of_model(part) for name, part in components_in(model).items()}
+    return BaseFacts(modules.keys() - {""}, dict(config), is_embedding, type(model).__name__, parts)
+
+
+def components_in(model: nn.Module) -> dict[str, nn.Module]:
+    """The components of a pipeline that stand in one module under their names, such as those of an `nn.ModuleDict`."""
+    children = model.named_children()
+    return {name: child for name, child in children if name in COMPONENTS and _is_component(type(child).__name__)}
+
+
+def _is_component(kind: str) -> bool:
+    return bool(component_of(kind)) or kind in _SHARED_CLASSES
 
 
 def base_facts(base: nn.Module | str | Path | Mapping[str, Any] | None) -> BaseFacts:

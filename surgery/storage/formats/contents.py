@@ -60,10 +60,14 @@ class BaseFacts:
     """What is known of the base: the paths of its modules, its configuration, and the kinds of its modules.
 
     `paths`: None if they are not known. `is_embedding`: whether the module at a path is a table of embeddings; None if
-    that is not known.
+    that is not known. `parts`: the facts of the components, where the base is a pipeline's models in one module.
     """
 
     paths: Collection[str] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     is_embedding: Callable[[str], bool] | None = None
     kind: str = ""  # the class of the model
+    parts: Mapping[str, BaseFacts] = field(default_factory=dict)
+
+    def of(self, component: str) -> BaseFacts:
+        return self.parts.get(component, self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from surgery.peft_format.reading import PeftAdapter, read
 from surgery.peft_format.targets import Modules
 from surgery.planning.plan import Plan
 from surgery.state.base_tensors import base_tensor
+from surgery.storage.formats.base_facts import components_in
 from surgery.storage.formats.contents import Change, Contents
 from surgery.storage.formats.file_tensor import FileTensor
 from surgery.storage.formats.fitting import fitted_change
@@ -39,8 +40,13 @@ class OnModel:
 
 def on_model(contents: Contents, model: nn.Module, component: str | None, metadata: Mapping[str, str]) -> OnModel:
     """The adapter of a component for a model. `component`: which one; None: the one whose modules the model has."""
-    modules, assumed = Modules.of(model), list(contents.assumed)
-    chosen, spelt = _component(contents, modules, component)
+    modules = Modules.of(model)
+    if component is None and (here := [name for name in components_in(model) if name in contents.changes]):
+        contents = _joined(contents, here, modules)
+        chosen, spelt = "", Spelt({})
+    else:
+        chosen, spelt = _component(contents, modules, component)
+    assumed = list(contents.assumed)
     changes = contents.changes[chosen]
     assumed += contents.assumed_of.get(chosen, [])
     if len(contents.changes) > 1:
@@ -73,13 +79,29 @@ def on_model(contents: Contents, model: nn.Module, component: str | None, metada
     return OnModel(_file(shapes, metadata), adapters, entry, [*assumed, *dict.fromkeys(moved)])
 
 
+def _joined(contents: Contents, components: list[str], modules: Modules) -> Contents:
+    """The changes of components that stand in one module, under the module's paths."""
+    changes: dict[str, Change] = {}
+    assumed = list(contents.assumed)
+    for name in components:
+        start, inner = f"{name}.", contents.changes[name]
+        there = {path.removeprefix(start): each for path, each in modules.by_path.items() if path.startswith(start)}
+        moved = keys_of(there, _file(_any_tensors(inner), {})).moved
+        changes |= {start + moved.get(path, path): change for path, change in inner.items()}
+        assumed += contents.assumed_of.get(name, [])
+    if left := [name for name in contents.changes if name not in components]:
+        assumed.append(
+            f"of a file of several components, {', '.join(components)} were loaded, and not {', '.join(left)}"
+        )
+    return replace(contents, changes={"": changes}, assumed=assumed, assumed_of={})
+
+
 def _component(contents: Contents, modules: Modules, wanted: str | None) -> tuple[str, Spelt]:
     """The component of the model, and how the paths of the file are spelt there."""
     tensors: dict[str, FileTensor] = {}
-    for component, path, change in contents.each():
-        start = f"{component}.{path}" if component else path
-        first = next(iter(change.tensors.values()))
-        tensors[f"{start}.lora_A.weight"] = change.tensors.get("A", first)
+    for component, changes in contents.changes.items():
+        start = f"{component}." if component else ""
+        tensors |= {start + key: tensor for key, tensor in _any_tensors(changes).items()}
     if wanted is None and len(contents.changes) == 1:
         (only,) = contents.changes
         inner = {key.removeprefix(f"{only}.") if only else key: value for key, value in tensors.items()}
@@ -94,6 +116,12 @@ def _component(contents: Contents, modules: Modules, wanted: str | None) -> tupl
             fix=f"load_adapter(…, component={next(iter(contents.changes))!r}) names the component",
         )
     return spelt.component, spelt
+
+
+def _any_tensors(changes: Mapping[str, Change]) -> dict[str, FileTensor]:
+    """A tensor of each change, under a key of PEFT's."""
+    first = {path: next(iter(change.tensors.values())) for path, change in changes.items()}
+    return {f"{path}.lora_A.weight": change.tensors.get("A", first[path]) for path, change in changes.items()}
 
 
 def _group(path: str, change: Change) -> tuple[Any, ...]:

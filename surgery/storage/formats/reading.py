@@ -57,7 +57,7 @@ def _read(adapter_format: AdapterFormat, file: TensorFile, settings: Any, base: 
         changes = contents.changes.setdefault(component, {})
         for module, place in zip(modules, places, strict=True):
             kind = _kind(module)
-            for path, change in _changes(module, kind, place, file, base, contents):
+            for path, change in _changes(module, kind, place, file, base.of(component), contents):
                 if path in changes:
                     keys = abbreviate([changes[path].key, change.key])
                     raise SurgeryError("two modules of the file are one module here", where=keys, why=f"it is {path}")
@@ -120,7 +120,9 @@ def _places(
     decoded = {text: decode(text, separator, adapter_format.words) for text in texts} if separator == "." else {}
     start = {text: decoded.get(text) or text.replace(separator, ".") for text in texts}
     names = names_of_file(start.values(), candidates) if not prefix.names else names_named(prefix.names)
-    known = _by_text(names, base, separator) if separator != "." and base.paths is not None else {}
+    component = names.names.component or prefix.component
+    part = base.of(component)
+    known = _by_text(names, part, separator) if separator != "." and part.paths is not None else {}
     places, unknown = list[Place](), list[str]()
     for text in texts:
         place = known.get(text)
@@ -140,7 +142,7 @@ def _places(
             why=f"the format writes a module's path with {separator!r}" if separator != "." else None,
             fix="base= gives the model whose modules have these names",
         )
-    return places, names.names.component or prefix.component
+    return places, component
 
 
 def _by_text(names: NameMap, base: BaseFacts, separator: str) -> dict[str, Place]:

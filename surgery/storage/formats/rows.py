@@ -47,6 +47,7 @@ register_format(
         _PEFT[:7],
         files=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
         prefixes=_PIPELINE,
+        names=("clip",),
         scale="diffusers",
         header={"format": "pt"},
     )
@@ -78,7 +79,7 @@ register_format(
 _KOHYA = (
     KeyPrefix("lora_unet_", "unet"),
     KeyPrefix("lora_te_", "text_encoder"),
-    KeyPrefix("lora_te1_", "text_encoder"),
+    KeyPrefix("lora_te1_", "text_encoder", beside="text_encoder_2"),
     KeyPrefix("lora_te2_", "text_encoder_2"),
     KeyPrefix("lora_te3_", "text_encoder_3"),
     KeyPrefix("lora_transformer_", "transformer", names="as-here"),  # OneTrainer, read by ComfyUI
@@ -96,7 +97,7 @@ register_format(
         prefixes=_KOHYA,
         separator="_",
         words=_architectures.WORDS,
-        names=("flux", "sd3", "sdxl"),
+        names=("flux", "sd3", "sdxl", "clip"),
         header=_KOHYA_HEADER,
     )
 )
@@ -122,7 +123,7 @@ register_format(
         prefixes=(KeyPrefix("lycoris_"), *_KOHYA),
         separator="_",
         words=_architectures.WORDS,
-        names=("flux", "sd3", "sdxl"),
+        names=("flux", "sd3", "sdxl", "clip"),
         contains=("kohya",),
     )
 )
@@ -174,7 +175,7 @@ register_format(
             KeyPrefix("text_encoders.clip_l.transformer.", "text_encoder"),
             KeyPrefix("text_encoders.clip_g.transformer.", "text_encoder_2"),
         ),
-        names=("flux", "sd3", "sdxl"),
+        names=("flux", "sd3", "sdxl", "clip"),
     )
 )
 

@@ -17,6 +17,7 @@ from surgery.peft_format.writing import to_peft
 from surgery.progress import Progress
 from surgery.storage.formats import rows as _rows  # registers the formats
 from surgery.storage.formats.base_facts import component_of, facts_of_model
+from surgery.storage.formats.contents import BaseFacts, Change
 from surgery.storage.formats.files import write_files
 from surgery.storage.formats.reading import read_contents
 from surgery.storage.formats.table import format_named
@@ -48,7 +49,7 @@ def save_other(
     contents = read_contents(peft, TensorFile(shapes, dtypes, {}, tensors.__getitem__), fields, facts)
     _check_modules(contents.changes[""], model, facts.paths or ())
     if any(prefix.component for prefix in adapter_format.prefixes):
-        contents.changes = {component or component_of(facts.kind): contents.changes[""]}
+        contents.changes = _by_component(contents.changes[""], component or component_of(facts.kind), facts)
     files = file_contents(adapter_format, contents, facts)
     with writing(place, files.tensors) if state_dict is None else nullcontext(True) as writes:
         if writes:
@@ -56,6 +57,20 @@ def save_other(
     for note in files.notes:
         warnings.warn(note, SurgeryWarning, stacklevel=6)
     return place
+
+
+def _by_component(changes: dict[str, Change], component: str, facts: BaseFacts) -> dict[str, dict[str, Change]]:
+    """The changes of each component, where the model is several of them in one module."""
+    if component or not facts.parts:
+        return {component: changes}
+    result: dict[str, dict[str, Change]] = {}
+    for path, change in changes.items():
+        name, _, inner = path.partition(".")
+        if name not in facts.parts:
+            why = f"the model's components are {', '.join(facts.parts)}"
+            raise SurgeryError("a module of the adapter is in none of the components", where=path, why=why)
+        result.setdefault(name, {})[inner] = change
+    return result
 
 
 def _check_modules(changes: Mapping[str, Any], model: nn.Module, paths: Any) -> None:

@@ -23,6 +23,7 @@ from surgery.storage.formats.table import AdapterFormat, format_named
 __all__ = ["OWN_READER", "OtherAdapter", "find_other", "read_other"]
 
 OWN_READER = frozenset({"peft", "surgery", "diffusers", "diffusers-old"})  # which have readers of their own
+_OF_PIPELINES = frozenset({"diffusers", "diffusers-old"})
 
 
 @dataclass
@@ -35,12 +36,14 @@ class OtherAdapter:
     by_keys: bool
 
 
-def find_other(place: Path, name: str | None) -> OtherAdapter | None:
+def find_other(place: Path, name: str | None, pipeline: bool = False) -> OtherAdapter | None:
     """The adapter in a file or folder, if it has another format than those with readers of their own.
 
-    `name`: the format's name; None: the keys tell it.
+    `name`: the format's name; None: the keys tell it. `pipeline`: the model is several components of a pipeline, which
+    diffusers' own reader takes one by one.
     """
-    if name in OWN_READER:
+    own_reader = OWN_READER - _OF_PIPELINES if pipeline else OWN_READER
+    if name in own_reader:
         return None
     adapter_format = format_named(name) if name is not None else None
     if adapter_format is None and place.is_dir() and (names := names_in(place)) and names[0] not in BARE:
@@ -56,7 +59,7 @@ def find_other(place: Path, name: str | None) -> OtherAdapter | None:
         return OtherAdapter(path, file, adapter_format, False)
     keys, containers = list(file.shapes), (ENDINGS[path.suffix],)
     adapter_format = format_of_keys(keys, containers) or likely_format(keys, containers)
-    if adapter_format is None or adapter_format.name in OWN_READER:
+    if adapter_format is None or adapter_format.name in own_reader:
         return None
     return OtherAdapter(path, file, adapter_format, True)
 

@@ -41,9 +41,9 @@ def file_contents(adapter_format: AdapterFormat, contents: Contents, base: BaseF
     changed.changes = {}
     placed: list[tuple[KeyPrefix, str, Place, Change]] = []
     for component, changes in contents.changes.items():
-        names = _names(adapter_format, component, changes, base)
-        prefix = _prefix(adapter_format, component, names)
-        written.values["architecture"] = _architecture(names, base)
+        names = _names(adapter_format, component, changes, base.of(component))
+        prefix = _prefix(adapter_format, component, names, {*base.parts, *contents.changes})
+        written.values["architecture"] = _architecture(names, base.of(component))
         for place, change in _fused(names, changes, written):
             placed.append((prefix, component, place, change))
             changed.changes.setdefault(component, {})["\n".join(place.ours)] = change
@@ -51,11 +51,11 @@ def file_contents(adapter_format: AdapterFormat, contents: Contents, base: BaseF
     _check_settings(adapter_format, contents)
     SCALES[adapter_format.scale].write(changed, written)
     tensors: dict[str, FileTensor] = {}
-    for prefix, _, place, change in placed:
+    for prefix, component, place, change in placed:
         start = prefix.text + encode(place.theirs, adapter_format.separator)
         for part, tensor in change.tensors.items():
             key = _key(adapter_format, part, change, place)
-            tensors[start + key.ending] = _laid_out(tensor, part, key, place, base)
+            tensors[start + key.ending] = _laid_out(tensor, part, key, place, base.of(component))
     settings = _filled(adapter_format.settings, written.values) if adapter_format.settings else written.settings
     header = {**_filled(adapter_format.header, written.values), **written.header}
     notes = [*written.notes, *adapter_format.notes]
@@ -124,10 +124,11 @@ def _architecture(names: NameMap, base: BaseFacts) -> str:
     return next((header for kind, header in pairs if kind in _types(base)), "")
 
 
-def _prefix(adapter_format: AdapterFormat, component: str, names: NameMap) -> KeyPrefix:
+def _prefix(adapter_format: AdapterFormat, component: str, names: NameMap, pipeline: set[str]) -> KeyPrefix:
     there = [prefix for prefix in adapter_format.prefixes if prefix.names in ("", names.names.name)]
-    exact = [prefix for prefix in there if prefix.component == component]
-    by_names = [prefix for prefix in there if names is not IDENTITY and component == names.names.component]
+    there = [prefix for prefix in there if not prefix.beside or prefix.beside in pipeline]
+    exact = sorted((prefix for prefix in there if prefix.component == component), key=lambda each: not each.beside)
+    by_names = [prefix for prefix in there if component and component == names.names.component]
     if exact or by_names:
         return (exact or by_names)[0]
     plain = [prefix for prefix in there if prefix.component == ""]
