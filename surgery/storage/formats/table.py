@@ -37,8 +37,8 @@ class TensorKey:
 class KeyPrefix:
     """What stands before a module's name in a key, and the component of a pipeline that it means ("": one model).
 
-    `names`: the module names that this prefix implies, by the name of a `ModuleNames`; "" if the names decide. `beside`:
-    the prefix is written where the pipeline has this component too.
+    `names`: the module names that this prefix implies, by the name of a `ModuleNames`; "" if the names decide.
+    `beside`: the prefix is written where the pipeline has this component too.
     """
 
     text: str
