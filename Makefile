@@ -30,7 +30,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast slow families coverage lint bench docs docs-serve docs-test gallery structure quantised peers peft-suite libraries onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
+.PHONY: help demo test test-fast slow families coverage lint bench docs docs-serve docs-test gallery structure quantised interop peers peft-suite libraries onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,10 @@ structure: $(VENV)/.dev ## Drop, repeat and exchange layers of many model famili
 
 quantised: $(VENV)/.dev ## Try each layout of quantised weights with adapters, and write docs/reference/quantised.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.quantised $(ARGS)
+
+interop: $(VENV)/.dev ## Run adapters in vLLM, llama.cpp, MLX and others, in .venv-<program>, and write docs/reference/engines.md
+	$(BIN)/python -m tests.reports.interop.environments
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m tests.reports.interop $(ARGS)
 
 peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write docs/reference/peft-checkpoints.md
 	$(BIN)/python -m tests.reports.conformance $(ARGS)
@@ -144,7 +148,7 @@ web-test: $(VENV)/.dev $(WEB)/.installed ## Ask the page in headless Chromium, a
 	$(BIN)/python examples/page.py --check $(ARGS)
 
 clean: ## Remove the environment and everything that was built
-	rm -rf $(VENV) $(WEB) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* $(WEB) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an environment is set up again only when what it is made from changed.

@@ -1,0 +1,145 @@
+"""Runs a program on the cases that have no cell yet, one process for each base, and compares."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.reports.interop.bases import base_model, write_base
+from tests.reports.interop.cases import NONE, AdapterCase
+from tests.reports.interop.engines import Engine
+from tests.reports.interop.environments import python_of, reason_absent, versions
+from tests.reports.interop.reference import NEW_TOKENS, Exported, LiveCase, prompts
+from tests.reports.interop.results import Cell, ResultsFile
+
+__all__ = ["run_engine"]
+
+
+def run_engine(engine: Engine, cases: Sequence[AdapterCase], results: ResultsFile) -> None:
+    cases = [case for case in cases if case.kind in engine.kinds and (engine.name, case.name) not in results.cells]
+    if reason := reason_absent(engine):  # this is not kept in the file: a later run may find the program
+        for case in cases:
+            print(f"{engine.name:12} {case.name:32} skipped: {reason}", flush=True)
+        return
+    results.add_versions(engine.name, versions(engine))
+    for base in dict.fromkeys(case.base for case in cases):
+        chosen = [case for case in cases if case.base == base]
+        if base not in engine.bases:
+            for case in chosen:
+                results.add(Cell(engine.name, case.name, "skipped", f"the program is not run on {base}"))
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            _Round(engine, base, Path(folder), results).run(chosen)
+
+
+class _Round:
+    """The cases of one base in one process of the program; another one for what is left if it dies."""
+
+    def __init__(self, engine: Engine, base: str, folder: Path, results: ResultsFile):
+        self.engine, self.base, self.folder, self.results = engine, base, folder, results
+        self.waiting: dict[str, tuple[Exported, list[dict[str, Any]], LiveCase]] = {}
+
+    def run(self, cases: Sequence[AdapterCase]) -> None:
+        for case in cases:
+            self._prepare(case)
+        if not self.waiting:
+            return
+        base = self._base()
+        while self.waiting:
+            lines, ending = self._start(base)
+            for line in lines:
+                self._judge(line)
+            if self.waiting and not lines:  # died at the first of them
+                self._cell(next(iter(self.waiting)), "wrong", f"the program died: {ending}")
+
+    def _cell(self, name: str, outcome: str, words: str) -> None:
+        self.waiting.pop(name, None)
+        self.results.add(Cell(self.engine.name, name, outcome, words))
+
+    def _prepare(self, case: AdapterCase) -> None:
+        if any(step.rows for step in case.steps) and not self.engine.routes:
+            return self._cell(case.name, "skipped", "the program has one adapter for all rows")
+        try:
+            live = LiveCase(case)
+            answers = live.answers(list(case.steps))
+            if doubt := live.reasons_to_doubt(answers):
+                return self._cell(case.name, "wrong", f"the case proves nothing: {doubt}")
+            exported = live.exported(self.engine, self.folder / f"case{len(list(self.folder.iterdir()))}")
+        except Exception as error:
+            return self._cell(case.name, "wrong", f"here: {type(error).__name__}: {error}".splitlines()[0])
+        if exported.refused:
+            return self._cell(case.name, "refused", exported.refused)
+        self.waiting[case.name] = exported, answers, live
+
+    def _base(self) -> Path:
+        folder = write_base(self.base, self.folder / "base")
+        if self.engine.base_format == "gguf":
+            from tests.reports.interop.gguf_base import write_gguf
+
+            return write_gguf(base_model(self.base), folder, self.folder / "base.gguf")
+        return folder
+
+    def _start(self, base: Path) -> tuple[list[dict[str, Any]], str]:
+        job, output = self.folder / "job.json", self.folder / "output.jsonl"
+        output.unlink(missing_ok=True)
+        cases = [
+            {"name": name, "adapters": e.files, "steps": [step.to_json() for step in e.steps]}
+            for name, (e, _, _) in self.waiting.items()
+        ]
+        (live,) = [live for _, _, live in list(self.waiting.values())[:1]]
+        words = {"base": str(base), "settings": dict(self.engine.settings), "prompts": prompts(), "cases": cases}
+        job.write_text(json.dumps({**words, "new_tokens": NEW_TOKENS, "vocabulary": live.vocabulary}))
+        log = self.folder / "log.txt"
+        with log.open("w") as file:
+            code = subprocess.run(
+                [python_of(self.engine), str(self.engine.script), str(job), str(output)],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.engine.variables},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        lines = output.read_text().splitlines() if output.exists() else []
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no words"])[-1]
+        return [json.loads(line) for line in lines], f"exit status {code}: {last}"
+
+    def _judge(self, line: dict[str, Any]) -> None:
+        name = line["case"]
+        exported, expected, live = self.waiting[name]
+        if "error" in line:
+            return self._cell(name, "wrong", line["error"].splitlines()[0])
+        (base,) = live.answers([NONE])
+        differences = []
+        for number, (step, actual, wanted) in enumerate(zip(exported.steps, line["steps"], expected, strict=True)):
+            where = "+".join(step.active) or ("rows" if step.rows else "none")
+            difference = largest_difference(actual, wanted)
+            if step == NONE and name in self.engine.stays:
+                if difference <= self.engine.tolerance:
+                    return self._cell(name, "wrong", "the program takes the adapter off, contrary to `stays`")
+                continue
+            differences.append(difference)
+            if difference > self.engine.tolerance or actual.get("tokens") != wanted.get("tokens"):
+                silent = step != NONE and largest_difference(actual, base) <= self.engine.tolerance
+                words = "silent no-op" if silent else f"off by {difference:.1e}"
+                return self._cell(name, "wrong", f"{words} at step {number + 1} ({where})")
+        stays = [self.engine.stays[name]] if name in self.engine.stays else []
+        notes = "".join(f"; {note}" for note in dict.fromkeys([*exported.notes, *stays]))
+        self._cell(name, "equal", f"{max(differences):.0e}{notes}")
+
+
+def largest_difference(actual: dict[str, Any], wanted: dict[str, Any]) -> float:
+    """The largest difference of `values`; infinite if shapes differ or a number is not finite."""
+    if "values" not in actual:
+        return 0.0
+    largest = 0.0
+    for one, other in zip(actual["values"], wanted["values"], strict=True):
+        if len(one) != len(other):
+            return float("inf")
+        for a, b in zip(one, other, strict=True):
+            difference = abs(a - b)
+            if not difference <= largest:
+                largest = difference if difference == difference else float("inf")
+    return largest
