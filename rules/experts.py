@@ -91,14 +91,12 @@ class ExpertLoraRule(Rule):
         return self.init != "random"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        parameters = module._parameters
-        if stacks := packed_stacks_of(module):
-            layout = next(iter(stacks.values())).layout
-            names = " and ".join(stacks)
-            return f"its {names} are packed ({layout}): its own kernel reads the codes and can't add a product to W x"
+        parameters, stacks = module._parameters, packed_stacks_of(module)
         if not self.names(module):
             return "it owns no parameter of three dimensions (experts, out, in)"
         for name in self.names(module):
+            if name in stacks:
+                continue
             parameter = parameters.get(name)
             if parameter is None:
                 return f"it owns no parameter {name!r}; it has {', '.join(parameters) or 'none'}"
@@ -120,15 +118,17 @@ class ExpertLoraRule(Rule):
 
     def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]]:
         """The matrix size of one expert, for every changed parameter."""
-        shapes = {name: module._parameters[name].shape[-2:] for name in self.names(module)}  # type: ignore[union-attr]
+        shapes = {name: shape_of(module, name)[-2:] for name in self.names(module)}
         return {_parameter_path(path, name): (out, inner) for name, (out, inner) in shapes.items()}
 
     def names(self, module: nn.Module) -> list[str]:
         """The names of a module's parameters that the rule changes."""
         parameters = module._parameters.items()
-        return list(self.parameters) or [
-            name for name, parameter in parameters if parameter is not None and parameter.dim() == 3
-        ]
+        return (
+            list(self.parameters)
+            or list(packed_stacks_of(module))
+            or [name for name, parameter in parameters if parameter is not None and parameter.dim() == 3]
+        )
 
     def rewrite(self, site: Site) -> None:
         for name, (*experts, out, inner), rank, scale in self._sizes(site):
@@ -199,7 +199,7 @@ class ExpertLoraRule(Rule):
     def _sizes(self, site: Site | LiveSite) -> Iterable[tuple[str, tuple[int, ...], int, float]]:
         """Name, (experts, out, in) or (out, in), rank and scale of each parameter."""
         for name in self.names(site.module):
-            *experts, out, inner = site.module._parameters[name].shape  # type: ignore[union-attr]  # check saw it
+            *experts, out, inner = shape_of(site.module, name)
             path = _parameter_path(site.path, name)
             rank = self.rank_at(path)
             alpha = path_patterns.first(self.alpha_pattern, path, self.alpha)
@@ -207,7 +207,16 @@ class ExpertLoraRule(Rule):
             yield name, size, rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def _turned(self, module: nn.Module) -> bool:
-        return bool(getattr(module, "is_transposed", False)) if self.transposed is None else self.transposed
+        if self.transposed is not None:
+            return self.transposed
+        stack = next(iter(packed_stacks_of(module).values()), None)
+        return bool(getattr(module, "is_transposed", False)) if stack is None else stack.transposed
+
+
+def shape_of(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The sizes of a module's parameter; of a packed stack, those of the dequantised one."""
+    stack = packed_stacks_of(module).get(name)
+    return tuple(module._parameters[name].shape) if stack is None else stack.shape  # type: ignore[union-attr]
 
 
 def _parameter_path(path: str, parameter: str) -> str:

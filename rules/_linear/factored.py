@@ -25,13 +25,19 @@ class Factored:
         self.weight, self.left, self.right, self.scale = weight, left, right, scale
 
     def dense(self) -> Tensor:
-        weight = self.weight.dense() if isinstance(self.weight, Factored) else self.weight
+        weight = self.weight if isinstance(self.weight, Tensor) else self.weight.dense()  # or a stack in its codes
         return (weight.to(self.left.dtype) + self.left @ self.right * self.scale).to(weight.dtype)
 
     def __getitem__(self, index: Any) -> Any:
         if self.weight.dim() == 3 and isinstance(index, (int, slice, Tensor)):
             return Factored(self.weight[index], self.left[index], self.right[index], self.scale)
         return self.dense()[index]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The same with the weight in another dtype. The factors keep theirs."""
+        if kwargs or len(args) != 1 or not isinstance(args[0], torch.dtype):
+            return self.dense().to(*args, **kwargs)
+        return Factored(self.weight.to(args[0]), self.left, self.right, self.scale)
 
     def transpose(self, first: int, second: int) -> Any:
         rank = self.weight.dim()
@@ -66,6 +72,9 @@ class Factored:
 
 def factored(weight: Any, left: Tensor, right: Tensor, scale: float) -> Factored:
     return Factored(weight, left, right, scale)
+
+
+factored.reads_codes = True  # type: ignore[attr-defined]  # of a packed stack, it reads the experts that are picked
 
 
 def _times(function: Any, x: Tensor, matrix: Factored, more: Any, keywords: dict[str, Any]) -> Tensor:

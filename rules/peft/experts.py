@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
+from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, packed_stacks_of, peft_method
 from surgery.rules._shared.path_patterns import fits
-from surgery.rules.experts import ExpertLoraRule
+from surgery.rules.experts import ExpertLoraRule, shape_of
 from surgery.rules.peft.extras import targeted_parameters
 from surgery.rules.peft.lora import Lora
 
@@ -39,13 +39,13 @@ class ExpertLora(PeftPart):
             yield ExpertLoraRule(targets=config.regular(paths), parameters=parameters, **settings, **patterns)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
-        stacks = [name for name in place.module._parameters if f"{name}_A" in place.names]
+        parameters = packed_stacks_of(place.module) or place.module._parameters
+        stacks = [name for name in parameters if f"{name}_A" in place.names]
         entries = {}
         for i, name in enumerate(stacks):  # PEFT wraps the module once for each, the first innermost
-            stack = place.module._parameters[name]
-            assert stack is not None
-            experts, inner = len(stack), "base_layer." * (len(stacks) - 1 - i)
-            if stack.dim() == 2:
+            shape, inner = shape_of(place.module, name), "base_layer." * (len(stacks) - 1 - i)
+            experts = shape[0]
+            if len(shape) == 2:
                 entries |= {f"{name}_{which}": PeftEntry(f"{inner}lora_{which}.weight") for which in "AB"}
                 continue
             entries[f"{name}_A"] = PeftEntry(

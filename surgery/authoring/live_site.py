@@ -12,7 +12,7 @@ from surgery.authoring.site_module import Make, filled_module
 from surgery.errors import SiteError
 from surgery.forward.packed_weights import is_packed
 from surgery.forward.parameter_view import find_tensor
-from surgery.packed.packed_weight import packed_weight_of
+from surgery.packed.packed_map import packed_by_name
 
 __all__ = ["LiveSite", "Tensors"]
 
@@ -74,8 +74,8 @@ class LiveSite(SiteFacts):
         return self._source(name, True) if dense is None else dense
 
     def _dequantised(self, name: str, base: bool) -> Tensor | None:
-        """The dequantised weight, while the module is quantised and no earlier fold has made the weight plain."""
-        if name != "weight" or (packed := packed_weight_of(self.module)) is None:
+        """The dequantised tensor, while the module is quantised and no earlier fold has made the tensor plain."""
+        if (packed := packed_by_name(self.module).get(name)) is None:
             return None
         stored = find_tensor(self.module, name)
         if stored is not None and not is_packed(self._source(name, base)):

@@ -229,7 +229,7 @@ class Site(DeclaredTensors, ExampleFacts, MatchReplacement):
     def tensor(self, name: str) -> Tensor:
         """Returns a parameter or buffer of the module by name. A dotted name leads to a child's tensor."""
         tensor = find_tensor(self.module, name)
-        if tensor is None and not (name == "weight" and self.own.packed):
+        if tensor is None and name not in self.own.packed:
             names = [key for key, _ in (*self.module.named_parameters(), *self.module.named_buffers())]
             raise SiteError(
                 f"{type(self.module).__name__} has no tensor {name!r}",
@@ -278,6 +278,8 @@ class Site(DeclaredTensors, ExampleFacts, MatchReplacement):
         if name == "weight" and (packed := packed_weight_of(self.module)) is not None:
             if not packed.is_plain_map:
                 why = f"its weight is packed ({packed.layout}), and its forward is not the plain map"
+        elif name in self.own.packed and name != "weight":
+            why = None  # a stack: its forward is then that of the experts without quantisation
         elif type(tensor) not in (nn.Parameter, Tensor):
             why = f"its {name} is a {type(tensor).__name__}, which its own code unpacks"
         elif isinstance(tensor, nn.Parameter) and narrow(tensor) and not _runs_torch_forward(owner):

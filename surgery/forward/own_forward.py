@@ -22,7 +22,7 @@ from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.parameter_view import make_view
 from surgery.forward.tape import Tape
 from surgery.forward.values import Value
-from surgery.packed.packed_weight import packed_weight_of
+from surgery.packed.packed_map import packed_by_name
 from surgery.transaction.user_frames import line_of, line_setting
 
 __all__ = ["OwnForward", "own_forward", "record_own", "settings_of", "is_trusted"]
@@ -34,7 +34,7 @@ class OwnForward:
 
     `tapes`: one tape for evaluation and one for training, which may be the same object. Without tapes, the forward is
     opaque: one call of the class's own forward, for the reason `why`. `graph`: the operations for calls of one kind
-    (`surgery.weaving.call_variants`). `packed`: whether the weight is quantised, so that its value is dequantised.
+    (`surgery.weaving.call_variants`). `packed`: the names of quantised weights, whose values are dequantised.
     """
 
     base: type[nn.Module]
@@ -42,7 +42,7 @@ class OwnForward:
     tapes: tuple[Tape, Tape] | None
     why: str = ""
     graph: fx.Graph | None = None
-    packed: bool = False
+    packed: tuple[str, ...] = ()
 
     @property
     def opaque(self) -> bool:
@@ -82,8 +82,8 @@ def record_own(module: nn.Module) -> OwnForward:
 
 def _own_forward(module: nn.Module, base: type[nn.Module]) -> OwnForward:
     signature = signature_of(base)
-    if packed_weight_of(module) is not None:
-        return OwnForward(base, signature, None, "its weight is quantised", packed=True)
+    if packed := tuple(packed_by_name(module)):
+        return OwnForward(base, signature, None, f"its {' and '.join(packed)} is quantised", packed=packed)
     why = _why_opaque(module, base, list(signature.parameters.values()))
     if not why:
         try:

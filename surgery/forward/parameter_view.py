@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.forward.function_registries import with_leaves
+from surgery.forward.plain_experts_forward import plain_experts_forward
+from surgery.packed.packed_stack import packed_stacks_of
 from surgery.packed.packed_weight import PackedWeight, packed_weight_of
 
 __all__ = [
@@ -50,6 +52,8 @@ def base_forward(
     base: type[nn.Module] = module._surgery_base  # type: ignore[assignment]
     if "weight" in tensors and (packed := packed_weight_of(module)) is not None:
         return _plain_map(packed, tensors, *args, **kwargs)
+    if tensors and tensors.keys() & (stacks := packed_stacks_of(module)).keys():
+        return plain_experts_forward(module, stacks, tensors, (*args, *more), {**kwargs, **extra})
     if not around:
         view = make_view(module, base, tensors) if tensors else module
         return base.forward(view, *args, *more, **kwargs, **extra)  # type: ignore[operator, union-attr]
@@ -82,6 +86,8 @@ def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
     """
     if "weight" in tensors and (packed := packed_weight_of(module)) is not None:
         return _plain_map(packed, tensors, *args)
+    if tensors and tensors.keys() & (stacks := packed_stacks_of(module)).keys():
+        return plain_experts_forward(module, stacks, tensors, args, {})
     base = getattr(module, "_surgery_base", type(module))
     return base.forward(make_view(module, base, tensors), *args)
 

@@ -14,7 +14,7 @@ from surgery.errors import MergeError
 from surgery.forward.offloaded_weights import value_at
 from surgery.forward.packed_weights import is_packed
 from surgery.merging.site_merge import changes_of_rules
-from surgery.packed.packed_weight import packed_weight_of
+from surgery.packed.packed_map import packed_by_name
 from surgery.state.records import Applied, SiteState
 
 __all__ = ["SiteChange", "change_of_site"]
@@ -123,7 +123,7 @@ class _WideTensors:
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._now:
-            packed = packed_weight_of(self.module) if name == "weight" else None
+            packed = packed_by_name(self.module).get(name)
             tensor = value_at(self.module, name).detach() if packed is None else packed.dequantise().detach()
             if is_packed(tensor) or tensor.is_meta:
                 raise MergeError(

@@ -7,6 +7,7 @@ from torch import nn
 from surgery.errors import MergeError, SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, is_packed
+from surgery.packed.packed_stack import packed_stacks_of
 from surgery.packed.packed_weight import packed_weight_of
 from surgery.state.absent_values import without_values
 from surgery.state.adapter_tensors import box_of
@@ -66,6 +67,9 @@ def objections_to_merge(
 def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> list[SurgeryError]:
     weight = module._parameters.get("weight")
     packed = packed_weight_of(module)
+    if stacks := packed_stacks_of(module):
+        why = f"its {' and '.join(stacks)} are packed ({next(iter(stacks.values())).layout})"
+        return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix="keep it unmerged")]
     if packed is None and (weight is None or not (hasattr(weight, "device_mesh") or is_packed(weight))):
         return []
     what = f"a {type(weight).__name__} of {weight.dtype}" if weight is not None else f"packed ({packed.layout})"  # type: ignore[union-attr]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from surgery.errors import SiteError
+from surgery.packed.e2m1 import e2m1_codes, e2m1_values
 from surgery.packed.packed_stack import PackedStack
 
-__all__ = ["Mxfp4Stack", "stacks_of"]
+__all__ = ["ATTRIBUTES", "Mxfp4Stack", "plain_experts", "stacks_of"]
+
+# `Mxfp4GptOssMLP` calls the kernels beside the experts' forward, but calls the forward of experts that have this mark.
+ATTRIBUTES = {"_is_hooked": True}
 
 _NAMES = ("gate_up_proj", "down_proj")
-_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the codes 0 to 7; 8 to 15 are the same numbers with a minus
 _BIAS = 127  # of the exponents
 
 
@@ -29,6 +33,7 @@ class Mxfp4Stack(PackedStack):
     """
 
     backend = "transformers-mxfp4"
+    transposed = True
 
     @property
     def layout(self) -> str:
@@ -50,12 +55,15 @@ class Mxfp4Stack(PackedStack):
         return {f"{self.name}_blocks": blocks.storage.data, f"{self.name}_scales": scales.storage.data}
 
     def dequantise(self) -> Tensor:
-        blocks, scales = self._blocks(), self._scales()
-        levels = torch.tensor((*_LEVELS, *(-level for level in _LEVELS)), device=blocks.device)
-        stack = torch.empty(self.shape, dtype=self.dtype, device=blocks.device)
+        return self._values(self._blocks(), self._scales())
+
+    def dequantise_experts(self, experts: Tensor) -> Tensor:
+        return self._values(self._blocks()[experts], self._scales()[experts])
+
+    def _values(self, blocks: Tensor, scales: Tensor) -> Tensor:
+        stack = torch.empty(len(blocks), *self.shape[1:], dtype=self.dtype, device=blocks.device)
         for expert, codes, exponents in zip(stack, blocks, scales, strict=True):  # one at a time: less memory
-            pairs = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-            values = torch.ldexp(levels[pairs.int()], exponents.int().unsqueeze(-1) - _BIAS)
+            values = torch.ldexp(e2m1_values(codes), exponents.int().unsqueeze(-1) - _BIAS)
             expert.copy_(values.flatten(-2).mT)
         return stack
 
@@ -70,8 +78,7 @@ class Mxfp4Stack(PackedStack):
             values = matrix.to(blocks.device).float().mT.unflatten(-1, (-1, 32))
             if scales == "refit":
                 exponent.copy_(_fitted(values))
-            nearest = _nearest(torch.ldexp(values, _BIAS - exponent.int().unsqueeze(-1)))
-            codes.copy_(nearest[..., 0::2] | nearest[..., 1::2] << 4)
+            codes.copy_(e2m1_codes(torch.ldexp(values, _BIAS - exponent.int().unsqueeze(-1))))
         return self._arranged(blocks, exponents)
 
     def _stored(self) -> tuple[Any, Any]:
@@ -105,6 +112,19 @@ def stacks_of(module: nn.Module) -> dict[str, Mxfp4Stack]:
     return {name: stack for name, stack in stacks.items() if all(map(_is_stored, stack._stored()))}
 
 
+def plain_experts(module: nn.Module) -> nn.Module:
+    """A new `GptOssExperts` of the same sizes and settings, on the meta device."""
+    made: Any = import_module("transformers.models.gpt_oss.modeling_gpt_oss")
+    old: Any = module
+    sizes = {"num_local_experts": old.num_experts, "hidden_size": old.hidden_size}
+    config = made.GptOssConfig(intermediate_size=old.intermediate_size, num_hidden_layers=1, **sizes)
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        new = made.GptOssExperts(config)
+    new.__dict__.update(alpha=old.alpha, limit=old.limit, **ATTRIBUTES)
+    return new
+
+
 def _is_stored(stored: Any) -> bool:
     if isinstance(stored, Tensor):
         return stored.dtype is torch.uint8 and stored.device.type != "meta"
@@ -123,12 +143,3 @@ def _fitted(values: Tensor) -> Tensor:
     fraction, power = torch.frexp(values.abs().amax(-1))  # fraction · 2^power; the greatest level, 6, is 0.75 · 2^3
     exponent = torch.where(fraction > 0.75, power - 2, power - 3) + _BIAS
     return torch.where(fraction == 0, 0, exponent).clamp(0, 254).to(torch.uint8)
-
-
-def _nearest(numbers: Tensor) -> Tensor:
-    """The codes of the nearest levels; of two that are as near, the even code."""
-    levels = torch.tensor(_LEVELS, device=numbers.device)
-    middles = (levels[1:] + levels[:-1]) / 2
-    middles[1::2] = middles[1::2].nextafter(levels[:1])  # from an odd code, a number in the middle goes up
-    codes = torch.bucketize(numbers.abs().contiguous(), middles)
-    return (codes + 8 * numbers.signbit()).to(torch.uint8)

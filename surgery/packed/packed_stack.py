@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from importlib import import_module
+from types import MappingProxyType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.packed.packed_tensors import PackedTensors
 from surgery.packed.quantised_class import base_of
 
-__all__ = ["PackedStack", "packed_stacks_of"]
+__all__ = ["PackedStack", "attributes_of_sites", "packed_stacks_of", "plain_experts"]
 
-# The file that reads the stacks of a module, by the name of the module's class. It has a function `stacks_of`.
-_FILES = {"Mxfp4GptOssExperts": "surgery.packed.mxfp4"}
+# The file that reads the stacks of a module, by the name of the module's class. It has the functions `stacks_of` and
+# `plain_experts`, and perhaps `ATTRIBUTES`.
+_FILES = {
+    "Mxfp4GptOssExperts": "surgery.packed.mxfp4",
+    "FP8Experts": "surgery.packed.fp8_experts",
+    "FbgemmFp8Llama4TextExperts": "surgery.packed.fp8_experts",
+}
 
 
 class PackedStack(PackedTensors):
@@ -22,7 +30,10 @@ class PackedStack(PackedTensors):
     Attributes:
         module: the quantised module.
         name: the name of the parameter that the module has when it is not quantised, such as "gate_up_proj".
+        transposed: the module's `is_transposed` when it is not quantised: whether it says that a matrix is (in, out).
     """
+
+    transposed: bool = False
 
     def __init__(self, module: nn.Module, name: str):
         super().__init__(module)
@@ -32,6 +43,10 @@ class PackedStack(PackedTensors):
     @abstractmethod
     def shape(self) -> tuple[int, int, int]:
         """The sizes of the dequantised stack, in the order of the module's parameter when it is not quantised."""
+
+    def dequantise_experts(self, experts: Tensor) -> Tensor:
+        """The dequantised matrices of some experts, by their numbers (a vector)."""
+        return self.dequantise()[experts]
 
 
 def packed_stacks_of(module: nn.Module) -> dict[str, PackedStack]:
@@ -45,7 +60,28 @@ def packed_stacks_of(module: nn.Module) -> dict[str, PackedStack]:
     Args:
         module: the module, such as transformers' `Mxfp4GptOssExperts`.
     """
-    for cls in base_of(module).__mro__:
-        if cls.__name__ in _FILES:
-            return import_module(_FILES[cls.__name__]).stacks_of(module)
-    return {}
+    file = _file_of(base_of(module))
+    return {} if file is None else file.stacks_of(module)
+
+
+def plain_experts(module: nn.Module) -> nn.Module:
+    """A new module of the class that a module with packed stacks has when it is not quantised. Its tensors are meta."""
+    file = _file_of(base_of(module))
+    assert file is not None
+    return file.plain_experts(module)
+
+
+def attributes_of_sites(base: type[nn.Module]) -> MappingProxyType[str, Any]:
+    """What a class with rewritten `forward` must say so that the modules around it call that forward."""
+    file = _file_of(base)
+    return MappingProxyType(getattr(file, "ATTRIBUTES", {}))
+
+
+def _file_of(base: type[nn.Module]) -> ModuleType | None:
+    if base not in _known:
+        _known[base] = next((_FILES[cls.__name__] for cls in base.__mro__ if cls.__name__ in _FILES), None)
+    name = _known[base]
+    return None if name is None else import_module(name)
+
+
+_known: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()

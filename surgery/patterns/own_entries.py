@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["own_buffer", "own_child", "own_parameter"]
+from surgery.packed.packed_stack import packed_stacks_of
+
+__all__ = ["own_buffer", "own_child", "own_parameter", "parameter_names"]
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """The names of the module's own parameters. A packed stack, which may not be a parameter, is the first of them."""
+    return list(dict.fromkeys([*packed_stacks_of(module), *module._parameters.keys()]))
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

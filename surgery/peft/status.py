@@ -12,7 +12,7 @@ import surgery
 from surgery.errors import SurgeryError
 from surgery.inspection.show import count_parameters
 from surgery.patterns.module_class import class_of
-from surgery.patterns.own_entries import own_parameter
+from surgery.patterns.own_entries import own_parameter, parameter_names
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.base_config import PeftConfig
 from surgery.peft.delegation import Facade, inside
@@ -203,7 +203,7 @@ def _targeted(model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
         for applied in site.applied:
             part, tensors = part_of(applied.rule), tensors_of(module, applied.adapter)
             stacks = tuple(
-                name for name in module._parameters if f"{name}_A" in tensors and f"{name}_A" in applied.tensors
+                name for name in parameter_names(module) if f"{name}_A" in tensors and f"{name}_A" in applied.tensors
             )
             module_itself = _has_layers(part) or applied.adapter in alone
             if module_itself or (part is not None and part.layer == "ParamWrapper"):

@@ -12,7 +12,7 @@ from torch import nn
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError
 from surgery.patterns.module_walk import base_modules
-from surgery.patterns.own_entries import own_child
+from surgery.patterns.own_entries import own_child, parameter_names
 from surgery.patterns.paths import regex_for, select_targets
 from surgery.patterns.targets import as_pattern
 from surgery.peft_format.key_history import PREFIX
@@ -61,7 +61,7 @@ class Modules:
 
 def _parameter_names(module: nn.Module) -> list[str]:
     parametrized = own_child(module, "parametrizations")
-    return [*module._parameters.keys(), *(parametrized._modules if parametrized is not None else ())]
+    return [*parameter_names(module), *(parametrized._modules if parametrized is not None else ())]
 
 
 def _names(targets: Iterable[str], full: str) -> bool:

@@ -21,6 +21,7 @@ from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, TraceError, abbreviate, collapse_similar
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import packed_in, way_without_packing
+from surgery.packed.packed_stack import attributes_of_sites
 from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.wrappers import unwrap
 from surgery.planning.absorbed_modules import absorbed_problems
@@ -188,7 +189,8 @@ def _plan_site(
             raise SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why, fix=fix)
     except SurgeryError as error:
         return _refuse_site(plan, rule, match, error)
-    bypasses_here = reads.of(match)
+    # The modules around a site of such a class call its forward, other than while it has no rules.
+    bypasses_here = [] if attributes_of_sites(base) else reads.of(match)
     if bypasses_here and not check_bypasses(plan, rule, match, bypasses_here, is_companion or rule.skips_sites):
         plan.passed += [path] if rule.skips_sites else []
         return

@@ -21,6 +21,7 @@ from torch import nn
 
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer
+from surgery.packed.packed_stack import attributes_of_sites
 from surgery.sharded_tensors import refuse_split
 from surgery.state.records import site_state
 from surgery.weaving.class_objections import binds_forward
@@ -153,6 +154,7 @@ def _class_of(base: type[nn.Module], forward: Callable[..., Any], recipe: Recipe
         "_surgery_base": base,
         "_surgery_recipe": recipe,
         "_surgery_self": property(lambda self: self),
+        **attributes_of_sites(base),
     }
     return metaclass(base.__name__, (base,), names)
 

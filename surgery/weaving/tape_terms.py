@@ -14,10 +14,11 @@ from surgery.forward.parameter_view import call_child
 from surgery.forward.tape import Layer, Tape
 from surgery.forward.tape_steps import Ref, Step, thaw
 from surgery.forward.unnamed_inputs import FIRST, first_input
+from surgery.packed.dequantised_stack import dequantised_stack, lazy_stack
 from surgery.packed.packed_weight import dequantised_weight
 from surgery.tracing.decisions import check_decision, decide
 from surgery.tracing.guards import in_region
-from surgery.weaving.line_places import LinePlaces
+from surgery.weaving.line_places import START, LinePlaces
 from surgery.weaving.own_calls import repeat_own
 from surgery.weaving.term_graph import ROWS, TermGraph
 from surgery.weaving.terms import Term, must_run, node_parts, skip_reads, sources_of, substitute, terms_in
@@ -114,7 +115,7 @@ def play(graph: TermGraph, tape: Tape, adapter: str, origin: str, weight: float 
         else:
             op, target, args = node_parts(step, args)
             if getattr(target, "reads_codes", False):
-                args = tuple([_module_of(value) for value in args])
+                args = tuple([_codes_of(graph, value) for value in args])
             if target is check_decision and graph.own.graph is not None:
                 target, args = decide, (*args, False)
             elif step.region is not None:
@@ -131,8 +132,13 @@ def play(graph: TermGraph, tape: Tape, adapter: str, origin: str, weight: float 
     return played
 
 
-def _module_of(value: Any) -> Any:
-    """The module in the place of its dequantised weight, for functions that may not need the weight in each call."""
+def _codes_of(graph: TermGraph, value: Any) -> Any:
+    """The module in the place of its dequantised weight, for functions that may not need the weight in each call.
+
+    In the place of a dequantised stack, a stand-in that dequantises the experts which the function picks.
+    """
+    if isinstance(value, Term) and value.target is dequantised_stack:
+        return graph.add_term("call_function", lazy_stack, value.args, place=START)
     reads = isinstance(value, Term) and value.target is dequantised_weight
     return value.args[0] if reads else value
 

@@ -8,6 +8,7 @@ from typing import Any
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape_steps import Ref
 from surgery.forward.unnamed_inputs import FIRST, first_input, first_names, hidden_first, starred_of, with_first_input
+from surgery.packed.dequantised_stack import dequantised_stack
 from surgery.packed.packed_weight import dequantised_weight
 from surgery.weaving.line_places import END, START, Place
 from surgery.weaving.terms import Term
@@ -56,9 +57,10 @@ class TermGraph:
         """Returns the term of an attribute of the module. `seen`: the terms to look in and to add it to."""
         ref = Ref("state", path)
         if ref not in seen:
-            if self.own.packed and path == "weight":
+            if path in self.own.packed:
                 itself = self.add_term("get_attr", "_surgery_self")
-                term = self.add_term("call_function", dequantised_weight, (itself,), place=START)
+                reads: Any = (dequantised_weight, itself) if path == "weight" else (dequantised_stack, itself, path)
+                term = self.add_term("call_function", reads[0], reads[1:], place=START)
             else:
                 term = self.add_term("get_attr", path)
             seen[ref] = term

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import PlanError, SurgeryError, apply_rules
+from surgery import SurgeryError
 from surgery.packed.packed_stack import packed_stacks_of
-from surgery.rules import ExpertLoraRule
+from tests.support.packed_experts import wrapped
 
 mxfp4: Any = pytest.importorskip("transformers.integrations.mxfp4")
 transformers: Any = pytest.importorskip("transformers")
@@ -47,21 +47,6 @@ def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
         torch.tensor(blocks, dtype=torch.uint8).view(experts, out, inner // 32, 16),
         torch.tensor(scales, dtype=torch.uint8).view(experts, out, inner // 32),
     )
-
-
-class Permuted:
-    """Stands in for a layout of the triton kernels: it stores rows in the opposite order."""
-
-    def swizzle_data(self, data: Tensor) -> Tensor:
-        return data.flip(1).contiguous()
-
-    def unswizzle_data(self, data: Tensor) -> Tensor:
-        return data.flip(1)
-
-
-def wrapped(data: Tensor) -> Any:
-    layout = Permuted()
-    return SimpleNamespace(storage=SimpleNamespace(layout=layout, data=layout.swizzle_data(data.mT)))
 
 
 @functools.cache
@@ -187,15 +172,3 @@ def test_copies_have_stacks_of_their_own_and_unloaded_experts_have_none() -> Non
     config = transformers.GptOssConfig(num_local_experts=EXPERTS, intermediate_size=INTER, hidden_size=HIDDEN)
     assert packed_stacks_of(mxfp4.Mxfp4GptOssExperts(config)) == {}
     assert packed_stacks_of(nn.Linear(2, 2)) == {}
-
-
-@every_form
-def test_rules_are_refused_with_the_way(form: str) -> None:
-    model = nn.Sequential(build(form)[0])
-    before = list(vars(model[0]))
-    for rule in (ExpertLoraRule("0", rank=4), ExpertLoraRule("0", parameters=["gate_up_proj"], rank=4)):
-        with pytest.raises(PlanError) as error:
-            apply_rules(model, rule)
-        text = str(error.value)
-        assert "packed" in text and "gate_up_proj" in text and "Mxfp4Config(dequantize=True)" in text, text
-    assert list(vars(model[0])) == before
