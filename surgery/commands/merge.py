@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from surgery.commands.adapters import base_class, load_all, names_of
 from surgery.commands.answer import Answer, size_text
 from surgery.commands.example_call import model_and_call
 from surgery.commands.model_folder import CONFIG, class_in_config, model_on_meta
-from surgery.commands.new_files import check_new_folder, new_folder
+from surgery.commands.new_files import check_new_file, check_new_folder, new_files, new_folder
 from surgery.commands.options import (
     AdapterPaths,
     ClassName,
@@ -40,7 +41,11 @@ AnyBase = Annotated[bool, typer.Option("--any-base", help="Another base than the
 def merge(
     model: ModelPath,
     adapters: AdapterPaths,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; new or empty.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; new or empty. For gguf: the file.")],
+    format: Annotated[
+        Literal["transformers", "gguf", "mlx"],
+        typer.Option(help="transformers; gguf for llama.cpp; mlx for mlx-lm."),
+    ] = "transformers",
     weight: Weights = None,
     untie: Untie = False,
     any_base: AnyBase = False,
@@ -65,16 +70,24 @@ def merge(
     If such a merge is stopped, the same command goes on with it.
 
         surgery merge models/bert adapters/topics --out merged
+        surgery merge models/llama adapters/topics --out merged.gguf --format gguf
     """
     from surgery import activate, merge_to
 
-    check_new_folder(out)
+    if format == "gguf":
+        check_new_file(out, overwrite=False)
+    else:
+        check_new_folder(out)
     names = names_of(adapters)
     if weight and len(weight) != len(names):
         raise SurgeryError(f"there are {len(weight)} weights for {len(names)} adapters", fix="--weight once for each")
     kind = class_name or base_class(adapters)
     options = {"keep_record": keep_record, "dtype": dtype, "workers": workers}
-    used = {"--keep-record": keep_record, "--dtype": dtype is not None, "--workers": workers > 1}
+    in_format = format != "transformers"
+    if in_format and keep_record:
+        why = "an unmerge goes through a checkpoint of transformers"
+        raise SurgeryError("--keep-record is not for this format", why=why, fix="leave out --format or --keep-record")
+    used = {"--keep-record": keep_record, "--dtype": dtype is not None and not in_format, "--workers": workers > 1}
     told = [option for option, is_used in used.items() if is_used]
     why_loaded = None
     if not dry_run:
@@ -82,7 +95,7 @@ def merge(
         if why_loaded is None:
             try:
                 chosen = {**options, "untie": untie, "weights": weight, "trust": trust, "same_base": not any_base}
-                return _by_files(model, kind, adapters, out, chosen)
+                return _by_files(model, kind, adapters, out, format, chosen)
             except NotInFilesError as error:
                 if told:
                     raise
@@ -98,9 +111,13 @@ def merge(
         return Answer(data, [*lines, f"{out} would be {type(net).__name__} with {', '.join(names)} merged"])
     if weight:
         activate(net, names, weights=weight)
-    with new_folder(out) as place:
-        merge_to(net, place, untie=untie, progress=True)
-        files = sorted(file.name for file in place.iterdir())
+    if format == "gguf":
+        merge_to(net, out, format=format, untie=untie, dtype=_dtype(dtype), progress=True)
+        files = [out.name]
+    else:
+        with new_folder(out) as place:
+            merge_to(net, place, format=format, untie=untie, dtype=_dtype(dtype) if in_format else None, progress=True)
+            files = sorted(file.name for file in place.iterdir())
     size = size_of(out)
     text = f"{out}: {type(net).__name__} with {', '.join(names)} merged, {size_text(size)}"
     lines += [f"the model was loaded: {why_loaded}"] if why_loaded else []
@@ -116,20 +133,30 @@ def _why_loaded(model: Path, kind: str | None) -> str | None:
     return None if kind in (None, saved) else f"its files are of {saved}, and the result is {kind}"
 
 
-def _by_files(model: Path, kind: str | None, adapters: Sequence[Path], out: Path, options: dict[str, Any]) -> Answer:
-    """Merges through the files, without loading the model."""
+def _dtype(name: str | None) -> Any:
     import torch
 
+    return getattr(torch, name) if name is not None else None
+
+
+def _by_files(
+    model: Path, kind: str | None, adapters: Sequence[Path], out: Path, format: str, options: dict[str, Any]
+) -> Answer:
+    """Merges through the files, without loading the model."""
     from surgery import merge_files
 
     net, folder = model_on_meta(model, kind), model if model.is_dir() else model.parent
-    dtype = getattr(torch, options.pop("dtype") or "", None)
-    report = merge_files(
-        folder, [existing(path) for path in adapters], out, dtype=dtype, model=net, progress=True, **options
-    )
+    dtype = _dtype(options.pop("dtype"))
+    options = {**options, "model": net, "progress": True}
+    paths = [existing(path) for path in adapters]
+    if format == "transformers":
+        report = merge_files(folder, paths, out, dtype=dtype, **options)
+    else:
+        report = _into_format(folder, paths, out, format, dtype, options)
     loaded, size = [each.to_dict() for each in report.loaded], size_of(out)
+    files = sorted(file.name for file in out.iterdir()) if out.is_dir() else [out.name]
     data = {"out": str(out), "written": True, "model": type(net).__name__, "adapters": loaded}
-    data |= {"files": sorted(file.name for file in out.iterdir()), "nbytes": size, "streamed": True}
+    data |= {"files": files, "nbytes": size, "streamed": True}
     data |= {"reused": list(report.reused), "left_out": list(report.left_out), "record": report.nbytes}
     lines = [f"{each['adapter']}: {len(each['loaded'])} tensors fit" for each in loaded]
     lines += [f"{len(report.reused)} files were finished by an earlier run"] if report.reused else []
@@ -137,3 +164,23 @@ def _by_files(model: Path, kind: str | None, adapters: Sequence[Path], out: Path
     lines += [f"records to unmerge: {size_text(report.nbytes)}"] if report.base else []
     names = ", ".join(report.adapters)
     return Answer(data, [*lines, f"{out}: {type(net).__name__} with {names} merged, {size_text(size)}"])
+
+
+def _into_format(
+    folder: Path, adapters: list[Path], out: Path, format: str, dtype: Any, options: dict[str, Any]
+) -> Any:
+    """Merges into a checkpoint beside the result, and converts it. Returns the report of the merge."""
+    from surgery import merge_files
+    from surgery.storage.model_files.formats import check_model_format, write_model
+
+    check_model_format(format, options["model"], out, None, dtype)
+    with new_files(out, False) if format == "gguf" else new_folder(out) as place:
+        checkpoint = place / ".checkpoint" / out.stem
+        report = merge_files(folder, adapters, checkpoint, **options)
+        written = write_model(format, checkpoint, place, out.name, dtype, progress=True)
+        for file in list(written.iterdir()) if written.is_dir() else []:
+            file.rename(place / file.name)
+        if written.is_dir():
+            written.rmdir()
+        shutil.rmtree(place / ".checkpoint")
+    return report

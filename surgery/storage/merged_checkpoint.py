@@ -1,4 +1,4 @@
-"""`merge_to`: writes the merged model as a plain transformers checkpoint, which loads without this package."""
+"""`merge_to`: writes the merged model for transformers, llama.cpp or MLX; it loads without this package."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from surgery.merging.merge_settings import Quantised
 from surgery.merging.packed_merge import dequantise_all
 from surgery.model_edits.shared_copies import separate_copies
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.wrappers import unwrap
 from surgery.progress import Progress, steps
 from surgery.rewritten_model.save_pretrained import plain_saving
-from surgery.rewritten_model.verb_root import records_in, rewritten
+from surgery.rewritten_model.verb_root import records_in, rewritten, rewritten_if_any
 from surgery.state.tied_weights import why_not_said
+from surgery.storage.model_files.formats import ModelFormat, check_model_format, write_model
 from surgery.storage.quantised_loading import write_as_ordinary
 from surgery.transaction.created_folder import created_folder
 from surgery.transaction.neutral_context import verb
@@ -42,6 +44,7 @@ def merge_to(
     folder: str | Path,
     adapter: str | Sequence[str] | None = None,
     *,
+    format: ModelFormat = "transformers",
     untie: bool = False,
     tokenizer: Any = None,
     rounding: RoundingMode = "nearest",
@@ -52,10 +55,13 @@ def merge_to(
     example_inputs: Any = None,
     progress: Progress = False,
 ) -> Path:
-    """Write the model with adapters merged, as a plain transformers checkpoint.
+    """Write the model with adapters merged, as a plain checkpoint of transformers, or for llama.cpp or MLX.
 
         merge_to(model, "merged")
         AutoModelForCausalLM.from_pretrained("merged")      # without this package
+
+        merge_to(model, "merged.gguf", format="gguf")       # llama.cpp
+        merge_to(model, "merged", format="mlx")             # mlx_lm.load("merged")
 
     The model is merged while writing and unmerged afterwards, also after an error: its bits do not change. A model that
     was merged before stays merged. Config and generation config are written, too. Existing files in the folder are
@@ -64,30 +70,37 @@ def merge_to(
     The structure is written as it is: without layers that a DropRule took out, with those that a RepeatRule made, and a
     configuration that says so. Copies that share weights are written with weights of their own.
 
+    The other formats are made from a checkpoint of transformers that is written first, beside the result, and removed
+    in the end. Its tensors are converted one at a time.
+
     Args:
-        model: a model with `save_pretrained`.
-        folder: the folder to write to; created if it does not exist.
+        model: a model with `save_pretrained`. It may have no rules: then it is written as it is.
+        folder: the folder to write to; created if it does not exist. With `format="gguf"`: the file.
         adapter: a name or several names, as for `merge`. None: all live adapters.
+        format: "transformers"; "gguf", one file for llama.cpp; "mlx", a folder for mlx-lm.
         untie: as for `merge`, for a head that shares the embedding's weight. The checkpoint says that they are not
             tied.
         tokenizer: a tokenizer or processor to save. None: copies the files of the folder that the model comes from.
+            False: none; a GGUF file then has no vocabulary.
         rounding: as for `merge`.
         generator: as for `merge`.
         quantised: as for `merge`. "dequantise" writes an unquantised checkpoint: also the modules without an adapter
             are dequantised. "requantise" writes a checkpoint in the model's own quantisation.
-        dtype: the dtype of dequantised weights. None: that of the model's other parameters.
+        dtype: the dtype of dequantised weights. None: that of the model's other parameters. With `format="gguf"` or
+            "mlx", also the dtype of all matrices in the files: float32, float16 or bfloat16. None: the model's own.
         limit: as for `merge`.
         example_inputs: as for `merge`.
         progress: as for `merge`; writing is a step of its own.
 
     Returns:
-        The folder.
+        The folder, or the file.
 
     Raises:
-        SurgeryError: the model does not have `save_pretrained`; `merge` fails; or the class of the model can't hold its
-            structure. No file is written.
+        SurgeryError: the model does not have `save_pretrained`; `merge` fails; the class of the model can't hold its
+            structure; or the format can't hold the model. No file is written.
     """
-    model, state = rewritten(model)
+    found = rewritten_if_any(model) if adapter is None else rewritten(model)
+    model, state = found or (unwrap(model), None)
     if inner := records_in(model, below=True):
         raise SurgeryError(
             "part of this model has rules of its own",
@@ -109,31 +122,40 @@ def merge_to(
             why="accelerate offloads its weights, and transformers does not know where",
             fix="merge_files(base_folder, adapter, folder) merges in the files",
         )
-    if reasons := [reason for record in state.structure for reason in record.unplain]:
+    structure = state.structure if state is not None else []
+    if reasons := [reason for record in structure for reason in record.unplain]:
         raise SurgeryError(
             "no plain checkpoint can hold this model", why=abbreviate(list(dict.fromkeys(reasons))), fix=_SURGERY
         )
-    with created_folder(folder) as folder, _temporary(folder) as place, Trial() as trial:
+    target = Path(folder)
+    check_model_format(format, model, target, None if quantised == "refuse" else quantised, dtype)
+    above = target if format != "gguf" else target.parent
+    with created_folder(above), _temporary(above) as place, Trial() as trial:
         if quantised != "dequantise":
             write_as_ordinary(model, trial)
-        separate_copies(model, [pair for record in state.structure for pair in record.copies], trial)
-        options = {"rounding": rounding, "generator": generator, "quantised": quantised, "dtype": dtype, "limit": limit}
-        _merge(model, adapter, progress, untie=untie, example_inputs=example_inputs, **options)
+        separate_copies(model, [pair for record in structure for pair in record.copies], trial)
+        options = {"rounding": rounding, "generator": generator, "quantised": quantised, "limit": limit}
+        if format == "transformers" or quantised == "dequantise":  # otherwise it is that of the files alone
+            options["dtype"] = dtype
+        if state is not None:
+            _merge(model, adapter, progress, untie=untie, example_inputs=example_inputs, **options)
         if quantised == "dequantise":
             dequantise_all(model, dtype, trial)
             write_as_ordinary(model, trial)
         if why := why_not_said(model):
             raise SurgeryError("the checkpoint of this model can't hold untied weights", why=why, fix=_UNTIED)
+        checkpoint = place / "checkpoint" / target.stem  # programs take the model's name from its folder
         with steps(progress, "write", 1) as step:
-            save(place)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(place)
-            else:
-                _copy_tokenizer(model, place)
+            save(checkpoint)
+            if tokenizer is None:
+                _copy_tokenizer(model, checkpoint)
+            elif tokenizer is not False:
+                tokenizer.save_pretrained(checkpoint)
             step()
-        for file in sorted(place.iterdir()):
-            os.replace(file, folder / file.name)
-    return folder
+        written = write_model(format, checkpoint, place, target.name, dtype, progress)
+        for file in sorted(written.iterdir()) if written.is_dir() else [written]:
+            os.replace(file, above / file.name)
+    return target
 
 
 @contextlib.contextmanager

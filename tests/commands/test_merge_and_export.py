@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery import activate, apply_rules, load_adapter, merge, save_adapter
+from surgery import activate, apply_rules, load_adapter, merge, merge_to, save_adapter
 from surgery.adapter_files.entry import PEFT
 from surgery.rules import LoraRule, TrainRule
 from tests.support.command_line import Files, run
@@ -205,3 +206,32 @@ def test_an_absent_package_is_named_with_its_extra(
     monkeypatch.setattr(surgery.onnx, "export_onnx", absent)
     done = run("export", files.model, "--out", tmp_path / "x.onnx")
     assert done.code == 1 and "fix:   pip install 'model-surgery[onnx]'" in done.err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["gguf", "mlx"])
+def test_merge_into_another_programs_files(tmp_path: Path, format: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    sizes: dict[str, Any] = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2)).eval()
+    model.save_pretrained(tmp_path / "base")
+    apply_rules(model, LoraRule("q_proj", rank=2, init="random"))
+    save_adapter(model, tmp_path / "adapter")
+    name = "m.gguf" if format == "gguf" else "m"
+    expected = merge_to(model, tmp_path / "e" / name, format=format)  # type: ignore[arg-type]
+    words = ["merge", tmp_path / "base", tmp_path / "adapter", "--out", tmp_path / name, "--format", format]
+    done = run(*words, "--json")
+    assert done.code == 0 and done.data["streamed"] and (tmp_path / name).exists()
+    if format == "gguf":
+        assert (tmp_path / name).read_bytes() == expected.read_bytes() and done.data["files"] == ["m.gguf"]
+    else:
+        weights = "model.safetensors"
+        assert (tmp_path / name / weights).read_bytes() == (expected / weights).read_bytes()
+        assert not [file for file in (tmp_path / name).iterdir() if file.is_dir()]
+    assert run(*words).code == 1  # it is there already
+    assert "unmerge goes through" in run(*words[:-3], tmp_path / "n", *words[-2:], "--keep-record").err
+    loaded = run(
+        *words[:-3], tmp_path / f"loaded-{name}", *words[-2:], "--any-base", "--with-example", "--dtype", "float16"
+    )
+    assert loaded.code == 0, loaded.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["base", "adapter", "e", name, f"loaded-{name}"])

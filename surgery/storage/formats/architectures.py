@@ -5,18 +5,18 @@ from __future__ import annotations
 from surgery.storage.formats.module_names import register_module_names
 from surgery.storage.formats.table import ModuleNames, NameRow
 
-__all__ = ["WORDS"]
+__all__ = ["WORDS", "name_rows"]
 
 
-def _rows(pairs: str, start: str = "", own: str = "") -> tuple[NameRow, ...]:
+def name_rows(pairs: str, start: str = "", own: str = "") -> tuple[NameRow, ...]:
     """Rows from lines "theirs  ours [ours …]", each after a start."""
-    lines = (line.split() for line in pairs.strip().splitlines())
+    lines = (line.split() for line in pairs.splitlines() if line.strip())
     return tuple(NameRow(start + theirs, tuple(own + name for name in ours)) for theirs, *ours in lines)
 
 
 # Flux: Black Forest Labs' names, and those of diffusers' FluxTransformer2DModel.
 FLUX = (
-    *_rows(
+    *name_rows(
         """
         img_attn.qkv     attn.to_q attn.to_k attn.to_v
         txt_attn.qkv     attn.add_q_proj attn.add_k_proj attn.add_v_proj
@@ -43,7 +43,7 @@ FLUX = (
         ),
         (1, 1, 1, 4),
     ),
-    *_rows(
+    *name_rows(
         """
         linear2         proj_out
         modulation.lin  norm.linear
@@ -53,7 +53,7 @@ FLUX = (
         "single_blocks.{n}.",
         "single_transformer_blocks.{n}.",
     ),
-    *_rows(
+    *name_rows(
         """
         img_in                 x_embedder
         txt_in                 context_embedder
@@ -86,7 +86,7 @@ register_module_names(
     ModuleNames(
         "flux-xlabs",
         (
-            *_rows(
+            *name_rows(
                 """
                 qkv_lora1   attn.to_q attn.to_k attn.to_v
                 qkv_lora2   attn.add_q_proj attn.add_k_proj attn.add_v_proj
@@ -96,7 +96,7 @@ register_module_names(
                 "double_blocks.{n}.processor.",
                 "transformer_blocks.{n}.",
             ),
-            *_rows(
+            *name_rows(
                 """
                 qkv_lora   attn.to_q attn.to_k attn.to_v
                 proj_lora  proj_out
@@ -114,7 +114,7 @@ register_module_names(
 
 # Stable Diffusion 3: Stability's MMDiT, and diffusers' SD3Transformer2DModel.
 SD3 = (
-    *_rows(
+    *name_rows(
         """
         x_block.attn.qkv        attn.to_q attn.to_k attn.to_v
         context_block.attn.qkv  attn.add_q_proj attn.add_k_proj attn.add_v_proj
@@ -132,7 +132,7 @@ SD3 = (
         "joint_blocks.{n}.",
         "transformer_blocks.{n}.",
     ),
-    *_rows(
+    *name_rows(
         """
         context_embedder  context_embedder
         t_embedder.mlp.0  time_text_embed.timestep_embedder.linear_1
@@ -196,7 +196,7 @@ def _sgm() -> tuple[NameRow, ...]:
         label_emb.0.0     add_embedding.linear_1
         label_emb.0.2     add_embedding.linear_2
     """
-    return (*rows, *_rows(pairs))
+    return (*rows, *name_rows(pairs))
 
 
 register_module_names(
@@ -222,52 +222,6 @@ register_module_names(
     )
 )
 
-_GGUF = """
-    attn_v       self_attn.v_proj
-    attn_output  self_attn.o_proj
-    attn_qkv     self_attn.qkv_proj
-    ffn_gate     mlp.gate_proj
-    ffn_up       mlp.up_proj
-    ffn_down     mlp.down_proj
-"""
-_GGUF_ENDS = (NameRow("token_embd", ("model.embed_tokens",), embedding=True), NameRow("output", ("lm_head",)))
-_GGUF_OWN = (r"^model\.layers\.\d+\.(self_attn|mlp)\.", r"^(lm_head|model\.embed_tokens)$")
-# Types of models whose rows llama.cpp leaves in their order → how its header calls them.
-_PLAIN = {
-    **{name: name for name in "qwen2 qwen3 gemma gemma2 olmo2 stablelm cohere2 nemotron".split()},
-    **{name: name for name in "seed_oss ernie4_5 exaone4 apertus".split()},
-    "gemma3_text": "gemma3", "cohere": "command-r", "olmo3": "olmo2",
-}  # fmt: skip
-# llama.cpp: conversion of models; classes that inherit from its LlamaModel permute the rows of query and key heads
-register_module_names(
-    ModuleNames(
-        "gguf-llama",
-        (
-            NameRow("blk.{n}.attn_q", ("model.layers.{n}.self_attn.q_proj",), rows="query_heads"),
-            NameRow("blk.{n}.attn_k", ("model.layers.{n}.self_attn.k_proj",), rows="key_heads"),
-            *_rows(_GGUF, "blk.{n}.", "model.layers.{n}."),
-            *_GGUF_ENDS,
-        ),
-        marks=(r"blk\.\d", r"token_embd$", r"output$"),
-        own_marks=_GGUF_OWN,
-        model_types=("llama", "mistral", "smollm3", "granite", "olmo", "arcee"),
-        header_names=("llama", "llama", "smollm3", "granite", "olmo", "arcee"),
-    )
-)
-register_module_names(
-    ModuleNames(
-        "gguf",
-        (
-            *_rows("attn_q self_attn.q_proj\nattn_k self_attn.k_proj" + _GGUF, "blk.{n}.", "model.layers.{n}."),
-            *_GGUF_ENDS,
-        ),
-        marks=(r"blk\.\d", r"token_embd$", r"output$"),
-        own_marks=_GGUF_OWN,
-        model_types=tuple(_PLAIN),
-        header_names=tuple(_PLAIN.values()),
-    )
-)
-
 # onnxruntime-genai: the model builder's names of graph inputs.
 register_module_names(
     ModuleNames(
@@ -289,7 +243,7 @@ register_module_names(
         (
             NameRow("layers.{n}.attn.q_proj", ("model.layers.{n}.self_attn.q_proj",), rows="query_heads"),
             NameRow("layers.{n}.attn.k_proj", ("model.layers.{n}.self_attn.k_proj",), rows="key_heads"),
-            *_rows(
+            *name_rows(
                 """
                 attn.v_proj       self_attn.v_proj
                 attn.output_proj  self_attn.o_proj

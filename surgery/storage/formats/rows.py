@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from surgery.storage.formats import architectures as _architectures
+from surgery.storage.formats import gguf_names as _gguf_names
 from surgery.storage.formats.table import AdapterFormat, KeyPrefix, TensorKey, register_format
 
 __all__: list[str] = []
+
+_REGISTERED = _gguf_names
 
 _LOHA = tuple(TensorKey(f"hada_{name}", f".hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
 _LOKR_PARTS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
@@ -218,7 +221,7 @@ register_format(
         "llama.cpp (GGUF)",
         (TensorKey("A", ".weight.lora_a"), TensorKey("B", ".weight.lora_b")),
         files=("adapter.gguf",),
-        names=("gguf-llama", "gguf"),
+        names=("gguf-llama", "gguf", "gguf-around", "gguf-after", "gguf-apertus"),
         names_required=True,
         scale="one_alpha",
         header={"general.architecture": "$architecture"},
