@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = dict(
     num_key_value_heads=2, pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 777.0},
 )  # fmt: skip
 IDS = torch.arange(12)[None] * 5 % 64
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def model_of(name: str = "Llama", **settings: Any) -> Any:
