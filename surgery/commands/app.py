@@ -11,6 +11,7 @@ from surgery import __version__
 from surgery.commands.answer import Answer, answers
 from surgery.commands.apply import apply
 from surgery.commands.bench import bench
+from surgery.commands.check import check
 from surgery.commands.command_group import CommandGroup
 from surgery.commands.convert import convert
 from surgery.commands.diff import diff
@@ -26,7 +27,7 @@ from surgery.commands.unmerge import unmerge
 __all__ = ["app"]
 
 COMMANDS: tuple[Callable[..., Answer], ...] = (
-    inspect, plan, apply, merge, unmerge, convert, extract, export, diff, rules, doctor, bench,
+    inspect, plan, apply, merge, unmerge, check, convert, extract, export, diff, rules, doctor, bench,
 )  # fmt: skip
 
 app = typer.Typer(cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")

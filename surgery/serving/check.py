@@ -13,7 +13,7 @@ from surgery.progress import Progress
 from surgery.serving.evaluation import Evaluation, evaluate
 from surgery.serving.known import profile_named, target_profiles
 from surgery.serving.report import TargetReport
-from surgery.serving.source import AdapterSource, FilesSource, ModelSource
+from surgery.serving.source import NEEDS_MODEL, AdapterSource, FilesSource, ModelSource
 from surgery.transaction.neutral_context import neutrally
 
 __all__ = ["check_target", "refusal", "report_of"]
@@ -40,8 +40,9 @@ def check_target(
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2, alpha=3)])
     >>> print(check_target(model, "openvino"))
     OpenVINO GenAI 2026.4.1 takes the adapter
-             modules  how                                                    lost
-    lowered  0        1.5 of the scale is multiplied into B, exact
+             modules  how                                           lost
+    lowered        0  1.5 of the scale is multiplied into B, exact
+    note: OpenVINO GenAI ignores the file's alpha; its own alpha, 1 by default, is the strength.
     start: AdapterConfig(Adapter("FOLDER/openvino_lora.safetensors"), alpha=1.0)
 
     Args:
@@ -72,14 +73,13 @@ def check_target(
     return report_of(evaluate(profile, opened), opened)
 
 
-def report_of(result: Evaluation, source: AdapterSource) -> TargetReport:
-    """The report of an evaluation; the others are asked only if the program does not take the adapter."""
+def report_of(result: Evaluation, source: AdapterSource, others: bool = True) -> TargetReport:
+    """The report of an evaluation. `others`: name the programs that take the adapter if this one does not."""
     profile, taken = result.profile, result.files is not None
-    others: list[str] = []
-    if not taken:
-        for name, other in target_profiles().items():
-            if other is not profile and evaluate(other, source).files is not None:
-                others.append(name)
+    asked = {} if taken or not others else target_profiles()
+    fitting = [
+        name for name, other in asked.items() if other is not profile and evaluate(other, source).files is not None
+    ]
     lossy = any(site.error for site in result.sites)
     outputs = source.outputs() if taken and result.converted and lossy else ()
     return TargetReport(
@@ -90,8 +90,8 @@ def report_of(result: Evaluation, source: AdapterSource) -> TargetReport:
         tuple(result.sites),
         tuple(group_problems(result.problems)),
         tuple(_remedies(result)),
-        tuple(others),
-        tuple(_notes(result)),
+        tuple(fitting),
+        tuple(_notes(result, source)),
         outputs,
         profile.command.replace("{rank}", str(_rank_value(result))),
     )
@@ -106,6 +106,8 @@ def _remedies(result: Evaluation) -> list[str]:
     if result.files is not None:
         return []
     remedies = list(dict.fromkeys(problem.fix for problem in result.problems if problem.fix))
+    if result.unconverted:
+        remedies.append(NEEDS_MODEL)
     largest = result.profile.largest_rank
     if largest is not None and result.rank > largest:
         remedies.append(f"rank={largest} or tolerance=… convert it to a LoRA that is an approximation")
@@ -113,10 +115,12 @@ def _remedies(result: Evaluation) -> list[str]:
     return [*remedies, merge] if result.mergeable else remedies
 
 
-def _notes(result: Evaluation) -> list[str]:
+def _notes(result: Evaluation, source: AdapterSource) -> list[str]:
     profile, notes = result.profile, [*result.notes]
     if profile.default_rank is not None and result.files is not None and result.rank > profile.default_rank:
         notes.append(f"without {profile.rank_option}, the largest rank is {profile.default_rank}")
+    if (profile.classes or profile.model_types) and not source.facts.kind and not source.facts.config:
+        notes.append("the base is not known, so its class is not checked: base= gives it")
     return [*notes, *profile.notes]
 
 

@@ -30,7 +30,8 @@ class DescribedAdapter:
 
     `contents`: low-rank and other changes by path. `whole`: path → name → a tensor that the adapter holds in full.
     `converted`: path → (the rules that were converted to LoRA, its rank, the share of ΔW that is lost). `problems`:
-    what no program takes. `start`: the way of initialising that changed the base's weights; "" if none did.
+    what no program takes. `rslora`: the file says scales in rsLoRA's way. `start`: the way of initialising that changed
+    the base's weights; "" if none did.
     """
 
     contents: Contents
@@ -38,6 +39,7 @@ class DescribedAdapter:
     converted: dict[str, tuple[str, int, float]] = field(default_factory=dict)
     problems: list[SurgeryError] = field(default_factory=list)
     start: str = ""
+    rslora: bool = False
 
     def copied(self) -> DescribedAdapter:
         """A copy whose changes may be edited. Tensors are shared."""
@@ -71,4 +73,4 @@ def from_peft_files(fields: Mapping[str, Any], file: TensorFile, facts: BaseFact
     init = fields.get("init_lora_weights")
     changed = init if isinstance(init, str) and init.lower().startswith(_STARTS) else ""
     contents = read_contents(peft, kept, {name: fields[name] for name in fields if name not in _WHOLE}, facts)
-    return DescribedAdapter(contents, whole, start=changed)
+    return DescribedAdapter(contents, whole, start=changed, rslora=bool(fields.get("use_rslora")))

@@ -32,8 +32,13 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     files: FileContents | None = None
     converted: bool = False
+    unconverted: bool = False
     mergeable: bool = True
     rank: int = 0
+
+    def keys(self) -> list[str]:
+        """The keys of the tensors that are to be written."""
+        return list(self.files.tensors) if self.files is not None else []
 
 
 def evaluate(profile: TargetProfile, source: AdapterSource) -> Evaluation:
@@ -55,6 +60,9 @@ def evaluate(profile: TargetProfile, source: AdapterSource) -> Evaluation:
         text = f"{labels} becomes a LoRA of rank {rank}{'' if exact else ', an approximation'}"
         steps.add(path, text, 0.0 if exact else error)
     changes = _only_changes(described, result)
+    if described.rslora and not profile.rslora and profile.format == "peft":
+        for path in changes:
+            steps.add(path, "the scale of rsLoRA is written as alpha")
     result.problems += fill_groups(profile, changes, source.facts.paths, source.outputs_of, steps)
     refused = {
         path: why for path, change in changes.items() if (why := change_problem(profile, path, change, source.facts))
@@ -84,6 +92,7 @@ def _chosen(profile: TargetProfile, source: AdapterSource, result: Evaluation) -
         result.converted = True
         return converted.copied()
     if plain is not None and not source.problems:  # files, which nothing can convert
+        result.unconverted = True
         if plain.start:
             why = f"its start ({plain.start}) changed the weights of the base, which {profile.title} does not do"
             fix = "load it onto the model, and give the model"

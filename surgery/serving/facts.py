@@ -67,17 +67,9 @@ def change_problem(profile: TargetProfile, path: str, change: Change, facts: Bas
     if profile.largest_rank is not None and change.rank > profile.largest_rank:
         return f"the rank {change.rank} is higher than {title}'s largest one, {profile.largest_rank}"
     if change.embedding:
-        return (
-            None
-            if _is_among(name, profile, profile.embeddings, facts)
-            else f"{title} does not adapt {name} of {facts.kind or 'a model'}"
-        )
+        return _embedding_problem(profile, name, profile.embeddings, facts)
     if name in HEADS:
-        return (
-            None
-            if _is_among(name, profile, profile.heads, facts)
-            else f"{title} does not adapt {name} of {facts.kind or 'a model'}"
-        )
+        return _embedding_problem(profile, name, profile.heads, facts)
     if "A" in change.tensors and len(kernel := change.tensors["A"].shape[2:]):
         if profile.convolutions == "none" or (profile.convolutions == "pointwise" and set(kernel) != {1}):
             return f"{title} does not adapt convolutions" + (
@@ -86,7 +78,18 @@ def change_problem(profile: TargetProfile, path: str, change: Change, facts: Bas
     if profile.modules and name not in profile.modules:
         return f"{title} adapts only {', '.join(profile.modules)}"
     if profile.paths and not re.fullmatch(profile.paths, path):
-        return f"{title} does not find this path: it adapts {profile.paths}"
+        return f"{title} does not find this path: {profile.paths_reason or profile.paths}"
+    return None
+
+
+def _embedding_problem(profile: TargetProfile, name: str, names: Collection[str], facts: BaseFacts) -> str | None:
+    """Why the program does not adapt an embedding or an output layer."""
+    if not _is_among(name, profile, names, facts):
+        return f"{profile.title} does not adapt {name} of {facts.kind or 'a model'}"
+    texts = (facts.config, facts.config.get("text_config"))
+    if not profile.tied and any(isinstance(part, Mapping) and part.get("tie_word_embeddings") for part in texts):
+        why = "the model's embeddings and output layer are one tensor"
+        return f"{profile.title} does not adapt {name} where {why}"
     return None
 
 

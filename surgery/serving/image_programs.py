@@ -32,7 +32,7 @@ register_target(
     TargetProfile(
         "comfyui",
         "ComfyUI",
-        "0.3",
+        "0.38.1",
         format="comfyui",
         sources={
             "methods": "comfy/weight_adapter/__init__.py",

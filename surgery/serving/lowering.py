@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +37,7 @@ class Steps:
 def fill_groups(
     profile: TargetProfile,
     changes: dict[str, Change],
-    paths: object,
+    paths: Collection[str] | None,
     outputs_of: Callable[[str], int | None],
     steps: Steps,
 ) -> list[SurgeryError]:
@@ -54,7 +54,7 @@ def fill_groups(
                     continue
                 size = outputs_of(missing)
                 if size is None:
-                    if paths is None:
+                    if paths is None or missing in paths:
                         why = f"{profile.title} wants {', '.join(group)} together, and the files do not tell its size"
                         problems.append(
                             SurgeryError("a change is missing", where=missing, why=why, fix="give the model")

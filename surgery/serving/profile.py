@@ -36,16 +36,19 @@ class TargetProfile:
         rank_option: the option that allows a larger rank.
         scale: "module": each module has its own scale. "scale": one scale for all. "alpha": one alpha, which is divided
             by each module's rank. "none": the scale is 1.
+        rslora: whether it reads PEFT's `use_rslora`.
         lora_bias: whether it adds the bias of LoRA's second half.
         invocation: whether it computes LoRA that acts after invocation tokens (aLoRA).
         convolutions: "all", "pointwise" (kernels of size 1) or "none".
         embeddings: names of embeddings that it adapts by LoRA; "*": all of them.
         heads: names of output layers that it adapts by LoRA; "*": all of them.
         embedding_classes: the same for models of some classes: class → names of embeddings and output layers.
+        tied: whether it adapts embeddings and output layers that are one tensor (`tie_word_embeddings`).
         trained: names of modules that an adapter may hold in full.
         modules: names of modules that it adapts; empty: any.
         groups: modules whose changes must come together; zeros are written for missing ones.
         paths: a regular expression for paths of modules that it adapts; "": any.
+        paths_reason: why it does not adapt other paths.
         classes: names of models' classes that it adapts; empty: any.
         other_classes: names of models' classes that it runs, and does not adapt.
         model_types: values of `model_type` that it runs; empty: any.
@@ -67,16 +70,19 @@ class TargetProfile:
     rank_choices: tuple[int, ...] = ()
     rank_option: str = ""
     scale: Literal["module", "scale", "alpha", "none"] = "module"
+    rslora: bool = False
     lora_bias: bool = False
     invocation: bool = False
     convolutions: Literal["all", "pointwise", "none"] = "none"
     embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     embedding_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tied: bool = False
     trained: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
     paths: str = ""
+    paths_reason: str = ""
     classes: frozenset[str] = frozenset()
     other_classes: frozenset[str] = frozenset()
     model_types: frozenset[str] = frozenset()

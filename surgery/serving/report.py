@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,6 +77,14 @@ class TargetReport(Displayed, Report):
         """One row for each module."""
         return [site.to_dict() for site in self.sites]
 
+    def summary(self) -> str:
+        """One line: what is done, or the first problem."""
+        if not self.taken:
+            return "; ".join(dict.fromkeys(map(_reason, self.problems)))
+        lowered = sum(site.state == "lowered" for site in self.sites)
+        text = f"{lowered:,} of {len(self.sites):,} modules are lowered" if lowered else "as it is"
+        return f"{text}, {self.error:.2%} is lost" if self.error >= 1e-4 else text
+
     __repr__ = Displayed.__str__  # instead of the dataclass's
 
     def _display_parts(self) -> list[str | Table]:
@@ -100,9 +109,17 @@ class TargetReport(Displayed, Report):
         return parts
 
 
+def _reason(problem: str) -> str:
+    """The reason of a problem that is printed in several lines."""
+    hit = re.search(r"^ +why: +(.*)$", problem, re.MULTILINE)
+    return hit[1] if hit else problem.partition("\n")[0]
+
+
 def _count(sites: Sequence[TargetSite]) -> str:
-    paths = [site.path for site in sites]
-    return paths[0] if len(paths) == 1 else f"{len(paths):,}: {abbreviate(paths, 'modules')}"
+    if len(sites) == 1:
+        return sites[0].path
+    patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", site.path) for site in sites)
+    return f"{len(sites):,}: {abbreviate(patterns, 'patterns')}"
 
 
 def _lost(sites: Sequence[TargetSite]) -> str:

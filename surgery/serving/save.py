@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from surgery.adapter_files.entry import OLD, SURGERY
 from surgery.adapter_files.process_group import writing
-from surgery.adapter_files.tensor_files import replace_files, write_safetensors
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.progress import Progress
-from surgery.serving.check import refusal, report_of
-from surgery.serving.evaluation import Evaluation, evaluate
+from surgery.serving.evaluation import evaluate
 from surgery.serving.known import profile_named
 from surgery.serving.source import ModelSource
-from surgery.state.fingerprint import fingerprint
+from surgery.serving.write import write_target
 from surgery.storage import save as storage_save
-from surgery.storage.formats.file_tensor import LazyTensors
-from surgery.storage.formats.files import write_files
-from surgery.storage.formats.table import AdapterFormat, format_named
 from surgery.storage.save import json_data
 from surgery.transaction.neutral_context import neutrally
 
@@ -145,34 +137,10 @@ def _save_for(
         model, adapter, rank, tolerance, component=component, config=config, state_dict=state_dict, progress=progress
     )
     result = evaluate(profile, source)
-    if result.files is None:
-        raise refusal(result, report_of(result, source))
-    adapter_format = format_named(profile.format)
     labels = {"licence": licence, "metadata": json_data(metadata)}
-    if any(labels.values()) and adapter_format.name != "peft":
-        raise SurgeryError(
-            f"the format {adapter_format.name!r} has no place for metadata and licence", fix="leave them out"
-        )
-    with writing(folder, result.files.tensors) if state_dict is None else nullcontext(True) as writes:
+    with writing(folder, result.keys()) if state_dict is None else nullcontext(True) as writes:
         if writes:
-            _write(folder, adapter_format, result, {"base": fingerprint(source.model), **labels}, progress)
+            write_target(result, source, folder, labels, progress)
     for note in result.notes:
         warnings.warn(note, SurgeryWarning, stacklevel=4)
     return folder
-
-
-def _write(
-    folder: Path, adapter_format: AdapterFormat, result: Evaluation, header: Mapping[str, Any], progress: Progress
-) -> None:
-    files = result.files
-    assert files is not None
-    if adapter_format.name != "peft":
-        write_files(folder, adapter_format, files, progress)
-        return
-    if folder.exists() and not folder.is_dir():
-        raise SurgeryError(f"{folder} is not a folder", fix="an adapter is saved into a folder of its own")
-    settings = files.settings or {}
-    data = {"format": "pt", "surgery": json.dumps({"settings": settings, **header})}
-    write = partial(write_safetensors, tensors=LazyTensors(files.tensors), metadata=data, progress=progress)
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    replace_files(folder, (adapter_format.files[0], write), ("adapter_config.json", text.encode()), (*SURGERY, OLD))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from surgery.adapter_files.entry import OLD, PEFT, SURGERY
 from surgery.adapter_files.plain_json import read_json
 from surgery.adapter_files.tensor_files import TensorFile
+from surgery.adapter_files.tensor_headers import read_header
 from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import PlanError, SurgeryError, abbreviate
 from surgery.lifecycle.remove import remove
@@ -24,6 +26,7 @@ from surgery.progress import Progress
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.serving.described import DescribedAdapter, from_peft_files
 from surgery.state.adapter_tensors import tensors_of
+from surgery.state.fingerprint import fingerprint
 from surgery.state.records import ModelState
 from surgery.storage.formats.base_facts import base_facts, component_of, facts_of_model
 from surgery.storage.formats.contents import BaseFacts, Change, Contents
@@ -32,7 +35,10 @@ from surgery.storage.formats.file_tensor import FileTensor
 from surgery.storage.formats.files import open_file
 from surgery.storage.formats.place import adapter_file
 
-__all__ = ["AdapterSource", "FilesSource", "ModelSource"]
+__all__ = ["NEEDS_MODEL", "AdapterSource", "FilesSource", "ModelSource"]
+
+
+NEEDS_MODEL = "load_adapter(model, folder), and give the model: it tells what the rules change. The command: --base"
 
 
 class AdapterSource:
@@ -50,6 +56,10 @@ class AdapterSource:
     @property
     def converted(self) -> DescribedAdapter | None:
         raise NotImplementedError
+
+    def fingerprint(self) -> Any:
+        """What identifies the base; None if that is not known."""
+        return None
 
     def outputs(self) -> tuple[float, ...]:
         """The share of the outputs' change that the conversion loses, for each example."""
@@ -144,6 +154,9 @@ class ModelSource(AdapterSource):
                 described.contents.settings[ours] = fields[theirs]
         return described
 
+    def fingerprint(self) -> Any:
+        return fingerprint(self.model)
+
     def outputs(self) -> tuple[float, ...]:
         if self.examples is None:
             return ()
@@ -156,21 +169,18 @@ class ModelSource(AdapterSource):
         return report.outputs
 
     def outputs_of(self, path: str) -> int | None:
-        if not _is_module(self.model, path):
-            return None
-        weight = getattr(self.model.get_submodule(path), "weight", None)
-        return getattr(self.model.get_submodule(path), "out_features", None) or (
-            None if weight is None else len(weight)
-        )
+        return _outputs_of(self.model, path)
 
 
 class FilesSource(AdapterSource):
     """An adapter in a folder or a file."""
 
     def __init__(self, place: Path, base: Any = None, component: str | None = None):
-        self.facts, self.component = base_facts(base), component or ""
-        self.component = self.component or component_of(self.facts.kind)
-        self.place = place
+        self.place, self.base = place, base
+        self.facts = facts = base_facts(base)
+        if not facts.kind and isinstance(names := facts.config.get("architectures"), list) and names:
+            self.facts = replace(facts, kind=str(names[0]))
+        self.component = component or component_of(self.facts.kind)
         if not place.exists():
             raise SurgeryError(f"{place} does not exist", fix="name a folder or a file, or give the model")
 
@@ -179,14 +189,27 @@ class FilesSource(AdapterSource):
         try:
             return self._read()
         except SurgeryError as error:
-            fix = "load_adapter(model, folder), then check_target(model, …): the model tells what the rules change"
-            error.fix = error.fix or fix
+            error.fix = error.fix or NEEDS_MODEL
             self.problems = [error]
             return None
 
     @property
     def converted(self) -> DescribedAdapter | None:
         return None
+
+    def outputs_of(self, path: str) -> int | None:
+        if isinstance(self.base, nn.Module):
+            return _outputs_of(self.base, path)
+        shape = self._shapes.get(f"{path}.weight")
+        return shape[0] if shape else None
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the base's tensors, where it is a folder."""
+        if not isinstance(self.base, (str, Path)):
+            return {}
+        headers = [read_header(file) for file in sorted(Path(self.base).glob("*.safetensors"))]
+        return {key: tensor.shape for header in headers for key, tensor in header.tensors.items()}
 
     def _read(self) -> DescribedAdapter:
         path = adapter_file(self.place)
@@ -206,6 +229,15 @@ def _structure_problems(state: ModelState, names: Mapping[str, float]) -> list[S
         return []
     why = "no program changes the structure of a model by an adapter"
     return [SurgeryError(f"{abbreviate(rules, 'rules')} changes the structure of the model", why=why)]
+
+
+def _outputs_of(model: nn.Module, path: str) -> int | None:
+    if not _is_module(model, path):
+        return None
+    module = model.get_submodule(path)
+    weight = getattr(module, "weight", None)
+    size = getattr(module, "out_features", None)
+    return size if isinstance(size, int) else None if weight is None else len(weight)
 
 
 def _is_module(model: nn.Module, path: str) -> bool:

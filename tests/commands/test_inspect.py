@@ -147,3 +147,22 @@ def test_formats_of_other_programs(files: Files, tmp_path: Path) -> None:
     assert refused.code == 1 and "in Python" in refused.err and not (tmp_path / "other").exists()
     again = run("convert", files.peft, "--to", "kohya", "--out", tmp_path / "a.safetensors")
     assert again.code == 1 and "--component says which" in again.err and not list(tmp_path.glob("a.*"))
+
+
+def test_programs_that_take_an_adapter(files: Files, tmp_path: Path) -> None:
+    rows = run("check", files.peft, "--json").data["targets"]
+    assert {row["target"]: row["taken"] for row in rows}["openvino"]
+    refused = run("check", files.peft, "--target", "vllm", "--base", files.model)
+    assert refused.code == 1 and "does not have the class" in refused.out
+    done = run("convert", files.peft, "--target", "openvino", "--out", tmp_path / "served")
+    assert done.code == 0 and [file.name for file in (tmp_path / "served").iterdir()] == ["openvino_lora.safetensors"]
+    again = run("convert", files.peft, "--target", "vllm", "--base", files.model, "--out", tmp_path / "other")
+    assert again.code == 1 and "these take it: " in again.err and not (tmp_path / "other").exists()
+    assert "--target the program" in run("convert", files.peft, "--out", tmp_path / "other").err
+
+
+def test_rules_become_lora_on_the_base(files: Files, tmp_path: Path) -> None:
+    """The model is loaded where the files alone do not tell the change of the weights."""
+    assert "--base" in run("check", files.ours, "--target", "openvino").out
+    done = run("convert", files.ours, "--target", "openvino", "--base", files.model, "--out", tmp_path / "new")
+    assert done.code == 0, done

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[Callable[[Files], list[object]], str]] = {
     "apply": (lambda files: ["apply", files.model, files.rules, "--out", "new"], "an adapter of 256 parameters"),
     "merge": (lambda files: ["merge", files.model, files.peft, "--out", "merged"], "with news merged"),
     "unmerge": (lambda files: ["unmerge", merged_with_record(files), "--out", "base"], "have the bits of the base's"),
+    "check": (lambda files: ["check", files.peft, "--target", "openvino"], "OpenVINO GenAI 2026.4.1 takes"),
     "convert": (lambda files: ["convert", files.peft, "--to", "mlx", "--out", "mlx"], "2 modules, peft to mlx"),
     "extract": (lambda files: ["extract", files.model, tuned(files), "--out", "new"], "LoRA at 1 weights, rank 1"),
     "export": (lambda files: ["export", files.model, files.peft, "--out", "m.onnx", "--no-verify"], "merged; "),

@@ -260,11 +260,13 @@ def restored() -> Iterator[None]:
     """What the pages' code changes for the whole process: the random state, rules by name, and what is registered."""
     from surgery.authoring import rule_names
     from surgery.packed import packed_weight
+    from surgery.serving import known as programs
+    from surgery.serving import profile
     from surgery.storage.formats import known, module_names, table
 
     packed_classes, state = packed_weight._registered, torch.get_rng_state()
-    registries: list[dict[str, Any]] = [rule_names._classes, table._formats, module_names._names]
-    assert known.adapter_formats()  # registered before, and not by a page
+    registries: list[dict[str, Any]] = [rule_names._classes, table._formats, module_names._names, profile._profiles]
+    assert known.adapter_formats() and programs.target_profiles()  # registered before, and not by a page
     before, classes = [dict(registry) for registry in registries], list(packed_classes)
     yield
     for registry, content in zip(registries, before, strict=True):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from surgery import SurgeryError, apply_rules, check_target, load_adapter, remove, save_adapter, target_profiles
 from surgery.rules import IA3Rule, LokrRule, LoraRule, PromptRule, TrainRule
+from tests.reports import targets
 
 LANGUAGE = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx", "openvino", "onnxruntime-genai")
 IDS = torch.arange(8)[None]
@@ -141,3 +143,16 @@ def test_a_head_in_full_goes_where_the_program_takes_it(tmp_path: Path) -> None:
         assert config_of(folder)["modules_to_save"] == ["score"]
         load_adapter(other, folder)
         torch.testing.assert_close(logits(other), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_reference_page_has_the_facts_of_the_profiles() -> None:
+    assert targets.PAGE.read_text(encoding="utf-8") == targets.page(), "run python -m tests.reports.targets"
+
+
+def test_every_fact_that_is_not_a_default_has_a_source() -> None:
+    own = {"name", "title", "version", "format", "sources", "rank_choices", "rank_option", "command", "notes"}
+    own |= {"other_classes", "paths_reason", "embedding_classes"}
+    for profile in target_profiles().values():
+        said = {item.name for item in fields(profile) if getattr(profile, item.name) != item.default} - own
+        said = {name for name in said if getattr(profile, name)}
+        assert said <= profile.sources.keys(), (profile.name, said - profile.sources.keys())
