@@ -13,6 +13,7 @@ from surgery.serving.report import TargetSite
 from surgery.serving.source import AdapterSource
 from surgery.storage.formats import rows as _rows  # registers the formats
 from surgery.storage.formats.contents import Change, Contents
+from surgery.storage.formats.saving import by_component
 from surgery.storage.formats.table import AdapterFormat, format_named
 from surgery.storage.formats.writing import FileContents, file_contents
 
@@ -135,10 +136,12 @@ def _build_files(
 ) -> None:
     adapter_format = format_named(result.profile.format)
     contents: Contents = described.contents
-    if list(contents.changes) == [""]:
-        of_pipeline = any(prefix.component for prefix in adapter_format.prefixes)
-        contents.changes = {source.component if of_pipeline else "": changes}
     try:
+        source.check_modules(changes)
+        if list(contents.changes) == [""]:
+            of_pipeline = any(prefix.component for prefix in adapter_format.prefixes)
+            parts = by_component(changes, source.component, source.facts) if of_pipeline else {"": changes}
+            contents.changes = parts
         files = file_contents(adapter_format, contents, source.facts)
     except SurgeryError as error:
         result.problems.append(error)

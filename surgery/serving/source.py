@@ -34,6 +34,7 @@ from surgery.storage.formats.conversion import read_file_contents
 from surgery.storage.formats.file_tensor import FileTensor
 from surgery.storage.formats.files import open_file
 from surgery.storage.formats.place import adapter_file
+from surgery.storage.formats.saving import check_modules
 
 __all__ = ["NEEDS_MODEL", "AdapterSource", "FilesSource", "ModelSource"]
 
@@ -60,6 +61,9 @@ class AdapterSource:
     def fingerprint(self) -> Any:
         """What identifies the base; None if that is not known."""
         return None
+
+    def check_modules(self, changes: Mapping[str, Change]) -> None:
+        """Raises `SurgeryError` where tensors are not a change of a module's own weight."""
 
     def outputs(self) -> tuple[float, ...]:
         """The share of the outputs' change that the conversion loses, for each example."""
@@ -153,6 +157,9 @@ class ModelSource(AdapterSource):
             if theirs in fields:
                 described.contents.settings[ours] = fields[theirs]
         return described
+
+    def check_modules(self, changes: Mapping[str, Change]) -> None:
+        check_modules(changes, self.model, self.facts.paths or ())
 
     def fingerprint(self) -> Any:
         return fingerprint(self.model)

@@ -23,7 +23,7 @@ from surgery.storage.formats.reading import read_contents
 from surgery.storage.formats.table import format_named
 from surgery.storage.formats.writing import file_contents
 
-__all__ = ["save_other"]
+__all__ = ["by_component", "check_modules", "save_other"]
 
 _ROWS = _rows
 
@@ -47,9 +47,9 @@ def save_other(
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
     peft = format_named("peft")
     contents = read_contents(peft, TensorFile(shapes, dtypes, {}, tensors.__getitem__), fields, facts)
-    _check_modules(contents.changes[""], model, facts.paths or ())
+    check_modules(contents.changes[""], model, facts.paths or ())
     if any(prefix.component for prefix in adapter_format.prefixes):
-        contents.changes = _by_component(contents.changes[""], component or component_of(facts.kind), facts)
+        contents.changes = by_component(contents.changes[""], component or component_of(facts.kind), facts)
     files = file_contents(adapter_format, contents, facts)
     with writing(place, files.tensors) if state_dict is None else nullcontext(True) as writes:
         if writes:
@@ -59,7 +59,7 @@ def save_other(
     return place
 
 
-def _by_component(changes: dict[str, Change], component: str, facts: BaseFacts) -> dict[str, dict[str, Change]]:
+def by_component(changes: dict[str, Change], component: str, facts: BaseFacts) -> dict[str, dict[str, Change]]:
     """The changes of each component, where the model is several of them in one module."""
     if component or not facts.parts:
         return {component: changes}
@@ -73,7 +73,7 @@ def _by_component(changes: dict[str, Change], component: str, facts: BaseFacts) 
     return result
 
 
-def _check_modules(changes: Mapping[str, Any], model: nn.Module, paths: Any) -> None:
+def check_modules(changes: Mapping[str, Any], model: nn.Module, paths: Any) -> None:
     """Raises where PEFT's tensors are not a change of the module's own weight."""
     if unknown := [path for path in changes if path not in paths]:
         why = "PEFT's keys for these tensors name a part of a module, which is not a module of the model"
