@@ -23,7 +23,7 @@ from surgery.lifecycle.gradient_reducers import watch_gradients
 from surgery.lifecycle.tensor_start import start
 from surgery.merging.offloaded_merge import fold_offloaded
 from surgery.merging.site_folding import check_foldable, fold_into
-from surgery.packed.packed_weight import packed_weight_of
+from surgery.packed.packed_map import packed_by_name
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import prepare_sites
 from surgery.planning.equivalence_check import check_equivalence
@@ -148,7 +148,7 @@ def _insert_tensors(
         applied.changed += fold_offloaded(owners, module, changes, step.path, journal)
         return
     for name, change in changes.items():
-        packed = packed_weight_of(module) if name == "weight" else None
+        packed = packed_by_name(module).get(name)
         if packed is not None:
             record: Record | KeptCodes = change_codes(packed, folded_value(packed.dequantise(), change), journal)
         else:

@@ -23,7 +23,7 @@ from surgery.merging.packed_merge import merge_packed, plain_dtype, unmerge_pack
 from surgery.merging.quantisation_marks import restore_marks, take_off_marks
 from surgery.merging.site_folding import fold_together, verify_records
 from surgery.merging.site_merge import check_finite, merge_site, owner_of
-from surgery.packed.packed_weight import packed_weight_of
+from surgery.packed.packed_map import packed_by_name
 from surgery.progress import Progress, each_step
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of
@@ -86,10 +86,12 @@ def merge(
             inputs, as GPTQ does. `unmerge` is exact in every case.
         generator: draws the numbers of stochastic rounding. None: torch's default generator.
         quantised: what happens to quantised weights. "refuse" (default): an error names the sites. "dequantise": the
-            module is a plain `nn.Linear` while merged, and `unmerge` gives the quantised module back to the bit.
+            module is a plain `nn.Linear` while merged (packed experts: the experts of the model's architecture), and
+            `unmerge` gives the quantised module back to the bit.
             "requantise": the merged weight gets new codes and scales, and `unmerge` restores the old ones to the bit.
             With `example_inputs`, codes are chosen by error feedback, as GPTQ does.
-        dtype: the dtype of these plain Linears. None: that of the model's other parameters.
+        dtype: the dtype of these plain modules. None: that of the model's other parameters. In a model without others:
+            that of the dequantised weight, and if this is half precision, Linears compute in the dtype of their input.
         limit: the share of ‖ΔW‖ that requantising may lose at a site; more is an error. None: any share.
         example_inputs: inputs of a call, as for `apply_rules`; a list holds several. The report then says how the
             outputs of the live and the merged model differ.
@@ -120,10 +122,10 @@ def merge(
         warning = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} merged already: nothing happens"
         warnings.warn(warning, SurgeryWarning, stacklevel=3)
         return _report(names, chosen_merge.merged)
-    owners, waiting = Owners(model), list[Any]()
+    owners, waiting, config = Owners(model), list[Any](), getattr(model, "config", None)
     live_outputs = None
     packed_sites = (
-        [] if quantised == "refuse" else [m for _, m, _ in chosen_sites if packed_weight_of(m) and not is_offloaded(m)]
+        [] if quantised == "refuse" else [m for _, m, _ in chosen_sites if packed_by_name(m) and not is_offloaded(m)]
     )
     packed_ids = set(map(id, packed_sites))
     if packed_sites and quantised == "dequantise":
@@ -146,7 +148,7 @@ def merge(
                 if is_offloaded(module):
                     merge_offloaded_site(owners, path, module, site, names, chosen, settings, journal)
                 elif id(module) in packed_ids:
-                    problem = merge_packed(owners, path, module, site, names, chosen, settings, journal)
+                    problem = merge_packed(owners, path, module, site, names, chosen, settings, journal, config)
                     problems += [problem] if problem is not None else []
                 else:
                     merge_site(owners, path, module, site, names, chosen, settings, journal, waiting)

@@ -7,6 +7,7 @@ from torch import nn
 from surgery.errors import MergeError, SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, is_packed
+from surgery.packed.packed_map import packed_by_name
 from surgery.packed.packed_stack import packed_stacks_of
 from surgery.packed.packed_weight import packed_weight_of
 from surgery.state.absent_values import without_values
@@ -59,7 +60,7 @@ def objections_to_merge(
         problem = find_hidden_rule(chosen, site.path, "merged together")
         problem = problem or find_live_conflict(chosen, module, site.path, own_forward(module, site.base))
         problems += [problem] if problem is not None else []
-    if not problems and (quantised == "refuse" or packed_weight_of(module) is None):
+    if not problems and (quantised == "refuse" or not packed_by_name(module)):
         problems += _packed(path, module, site, chosen)
     return problems
 
@@ -68,8 +69,10 @@ def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]
     weight = module._parameters.get("weight")
     packed = packed_weight_of(module)
     if stacks := packed_stacks_of(module):
-        why = f"its {' and '.join(stacks)} are packed ({next(iter(stacks.values())).layout})"
-        return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix="keep it unmerged")]
+        layout = next(iter(stacks.values())).layout
+        why = f"its {' and '.join(stacks)} are packed ({layout}): quantised, so a sum would be rounded away"
+        fix = f"keep it unmerged, {_WAYS}"
+        return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix=fix)]
     if packed is None and (weight is None or not (hasattr(weight, "device_mesh") or is_packed(weight))):
         return []
     what = f"a {type(weight).__name__} of {weight.dtype}" if weight is not None else f"packed ({packed.layout})"  # type: ignore[union-attr]
@@ -82,7 +85,7 @@ def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]
 
 
 _WAYS = (
-    'or merge(model, quantised="dequantise"), which makes the module a plain Linear (quantised="requantise": new '
+    'or merge(model, quantised="dequantise"), which makes the module plain (quantised="requantise": new '
     f"codes, if they lose little); or {UNPACKED}"
 )
 

@@ -148,7 +148,7 @@ def tensor_losses(site: str, merged: Merged) -> list[TensorLoss]:
         dtype = str(records[0].dtype).removeprefix("torch.")
         losses.append(TensorLoss(site, name, dtype, _together(norms), _together(errors)))
     if (packed := merged.packed) is not None:
-        losses.insert(0, TensorLoss(site, "weight", packed.layout, packed.norm, packed.error, packed.outputs))
+        losses[:0] = [TensorLoss(site, name, packed.layout, *loss) for name, loss in packed.losses.items()]
     return losses
 
 

@@ -1,26 +1,28 @@
-"""Merges rules into a packed weight: into a plain Linear in its place, or into new codes and scales."""
+"""Merges rules into packed weights: into a plain module in their place, or into new codes and scales."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.arithmetic.corrections import checksum
+from surgery.arithmetic.rounding import HALF
 from surgery.errors import MergeError, SurgeryError
 from surgery.forward.parameter_view import find_tensor
 from surgery.merging.merge_settings import MergeSettings
 from surgery.merging.quantisation_marks import take_off_marks
 from surgery.merging.site_folding import SiteFolding, check_foldable, fold_into
 from surgery.merging.site_merge import NotFiniteError, changes_of_rules
-from surgery.packed.packed_weight import PackedWeight, packed_weight_of
-from surgery.packed.quantised_class import plain_class
+from surgery.packed.packed_map import packed_by_name, stored_in
+from surgery.packed.packed_tensors import PackedTensors
 from surgery.packed.requantising import choose_codes
 from surgery.patterns.module_walk import base_modules
-from surgery.state.packed_module import CodeRecord, PackedFold, become_plain
+from surgery.state.kept_codes import CodeRecord, KeptCodes, keep_bits
+from surgery.state.packed_module import ChangeLoss, PackedFold, become_plain
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_site
 from surgery.state.records import Applied, Merged, SiteState
@@ -34,7 +36,7 @@ def plain_dtype(model: nn.Module) -> torch.dtype | None:
     """The dtype of most numbers in the model's own unquantised parameters, and so of its activations; None without."""
     counts: Counter[torch.dtype] = Counter()
     for _, module in base_modules(model):
-        if packed_weight_of(module) is None:
+        if not packed_by_name(module):
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.is_floating_point():
                     counts[parameter.dtype] += parameter.numel()
@@ -50,18 +52,24 @@ def merge_packed(
     chosen: list[Applied],
     settings: MergeSettings,
     journal: Journal,
+    config: Any = None,
 ) -> MergeError | None:
-    """Merge the chosen rules at a site with a packed weight. Returns the reason if requantising loses too much."""
-    packed = packed_weight_of(module)
-    assert packed is not None
+    """Merge the chosen rules at a site with packed weights. Returns the reason if requantising loses too much.
+
+    `config`: the model's configuration.
+    """
+    packed = packed_by_name(module)
+    first = next(iter(packed.values()))
     _check_own(owners, module, path)
     keep_site(journal, module)
     for applied in site.applied:
         journal.attribute(applied, "layer")
-    fold = PackedFold(packed.layout, entries=math.prod(packed.shape), stored=packed.nbytes)
-    dtype = settings.dtype or packed.dtype
-    plain = become_plain(module, packed, torch.float64 if settings.dtype == torch.float64 else torch.float32)
-    before, site.base = site.base, plain_class(module)
+    fold = PackedFold(first.layout, stored=sum(part.nbytes for part in packed.values()))
+    dtype = settings.dtype or first.dtype
+    unknown = settings.dtype is None and dtype in HALF  # of activations: they may be in float32
+    wide = torch.float64 if settings.dtype == torch.float64 else torch.float32
+    plain = become_plain(module, wide, in_any_dtype=unknown, config=config)
+    before, site.base = site.base, plain.plain
     swap_class(module, site.base)
     own = {name: tensor.detach().clone() for name, tensor in module._parameters.items() if tensor is not None}
     _fold(path, module, site, chosen)
@@ -69,19 +77,22 @@ def merge_packed(
     if settings.safe and not all(bool(tensor.isfinite().all()) for tensor in wanted.values()):
         why = "an adapter's tensors hold NaN or infinity"
         raise NotFiniteError("merging gives values that are not finite", where=path, why=why)
-    fold.norm = float((wanted["weight"] - own["weight"]).norm())
+    norms = {name: float((wanted[name] - own[name]).norm()) for name in packed}
+    fold.entries = sum(own[name].numel() for name in packed)
     merged = site.merged = Merged(tuple(names), packed=fold)
     if settings.quantised == "requantise":
         site.base = before
         plain.restore(module)
         swap_class(module, before)
-        return _requantise(path, module, packed, own, wanted, merged, settings, journal)
-    linear: Any = module
-    for name, value in wanted.items():
-        module._parameters[name] = nn.Parameter(_rounded(module, value, dtype, settings), own[name].requires_grad)
-    fold.layout = str(dtype).removeprefix("torch.")
-    fold.plain, fold.error = plain, float((linear.weight - wanted["weight"]).norm())
-    fold.after = {name: checksum(tensor) for name, tensor in module._parameters.items() if tensor is not None}
+        return _requantise(path, module, packed, own, wanted, norms, merged, settings, journal)
+    for name in [name for name in own if name in plain.tensors]:
+        trains = module._parameters[name].requires_grad  # type: ignore[union-attr]
+        rounded = _rounded(module, wanted[name], dtype, settings)
+        module._parameters[name] = nn.Parameter(rounded, trains)
+        if name in packed:
+            fold.losses[name] = ChangeLoss(norms[name], float((rounded - wanted[name]).norm()))
+    fold.layout, fold.plain = str(dtype).removeprefix("torch."), plain
+    fold.after = {name: checksum(module._parameters[name]) for name in own if name in plain.tensors}  # type: ignore[arg-type]
     for applied in site.applied:
         if applied.adapter not in names:
             applied.layer = None  # recorded again, for the forward of a plain Linear
@@ -89,21 +100,21 @@ def merge_packed(
 
 
 def dequantise_all(model: nn.Module, dtype: torch.dtype | None, journal: Journal) -> None:
-    """Make all quantised modules plain Linears, until the journal undoes it."""
+    """Make all quantised modules plain, until the journal undoes it."""
     dtype, plain = dtype or plain_dtype(model), list[str]()
     for path, module in list(base_modules(model)):
-        packed = packed_weight_of(module)
-        if packed is not None:
+        if packed := packed_by_name(module):
             journal.keep(module.__dict__)
             journal.undo(object.__setattr__, module, "__class__", type(module))
-            become_plain(module, packed, dtype or packed.dtype)
-            swap_class(module, plain_class(module))
+            wanted = dtype or next(iter(packed.values())).dtype
+            swap_class(module, become_plain(module, wanted, config=getattr(model, "config", None)).plain)
             plain.append(path)
     take_off_marks(model, plain, None, journal)
 
 
 def _rounded(module: nn.Module, value: Tensor, dtype: torch.dtype, settings: MergeSettings) -> Tensor:
-    rounding = settings.rounding_of(module, nn.Linear, torch.empty_like(value, dtype=dtype, device="meta"))
+    base = getattr(type(module), "_surgery_base", type(module))
+    rounding = settings.rounding_of(module, base, torch.empty_like(value, dtype=dtype, device="meta"))
     return value.to(dtype) if rounding is None else rounding.value(value, dtype)
 
 
@@ -116,49 +127,42 @@ def unmerge_packed(path: str, module: nn.Module, site: SiteState, merged: Merged
             journal.attribute(applied, "layer")
             if applied.adapter not in merged.adapters:
                 applied.layer = None  # recorded again, for the forward of the quantised module
-        fold.take_out(module, path)
         site.base = fold.plain.base
+        fold.take_out(module, journal, path)
         swap_class(module, site.base)
         return
-    packed = packed_weight_of(module)
-    if packed is not None:
-        journal.undo(packed.write, {name: tensor.detach().clone() for name, tensor in packed.tensors().items()})
-    for name in fold.others:
-        tensor = getattr(module, name)
-        journal.undo(tensor.copy_, tensor.detach().clone())
-    fold.take_out(module, path)
+    fold.take_out(module, journal, path)
 
 
 def merged_dense(
     path: str,
-    packed: PackedWeight,
+    module: nn.Module,
     site: SiteState | None,
     chosen: list[Applied],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     settings: MergeSettings,
 ) -> dict[str, Tensor]:
-    """The tensors of the plain Linear that a merge would put in the place of a quantised module, which stays."""
-    module = packed.module
+    """The tensors of the plain module that a merge would put in the place of a quantised module, which stays."""
+    dtype = dtype or next(iter(packed_by_name(module).values())).dtype
     with Trial() as trial:
         trial.keep(module.__dict__)
         trial.undo(object.__setattr__, module, "__class__", type(module))
-        become_plain(module, packed, torch.float64 if dtype == torch.float64 else torch.float32)
-        plain = plain_class(module)
-        swap_class(module, plain)
+        plain = become_plain(module, torch.float64 if dtype == torch.float64 else torch.float32)
+        swap_class(module, plain.plain)
         if site is not None and chosen:
             trial.attribute(site, "base")
-            site.base = plain
+            site.base = plain.plain
             _fold(path, module, site, chosen)
         return {
-            name: _rounded(module, tensor.detach(), dtype, settings)
-            for name, tensor in module._parameters.items()
-            if tensor is not None
+            name: _rounded(module, tensor.detach(), dtype, settings) if name in plain.tensors else tensor.detach()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and name not in module._non_persistent_buffers_set
         }
 
 
 def _fold(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> None:
-    """Add the changes of the rules to the tensors of the module, which is a plain Linear for now."""
-    folding = SiteFolding(module, nn.Linear, path, MergeSettings("copy"), Journal())
+    """Add the changes of the rules to the tensors of the module, which is plain for now."""
+    folding = SiteFolding(module, site.base, path, MergeSettings("copy"), Journal())
     for _, changes in changes_of_rules(module, site, chosen, folding):
         for name, change in changes.items():
             check_foldable(_NO_OWNERS, module, name, change, path, True)
@@ -169,37 +173,30 @@ def _fold(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) 
 def _requantise(
     path: str,
     module: nn.Module,
-    packed: PackedWeight,
+    packed: Mapping[str, PackedTensors],
     own: dict[str, Tensor],
     wanted: dict[str, Tensor],
+    norms: dict[str, float],
     merged: Merged,
     settings: MergeSettings,
     journal: Journal,
 ) -> MergeError | None:
-    """Quantise the merged weight anew, and note how to get the old codes back."""
-    fold, weight = merged.packed, wanted.pop("weight")
+    """Quantise the merged weights anew, and note how to get the old codes back."""
+    fold = merged.packed
     assert fold is not None
-    delta = weight - own["weight"]
-    old = {name: tensor.detach().clone() for name, tensor in packed.tensors().items()}
-    products = settings.products.get(id(module))
-    if fold.norm:
-        journal.undo(packed.write, old)
-        try:
-            codes = choose_codes(packed, weight, products)
-        except (SurgeryError, NotImplementedError) as error:
-            why = getattr(error, "why", None) or str(error)
-            return MergeError("the weight can't be quantised anew", where=path, why=why, fix=_DEQUANTISE)
-        fold.error = float((codes.values - weight).norm())
-        if products is not None and len(products) == weight.shape[1]:
-            outputs = float((delta @ products * delta).sum().clamp(min=0).sqrt())
-            off = codes.values - weight
-            lost = float((off @ products * off).sum().clamp(min=0).sqrt())
-            fold.outputs = lost / outputs if outputs else None
-    else:
-        fold.error = 0.0
-    now = packed.tensors()
-    copies = settings.keep == "copy" or packed.rearranges
-    fold.codes = {name: CodeRecord.of(tensor, now[name], copies) for name, tensor in old.items()}
+    old = keep_bits(module, journal)
+    for name, part in packed.items():
+        weight = wanted.pop(name)
+        fold.losses[name] = ChangeLoss(norms[name], 0.0)
+        if norms[name]:
+            try:
+                products = settings.products.get(id(module)) if weight.dim() == 2 else None
+                codes = choose_codes(part, weight, products)
+            except (SurgeryError, NotImplementedError) as error:
+                why = getattr(error, "why", None) or str(error)
+                return MergeError(f"the {name} can't be quantised anew", where=path, why=why, fix=_DEQUANTISE)
+            fold.losses[name] = _loss(codes.values - weight, weight - own[name], products)
+    fold.codes = KeptCodes.of(old, module, settings.keep == "copy")
     for name, value in wanted.items():
         if torch.equal(value, own[name]):
             continue
@@ -212,9 +209,10 @@ def _requantise(
         journal.undo(target.copy_, former)
         target.copy_(change)
         fold.others[name] = CodeRecord.of(former, target, True)
-    share = fold.error / fold.norm if fold.norm else 0.0
+    share = fold.share
     if settings.limit is not None and not share <= settings.limit:
-        outputs_lost = f", and {fold.outputs:.0%} of the change of the example's outputs" if fold.outputs else ""
+        outputs = next(iter(fold.losses.values())).outputs
+        outputs_lost = f", and {outputs:.0%} of the change of the example's outputs" if outputs else ""
         return MergeError(
             "quantising the merged weight loses too much of the adapter",
             where=path,
@@ -224,13 +222,23 @@ def _requantise(
     return None
 
 
+def _loss(off: Tensor, delta: Tensor, products: Tensor | None) -> ChangeLoss:
+    """What is lost of a change: by its numbers, and with H = XᵀX of the inputs X by its outputs."""
+    share = None
+    if products is not None and len(products) == delta.shape[1]:
+        lost, outputs = (float((part @ products * part).sum().clamp(min=0).sqrt()) for part in (off, delta))
+        share = lost / outputs if outputs else None
+    return ChangeLoss(float(delta.norm()), float(off.norm()), share)
+
+
 _DEQUANTISE = 'keep the adapter unmerged, or merge(model, quantised="dequantise")'
 _NO_OWNERS: Any = type("_NoOwners", (), {"of": staticmethod(lambda parameter: [])})()
 
 
 def _check_own(owners: Owners, module: nn.Module, path: str) -> None:
-    weight = module._parameters.get("weight")
-    if weight is not None and len(shared := owners.of(weight)) > 1:
+    parts = (module._parameters.get(name) for name in ("weight", *stored_in(module)))
+    shared = next((names for part in parts if part is not None and len(names := owners.of(part)) > 1), None)
+    if shared is not None:
         raise MergeError(
             "merging into this quantised weight would change another module",
             where=path,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.packed.packed_weight import packed_weight_of
+from surgery.packed.packed_map import packed_by_name
 from surgery.patterns.module_walk import base_modules
 from surgery.state.records import ModelState
 from surgery.transaction.undo_log import Journal
@@ -26,9 +26,9 @@ def take_off_marks(model: nn.Module, plain: list[str], state: ModelState | None,
     `state`: notes what was there, for `restore_marks`.
     """
     modules = list(base_modules(model))
-    remaining = any(packed_weight_of(module) is not None for _, module in modules)
+    remaining = any(packed_by_name(module) for _, module in modules)
     # Without a list, transformers chooses modules such as the head itself; with a list, these alone.
-    unpacked = [p for p, m in modules if isinstance(m, nn.Linear) and p not in plain and not packed_weight_of(m)]
+    unpacked = [p for p, m in modules if isinstance(m, nn.Linear) and p not in plain and not packed_by_name(m)]
     changes: dict[int, tuple[Any, dict[str, Any]]] = {}  # the objects to change, and their new entries
     copies: dict[int, Any] = {}
     for _, module in modules:

@@ -18,7 +18,7 @@ from surgery.merging.merge_sites import MergeSites, choose_sites
 from surgery.merging.packed_merge import merged_dense, plain_dtype
 from surgery.merging.site_folding import SiteFolding, check_foldable
 from surgery.merging.site_merge import changes_of_rules
-from surgery.packed.packed_weight import PackedWeight, packed_weight_of
+from surgery.packed.packed_map import packed_by_name
 from surgery.patterns.module_walk import base_modules, every_path
 from surgery.rewritten_model.state_dict import base_state_dict
 from surgery.rewritten_model.verb_root import rewritten
@@ -102,9 +102,9 @@ class _Tensors(Iterator[tuple[str, Tensor]]):
         self._owners = Owners(root)
         self._sites = {path: (module, site) for path, module, site in ([] if chosen.merged else chosen.sites)}
         self._dense = plain_dtype(root) if settings.dtype is None else settings.dtype
-        self._packed: dict[str, PackedWeight] = {}
+        self._packed: dict[str, nn.Module] = {}
         if settings.quantised == "dequantise":
-            self._packed = {path: weight for path, m in base_modules(root) if (weight := packed_weight_of(m))}
+            self._packed = {path: module for path, module in base_modules(root) if packed_by_name(module)}
         # The first path of each module that has several, by all its paths. What they share is computed once and kept.
         paths: dict[int, list[str]] = {}
         for path, module in every_path(root):
@@ -169,11 +169,10 @@ class _Tensors(Iterator[tuple[str, Tensor]]):
     def _dequantised(self, path: str) -> dict[str, Tensor]:
         if path in self._kept:
             return self._kept[path]
-        packed = self._packed[path]
-        dtype = self._dense or packed.dtype
         entry = self._sites.get(path)
         rules = self.chosen.rules[id(entry[0])] if entry is not None else []
-        values = merged_dense(path, packed, entry[1] if entry is not None else None, rules, dtype, self.settings)
+        module, site = self._packed[path], entry[1] if entry is not None else None
+        values = merged_dense(path, module, site, rules, self._dense, self.settings)
         if path in self._first:
             self._kept[path] = values
         return values

@@ -25,6 +25,7 @@ class AtenInt4Weight(PackedWeight):
     """
 
     backend = "gptqmodel-aten"
+    auxiliary = frozenset(("qweight", "qzeros", "scales", "g_idx", "wf_unsqueeze_zero", "wf_unsqueeze_neg_one"))
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -32,6 +32,7 @@ class AwqWeight(PackedWeight):
     """
 
     backend = "awq"
+    auxiliary = frozenset(("qzeros", "wf_unsqueeze_zero", "wf_unsqueeze_neg_one"))
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -24,6 +24,11 @@ class CompressedWeight(PackedWeight):
     """
 
     backend = "compressed-tensors"
+    auxiliary = frozenset(
+        f"{part}_{kind}"
+        for part in ("weight", "input", "output")
+        for kind in ("scale", "zero_point", "global_scale", "shape", "g_idx", "packed")
+    )
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ class Fp8Weight(PackedWeight):
     """
 
     backend = "transformers-fp8"
+    auxiliary = frozenset(("input_scale_ub", "activation_scale"))
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

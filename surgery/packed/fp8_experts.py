@@ -29,6 +29,7 @@ class Fp8Stack(PackedStack):
     """
 
     backend = "transformers-fp8"
+    auxiliary = frozenset(("input_scale_ub", "gate_up_proj_activation_scale", "down_proj_activation_scale"))
 
     @property
     def layout(self) -> str:

@@ -42,6 +42,7 @@ class GptqWeight(PackedWeight):
     """
 
     backend = "gptq"
+    auxiliary = frozenset(("wf_unsqueeze_zero", "wf_unsqueeze_neg_one", "wf"))
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

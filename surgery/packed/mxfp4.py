@@ -33,6 +33,7 @@ class Mxfp4Stack(PackedStack):
     """
 
     backend = "transformers-mxfp4"
+    auxiliary = frozenset(("gate_up_proj_precision_config", "down_proj_precision_config"))
     transposed = True
 
     @property

@@ -16,9 +16,15 @@ class PackedTensors(ABC):
     """Numbers that a module stores packed: codes, scales and zero points.
 
     An object of this class reads the module each time; it does not keep tensors.
+
+    Attributes:
+        backend: the name of the backend, such as "bitsandbytes".
+        auxiliary: names of further tensors and attributes of the module that are the backend's, beside those in
+            `tensors`. While the module is plain, it does not have them.
     """
 
     backend: ClassVar[str]
+    auxiliary: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, module: nn.Module):
         self.module: Any = module

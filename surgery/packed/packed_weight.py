@@ -57,6 +57,8 @@ class PackedWeight(PackedTensors):
     Attributes:
         backend: the name of the backend, such as "bitsandbytes".
         module: the quantised module.
+        auxiliary: names of further tensors of the module that are the backend's, beside those in `tensors`. While the
+            module is a plain Linear, it does not have them. Tensors of other names are the user's, and stay.
         rearranges: whether a call of the module may arrange its codes anew, under other names in `tensors`.
     """
 

@@ -24,6 +24,7 @@ class QuantoWeight(PackedWeight):
     """
 
     backend = "optimum-quanto"
+    auxiliary = frozenset(("input_scale", "output_scale"))
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

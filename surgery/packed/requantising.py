@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.arithmetic.rounding import feedback_factor, round_with_feedback
-from surgery.packed.packed_weight import PackedWeight
+from surgery.packed.packed_tensors import PackedTensors
 
 __all__ = ["Codes", "choose_codes"]
 
@@ -31,12 +31,12 @@ class Codes:
     error: float
 
 
-def choose_codes(packed: PackedWeight, wanted: Tensor, products: Tensor | None = None) -> Codes:
+def choose_codes(packed: PackedTensors, wanted: Tensor, products: Tensor | None = None) -> Codes:
     """Returns the codes of least error among several ways to quantise. The module then has codes of one of them.
 
     Args:
         packed: the packed weight. The caller writes the old tensors, or the returned ones.
-        wanted: the weight to reach, (out, in), in float32.
+        wanted: the weight to reach, (out, in), in float32; for a stack, (experts, …).
         products: H = XᵀX of the inputs X. With it, the error is that of the outputs, tr(E H Eᵀ), and rounding errors of
             a column are taken out of the columns after it, as GPTQ does. Default None: the error is ‖E‖.
     """
@@ -53,7 +53,7 @@ def choose_codes(packed: PackedWeight, wanted: Tensor, products: Tensor | None =
 
     kept = codes(wanted, "keep")  # the base's values are on this grid
     tried = [kept, refitted := codes(wanted, "refit")]
-    for _ in range(_STEPS):
+    for _ in range(_STEPS if wanted.dim() == 2 else 0):
         scaled = _least_squares(refitted.values, wanted)
         codes(scaled, "refit")  # the scales of the best multiple of each group
         tried.append(refitted := codes(wanted, "keep"))
@@ -90,7 +90,7 @@ class _Grid:
     levels: Tensor
 
     @staticmethod
-    def of(packed: PackedWeight, wanted: Tensor) -> _Grid:
+    def of(packed: PackedTensors, wanted: Tensor) -> _Grid:
         """Reads the grid from the backend: the largest and smallest values, and those between."""
 
         def rounded(values: Tensor) -> Tensor:

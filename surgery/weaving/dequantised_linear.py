@@ -1,78 +1,50 @@
-"""Turns a quantised module into a plain Linear of its dequantised weight, with the rules that are on it."""
+"""Makes a quantised module plain, with the rules that are on it."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, dtype, nn
+from torch import dtype, nn
 
-from surgery.packed.packed_weight import PackedWeight
-from surgery.packed.quantised_class import AbstractLayout, inherits_from_abc
+from surgery.packed.packed_map import packed_by_name
+from surgery.packed.plain_module import DequantisedLinear
 from surgery.state.kept_codes import KeptCodes
+from surgery.state.packed_module import become_plain
 from surgery.state.records import SiteState, site_state
-from surgery.transaction.undo_log import Journal
 from surgery.weaving.generated_class import swap_class
 from surgery.weaving.site_class import install_live
 
 __all__ = ["DequantisedLinear", "replace_packed"]
 
 
-class DequantisedLinear(nn.Linear):
-    """A Linear that computes in the dtype of its input, as kernels of quantised weights do."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
-
-
-class _AbstractDequantisedLinear(AbstractLayout, DequantisedLinear):
-    """The same for modules whose class inherits from `abc.ABC`."""
-
-
-def replace_packed(packed: PackedWeight, journal: Journal | None = None, into: dtype | None = None) -> None:
-    """Makes a quantised module a `DequantisedLinear`, in place. The journal's undoing gives the same objects back.
+def replace_packed(module: nn.Module, into: dtype | None = None) -> None:
+    """Makes a quantised module plain, in place and for good. A Linear then computes in the dtype of its input.
 
     Args:
-        packed: the module's packed weight.
-        journal: notes how to undo the change.
-        into: the dtype of the plain weight; default: that of the dequantised weight.
+        module: the quantised module.
+        into: the dtype of the plain weights; default: that of the dequantised weight.
     """
-    module, state = packed.module, site_state(packed.module)
-    (out_features, in_features), stored = packed.shape, {id(tensor) for tensor in packed.tensors().values()}
-    plain_dtype = into or packed.dtype
+    state, packed = site_state(module), packed_by_name(module)
+    plain_dtype = into or next(iter(packed.values())).dtype
     records = {
-        id(record): record.as_plain(packed, plain_dtype)
+        id(record): record.as_plain(packed[name], plain_dtype)
         for applied in (state.applied if state is not None else ())
-        for _, record in applied.changed
+        for name, record in applied.changed
         if isinstance(record, KeptCodes)
     }
-    weight = nn.Parameter(packed.dequantise().to(plain_dtype), requires_grad=False)
-    if journal is not None:
-        journal.keep(module.__dict__, module._parameters, module._buffers)
-        journal.undo(_set_class, module, "__class__", type(module))
-        if state is not None:
-            journal.keep(state.__dict__, state.applied, state.variants, state.classes)
-            for applied in state.applied:
-                journal.keep(applied.__dict__)
-    for name in [name for name, tensor in module._buffers.items() if id(tensor) in stored]:
-        del module._buffers[name]
-    module._parameters["weight"] = weight
-    if "bias" not in module._buffers:
-        module._parameters.setdefault("bias", None)
-    module.__dict__.update(out_features=out_features, in_features=in_features)
-    base = _AbstractDequantisedLinear if inherits_from_abc(module) else DequantisedLinear
-    swap_class(module, base)
+    plain = become_plain(module, plain_dtype, in_any_dtype=True)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    swap_class(module, plain.plain)
     if state is not None:
         for applied in state.applied:
             applied.changed = [(name, records.get(id(record), record)) for name, record in applied.changed]
-        _replace_base(module, state, base, journal)
+        _replace_base(module, state, plain.plain)
 
 
-def _replace_base(module: nn.Module, state: SiteState, base: type[nn.Module], journal: Journal | None) -> None:
+def _replace_base(module: nn.Module, state: SiteState, base: type[nn.Module]) -> None:
     state.base = base
     state.woven = None
     state.classes.clear()
     for applied in state.applied:
         applied.layer = None  # recorded again on the plain weight
-    install_live(module, journal)
-
-
-_set_class = object.__setattr__
+    install_live(module, None)

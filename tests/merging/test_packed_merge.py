@@ -305,3 +305,38 @@ def test_merge_to_writes_what_transformers_reloads(mode: Any, width: int, tmp_pa
     else:
         assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
         assert (again(ids).logits - merged).norm() < (2e-2 if width == 8 else 1e-5) * merged.norm()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_of_the_user_stay(mode: Any) -> None:
+    """A buffer and a parameter that a user gave to a quantised module are there while merged, and after."""
+    model = quantised(BACKENDS[0])
+    layer: Any = model[0]
+    layer.register_buffer("seen", torch.zeros(1))
+    layer.register_buffer("hidden", torch.ones(1), persistent=False)
+    layer.register_parameter("gate", nn.Parameter(torch.ones(2)))
+    keys = list(model.state_dict())
+    merge(model, quantised=mode, limit=None)
+    merged_keys = set(model.state_dict())
+    assert {"0.seen", "0.gate"} <= merged_keys and "0.hidden" not in merged_keys and layer.hidden.item() == 1
+    layer.seen += 1
+    layer.register_buffer("later", torch.full((1,), 3.0))
+    layer.gate = nn.Parameter(torch.full((2,), 2.0))
+    unmerge(model)
+    assert layer.seen.item() == 1 and layer.later.item() == 3 and layer.gate.tolist() == [2, 2]
+    assert [key for key in model.state_dict() if key != "0.later"] == keys
+
+
+def test_a_model_of_packed_weights_alone_takes_inputs_of_any_dtype() -> None:
+    """Its plain Linears have the dtype of the dequantised weight, and compute in that of the input, as kernels do."""
+    bnb: Any = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.bfloat16).to("cpu")
+    model: Any = apply_rules(nn.Sequential(layer), LoraRule("0", rank=2, init="random"))
+    x = torch.randn(3, 64)
+    live = model(x)
+    merge(model, quantised="dequantise")
+    assert model[0].weight.dtype is torch.bfloat16 and isinstance(model[0], nn.Linear)
+    assert model(x).dtype is torch.float32 and model(x.bfloat16()).dtype is torch.bfloat16
+    assert float((model(x) - live).detach().norm() / live.detach().norm()) < 0.02  # bfloat16 has 8 bits
+    unmerge(model)
+    assert torch.equal(model(x), live)

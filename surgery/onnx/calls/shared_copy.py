@@ -61,7 +61,7 @@ def sharing_copy(
     dtype = plain_dtype(copied_model) if weights else None
     for packed in weights:
         if dequantise == "all" or packed.activations is not None:
-            replace_packed(packed, into=dtype)  # a merge rounds its sum to the dtype
+            replace_packed(packed.module, into=dtype)  # a merge rounds its sum to the dtype
     return copied_model
 
 
