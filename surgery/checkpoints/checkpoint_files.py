@@ -102,7 +102,8 @@ class CheckpointFiles:
 
     def identity(self) -> list[Any]:
         """Returns what tells this checkpoint from another one: names, sizes, times and headers of its files."""
-        facts: list[Any] = []
+        config = self.folder / "config.json"
+        facts: list[Any] = [hashlib.sha256(config.read_bytes()).hexdigest()] if config.is_file() else []
         for name, shard in self.shards.items():
             status = shard.path.stat()
             facts.append([name, status.st_size, status.st_mtime_ns, hashlib.sha256(shard.head).hexdigest()])

@@ -16,7 +16,7 @@ from typing import Any
 
 from surgery.checkpoints.shard_writing import sync_folder
 from surgery.errors import SurgeryError
-from surgery.transaction.created_folder import created_folder
+from surgery.transaction.created_folder import check_new_folder, created_folder
 
 __all__ = ["Ledger", "open_ledger"]
 
@@ -93,16 +93,21 @@ def open_ledger(out: Path) -> Iterator[Ledger]:
     of the system, the unfinished folder stays for the next run.
 
     Raises:
-        SurgeryError: another process writes the same result.
+        SurgeryError: another process writes the same result, or the disk is full or fails.
     """
     out = out.resolve()  # a link to an empty folder stays a link
     place = out.parent / f".{out.name}.unfinished"
-    with created_folder(out.parent), created_folder(place), _locked(place, out):
-        try:
-            yield Ledger(place, out)
-        except SurgeryError:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
+    try:
+        with created_folder(out.parent), created_folder(place), _locked(place, out):
+            try:
+                check_new_folder(out)  # another process may have finished it
+                yield Ledger(place, out)
+            except SurgeryError:
+                shutil.rmtree(place, ignore_errors=True)
+                raise
+    except OSError as error:
+        fix = "free space or mend the cause, and call it again with the same arguments: it goes on where it stopped"
+        raise SurgeryError(f"{out} could not be written", why=str(error), fix=fix) from error
 
 
 @contextlib.contextmanager
@@ -115,7 +120,10 @@ def _locked(place: Path, out: Path) -> Iterator[None]:
     with open(place / _LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = os.stat(place / _LOCK).st_ino == os.fstat(file.fileno()).st_ino
         except OSError:
+            current = False
+        if not current:  # it is locked, or the other process has just finished and removed the file
             fix = "wait for it, or name another folder"
-            raise SurgeryError("another process writes this result", where=str(out), fix=fix) from None
+            raise SurgeryError("another process writes this result", where=str(out), fix=fix)
         yield

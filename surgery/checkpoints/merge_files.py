@@ -31,7 +31,7 @@ from surgery.transaction.neutral_context import neutral
 
 __all__ = ["merge_files"]
 
-Source = str | Path | Any
+Source = str | Path
 
 
 def merge_files(
@@ -93,7 +93,7 @@ def merge_files(
         would convert them.
     """
     base, out = Path(base_folder), Path(out_folder)
-    sources = [adapter] if isinstance(adapter, (str, Path)) or not isinstance(adapter, Sequence) else list(adapter)
+    sources = [adapter] if isinstance(adapter, (str, Path)) or not isinstance(adapter, Sequence) else [*adapter]
     check_arguments(base, out, sources, dtype, keep_record, weights, workers)
     names = names_of(sources)
     with neutral(None), torch.no_grad():
@@ -108,7 +108,7 @@ def merge_files(
         dtypes = new_dtypes(files, plan.skeleton, added, dtype)
         job = Rewriting(files, tasks, dtypes, added, keep_record)
         texts = _changed_texts(plan, job, dtype)
-        options = [str(dtype), keep_record, untie, list(weights or ()), sorted(texts)]
+        options = [str(dtype), keep_record, untie, list(weights or ()), texts]
         with open_ledger(out) as ledger:
             ledger.start([files.identity(), [_identity(source) for source in sources], options, _versions()])
             reused = rewrite_shards(job, ledger, workers, progress, f"merge {', '.join(names)}")

@@ -18,9 +18,10 @@ from surgery.checkpoints.unit_merge import MergeSite
 from surgery.checkpoints.untied_tensors import check_shared, untie_shared
 from surgery.errors import PlanError, SurgeryError
 from surgery.state.parameter_owners import Owners
+from surgery.state.records import model_state
 from surgery.transaction.created_folder import check_new_folder
 
-__all__ = ["MergePlan", "check_arguments", "plan_merge"]
+__all__ = ["MergePlan", "check_arguments", "check_meta", "check_outside", "plan_merge"]
 
 
 @dataclass
@@ -46,7 +47,15 @@ def check_arguments(
 ) -> None:
     """Raises `SurgeryError` for arguments that do not fit together, and for folders that can't be read or written."""
     if not sources:
-        raise SurgeryError("there is no adapter to merge")
+        raise SurgeryError("there is no adapter to merge", fix="name a folder, a file or a repository")
+    if wrong := [source for source in sources if not isinstance(source, (str, Path))]:
+        what, fix = (
+            f"{str(wrong[0])[:200]!r} is not an adapter",
+            "name a folder, a file or a repository, or a list of them",
+        )
+        raise SurgeryError(what, why=f"it is a {type(wrong[0]).__name__}", fix=fix)
+    if weights is not None and (isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence)):
+        raise SurgeryError(f"weights={weights!r} is not a list", fix="weights=[0.7, -0.3], one for each adapter")
     if weights is not None and len(weights) != len(sources):
         raise SurgeryError(f"there are {len(weights)} weights for {len(sources)} adapters")
     if not isinstance(workers, int) or workers < 1:
@@ -61,8 +70,27 @@ def check_arguments(
     if not base.is_dir():
         raise SurgeryError(f"{base} is not a folder", fix="name a folder with the base's config.json and weights")
     check_new_folder(out)
-    if out.resolve() == base.resolve():
-        raise SurgeryError("the result can't be written into the base's folder", fix="name another folder")
+    check_outside(out, base, "the base's folder")
+
+
+def check_outside(out: Path, folder: Path, what: str) -> None:
+    """Raises `SurgeryError` if a result would lie in the folder that is read, whose files are copied into it."""
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise SurgeryError(f"the result can't be written into {what}", where=str(out), fix="name another folder")
+
+
+def check_meta(model: Any) -> None:
+    """Raises `SurgeryError` unless this is a model without weights and adapters, or None."""
+    if model is None:
+        return
+    fix = 'with torch.device("meta"): model = …'
+    if not isinstance(model, nn.Module):
+        raise SurgeryError(f"model={type(model).__name__} is not a model", fix=fix)
+    if model_state(model) is not None:
+        raise SurgeryError("the model has adapters already", fix="give a new model, and name all adapters")
+    if loaded := next((name for name, tensor in model.named_parameters() if not tensor.is_meta), None):
+        why = "its weights would be replaced by those of the files"
+        raise SurgeryError("the model is not on the meta device", where=loaded, why=why, fix=fix)
 
 
 def plan_merge(
@@ -81,6 +109,7 @@ def plan_merge(
     Raises:
         SurgeryError: anything that makes the merge impossible.
     """
+    check_meta(model)
     check_not_quantised(base)
     files = open_checkpoint(base)
     if keep_record and files.pickled:

@@ -20,6 +20,8 @@ _FOLDERS = ("onnx", "openvino", "original", "coreml", FOLDER)
 def copy_other_files(source: Path, target: Path, written: Collection[str]) -> list[str]:
     """Copies files and folders, but for weights and hidden entries. Returns the names that are left out.
 
+    Links to folders above them, links to nothing and special files can't be copied, and are left out.
+
     `written`: names of files that are in the target already.
     """
     left_out: list[str] = []
@@ -30,9 +32,26 @@ def copy_other_files(source: Path, target: Path, written: Collection[str]) -> li
             if entry.name in _FOLDERS:
                 left_out.append(f"{entry.name}/")
             else:
-                shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
-        elif entry.name.endswith(_WEIGHTS):
+                left_out += _copy_folder(entry, target / entry.name, entry.name, {source.resolve()})
+        elif entry.name.endswith(_WEIGHTS) or not entry.is_file():
             left_out.append(entry.name)
+        else:
+            shutil.copyfile(entry, target / entry.name)
+    return left_out
+
+
+def _copy_folder(source: Path, target: Path, name: str, above: set[Path]) -> list[str]:
+    """Copies a folder with all that it holds. `above`: the folders that contain it."""
+    if (real := source.resolve()) in above:
+        return [f"{name}/"]
+    target.mkdir(exist_ok=True)
+    left_out: list[str] = []
+    for entry in sorted(source.iterdir()):
+        own = f"{name}/{entry.name}"
+        if entry.is_dir():
+            left_out += _copy_folder(entry, target / entry.name, own, above | {real})
         elif entry.is_file():
             shutil.copyfile(entry, target / entry.name)
+        else:
+            left_out.append(own)
     return left_out

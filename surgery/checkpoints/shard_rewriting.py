@@ -75,7 +75,8 @@ class Rewriting:
         names = self.shard_names()
         total = sum(place.nbytes for shard in names for place in self.layout(shard).tensors.values())
         mapping = {key: names[shard] for shard in names for key in self.keys(shard)}
-        metadata = {**data.get("metadata", {}), "total_size": total}
+        metadata = data.get("metadata")
+        metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
         return {"metadata": metadata, "weight_map": dict(sorted(mapping.items()))}
 
     @property

@@ -17,6 +17,7 @@ from surgery.checkpoints.base_skeleton import base_names
 from surgery.checkpoints.checkpoint_files import CheckpointFiles, open_checkpoint
 from surgery.checkpoints.file_reports import FileUnmergeReport
 from surgery.checkpoints.ledger import open_ledger
+from surgery.checkpoints.merge_plan import check_meta, check_outside
 from surgery.checkpoints.merge_record import FOLDER, FORMAT, LIST, VERSION, read_record
 from surgery.checkpoints.name_map import NameGroup, NameMap
 from surgery.checkpoints.other_files import copy_other_files
@@ -60,6 +61,8 @@ def unmerge_files(
     """
     merged, out = Path(merged_folder), Path(out_folder)
     check_new_folder(out)
+    check_outside(out, merged, "the merged folder")
+    check_meta(model)
     data = _read_list(merged)
     with neutral(None), torch.no_grad():
         files = open_checkpoint(merged)

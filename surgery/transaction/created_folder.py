@@ -37,17 +37,31 @@ def created_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_new_folder(out: Path) -> None:
-    """Raises `SurgeryError` unless a folder can be made here: nothing is there, or an empty folder."""
+    """Raises `SurgeryError` unless a folder can be made here: nothing is there, or an empty folder.
+
+    The result replaces an empty folder, which must not be a place that can't be replaced.
+    """
     check_folder_above(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not out.exists():
+        return
+    if not out.is_dir() or any(out.iterdir()):
         fix = "name another folder, or remove this one first"
         raise SurgeryError(f"{out} exists already", why="results are written into a new folder", fix=fix)
+    if os.path.ismount(out) or out.resolve() == Path.cwd():
+        what = "the working folder" if out.resolve() == Path.cwd() else "where a disk is mounted"
+        fix = f"name a new folder inside it, such as {out / 'merged'}"
+        raise SurgeryError(f"{out} can't be replaced by the result", why=f"it is {what}", fix=fix)
 
 
 def check_folder_above(out: Path) -> None:
     """Raises `SurgeryError` if no file can be made here: before the work, not after it."""
-    above = next(parent for parent in out.resolve().parents if parent.exists())
+    fix = "name another place"
+    try:
+        above = next(parent for parent in out.resolve().parents if parent.exists())
+        out.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a name that is too long, a null byte
+        raise SurgeryError(f"{str(out)!r} can't be written", why=str(error), fix=fix) from None
     if not above.is_dir():
-        raise SurgeryError(f"{out} can't be written", why=f"{above} is a file", fix="name another place")
+        raise SurgeryError(f"{out} can't be written", why=f"{above} is a file", fix=fix)
     if not os.access(above, os.W_OK | os.X_OK):
-        raise SurgeryError(f"{out} can't be written", why=f"you may not write into {above}", fix="name another place")
+        raise SurgeryError(f"{out} can't be written", why=f"you may not write into {above}", fix=fix)
