@@ -182,5 +182,6 @@ def merged_all(site: LiveSite) -> dict[str, Tensor]:
 
 def combined_all(rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, combining.Tensors]:
     """Combines the adapters' copies into one: W + Σ w (T − W)."""
-    base = {name.replace(".", "_"): tensor for name, tensor in own_tensors(shares[0].site.module)}
+    site = shares[0].site
+    base = {name.replace(".", "_"): site.tensor(name) for name, _ in own_tensors(site.module)}
     return combining.combine_copies(base, rule, shares, how)

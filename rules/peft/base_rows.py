@@ -36,7 +36,8 @@ def base_rows(config: PeftConfig) -> Iterable[Rule]:
 
 def _compared(config: PeftConfig, group: list[tuple[str, str, nn.Module, Tensor]]) -> Iterator[Rule]:
     """One tensor of the base, which tied modules hold, with what the file has in its place."""
-    key, path, module, ours = group[0]
+    key, path, module, own = group[0]
+    ours = config.value(path, key.rpartition(".")[2]) if own.is_meta else own
     shapes, keys = _shapes(config), [key for key, *_ in group]
     matrix = isinstance(module, (nn.Embedding, nn.Linear)) and ours.dim() == 2
     if matrix and ours.is_floating_point() and len(shapes[key]) == 2 and shapes[key][1] == ours.shape[1]:
@@ -46,7 +47,7 @@ def _compared(config: PeftConfig, group: list[tuple[str, str, nn.Module, Tensor]
             return
     if any(shapes[other] != tuple(ours.shape) for other in keys):
         return
-    if ours.is_meta or type(ours) not in (nn.Parameter, Tensor) or not ours.is_floating_point():
+    if ours.is_meta or type(own) not in (nn.Parameter, Tensor) or not ours.is_floating_point():
         config.assumed.append(f"the file's {path} can't be compared with this base's, and is taken to be the same")
         config.passed_over += keys
         return
@@ -63,7 +64,7 @@ def _compared(config: PeftConfig, group: list[tuple[str, str, nn.Module, Tensor]
         rows = f"{len(differ)} of {len(ours)} rows"
         note = f"the file's {path} differs from this base's in {rows}: the file's are taken, as a part of the adapter"
         config.assumed.append(note)
-        paths = [at for at, other in config.modules.by_path.items() if other._parameters.get("weight") is ours]
+        paths = [at for at, other in config.modules.by_path.items() if other._parameters.get("weight") is own]
         read = bool(config.data.get("use_dora")) and not config.targeted.isdisjoint(paths)
         yield BaseRowsRule(targets=config.regular(paths), tokens=tuple(differ.tolist()), in_weight=read)
 

@@ -1,8 +1,4 @@
-"""Weights that accelerate keeps on the CPU or on disk, and brings to a module for each call.
-
-Such a module has the hook `AlignDevicesHook` with `offload`, and its own tensors are on the meta device between calls.
-The hook's `weights_map` has the values. Known by their attributes, so accelerate is not imported here.
-"""
+"""Reads and writes weights that accelerate keeps on the CPU or on disk, in the `weights_map` of its hooks."""
 
 from __future__ import annotations
 
@@ -18,28 +14,17 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.forward.parameter_view import tensor_at
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.offload_hooks import offload_hook
 
 __all__ = [
     "adapters_stay",
     "device_of_calls",
     "initial_copy",
-    "is_offloaded",
     "keep_value",
     "keys_that_share",
-    "loads_children",
     "value_at",
     "weights_present",
 ]
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings this module's own tensors for each call."""
-    return _hook(module) is not None
-
-
-def loads_children(module: nn.Module) -> bool:
-    """Whether accelerate brings the tensors of all modules inside this one, too (`preload_module_classes`)."""
-    return bool(getattr(_hook(module), "place_submodules", False))
 
 
 def device_of_calls(module: nn.Module) -> torch.device | None:
@@ -48,7 +33,7 @@ def device_of_calls(module: nn.Module) -> torch.device | None:
     A module without tensors of its own, such as an attention, runs where the first module with tensors inside it does.
     """
     first = next((part for part in module.modules() if _has_tensors(part)), module)
-    hook = _hook(first)
+    hook = offload_hook(first)
     if hook is None or hook.execution_device is None:
         return None
     device = hook.execution_device
@@ -66,7 +51,7 @@ def value_at(module: nn.Module, name: str) -> Tensor:
         return tensor
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
-    hook = _hook(owner)
+    hook = offload_hook(owner)
     return tensor if hook is None else _value(owner, hook, last)
 
 
@@ -94,7 +79,7 @@ def weights_present(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     values: dict[str, Tensor] = {}
     try:
         for path, owner in base_modules(module):  # accelerate never offloads adapters (`adapters_stay`)
-            hook = _hook(owner)
+            hook = offload_hook(owner)
             kinds: list[dict[str, Any]] = [owner._parameters, owner._buffers] if hook is not None else []
             for kind in kinds:
                 for name, tensor in kind.items():
@@ -118,7 +103,7 @@ def keep_value(module: nn.Module, name: str, value: Tensor) -> None:
     """
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
-    hook = _hook(owner)
+    hook = offload_hook(owner)
     assert hook is not None, name
     store, key = _store(hook, last)
     value = value.detach()
@@ -165,7 +150,7 @@ def adapters_stay(hook: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 def keys_that_share(module: nn.Module, name: str) -> list[str]:
     """Returns the other keys under which accelerate keeps the memory of a tensor on the CPU: those of tied weights."""
     path, _, last = name.rpartition(".")
-    hook = _hook(module.get_submodule(path))
+    hook = offload_hook(module.get_submodule(path))
     if hook is None:
         return []
     store, key = _store(hook, last)
@@ -174,15 +159,6 @@ def keys_that_share(module: nn.Module, name: str) -> list[str]:
         return []
     place = memory[key].data_ptr()
     return [other for other, tensor in memory.items() if other != key and tensor.data_ptr() == place]
-
-
-def _hook(module: nn.Module) -> Any:
-    """Returns the hook that offloads the module's own tensors, or None."""
-    hook = module.__dict__.get("_hf_hook")
-    for part in getattr(hook, "hooks", (hook,)):
-        if getattr(part, "offload", False) is True and getattr(part, "weights_map", None) is not None:
-            return part
-    return None
 
 
 def _store(hook: Any, name: str) -> tuple[Any, str]:

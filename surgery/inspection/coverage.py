@@ -15,6 +15,7 @@ from torch import nn
 from surgery.errors import TraceError
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.offload_hooks import refuse_offloaded
 from surgery.results import Displayed, Report, Table
 from surgery.tracing.example_call import call
 from surgery.tracing.guards import parts_of
@@ -87,8 +88,9 @@ def coverage(model: nn.Module, example_inputs: Any) -> Coverage:
         A `Coverage` with a row for each class.
 
     Raises:
-        SurgeryError: the call itself fails.
+        SurgeryError: the call itself fails, or the model is offloaded.
     """
+    refuse_offloaded(model, "the modules of an offloaded model can't be traced")
     paths = {id(module): path for path, module in reversed(list(base_modules(model)))}
     order = {class_of(module): None for _, module in base_modules(model)}
     uses = _uses(model, example_inputs)

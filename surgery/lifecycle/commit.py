@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from surgery.errors import PlanError, SurgeryError, SurgeryWarning, abbreviate
-from surgery.forward.offloaded_weights import is_offloaded
 from surgery.lifecycle.commit_objections import CommittedSite, find_objections
 from surgery.lifecycle.forget import forget_adapters, untied_flags
 from surgery.lifecycle.module_replacement import replace_modules
@@ -20,6 +19,7 @@ from surgery.merging.site_folding import fold_together
 from surgery.merging.site_merge import merge_site
 from surgery.model_edits.shared_copies import separate_copies
 from surgery.patterns.module_class import class_of
+from surgery.patterns.offload_hooks import is_offloaded
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.in_use import check_unclaimed

@@ -16,7 +16,7 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import SurgeryWarning
-from surgery.forward.offloaded_weights import device_of_calls, is_offloaded, value_at
+from surgery.forward.offloaded_weights import device_of_calls, value_at
 from surgery.forward.tape import Layer
 from surgery.lifecycle.freezing import freeze_base, train_structure
 from surgery.lifecycle.gradient_reducers import watch_gradients
@@ -24,6 +24,7 @@ from surgery.lifecycle.tensor_start import start
 from surgery.merging.offloaded_merge import fold_offloaded
 from surgery.merging.site_folding import check_foldable, fold_into
 from surgery.packed.packed_map import packed_by_name
+from surgery.patterns.offload_hooks import is_offloaded
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import prepare_sites
 from surgery.planning.equivalence_check import check_equivalence

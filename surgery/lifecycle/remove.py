@@ -8,12 +8,13 @@ from torch import nn
 
 from surgery.arithmetic.exact_fold import Record
 from surgery.errors import SiteError, SurgeryError
-from surgery.forward.offloaded_weights import is_offloaded, weights_present
+from surgery.forward.offloaded_weights import weights_present
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.apply import M
 from surgery.lifecycle.freezing import thaw_base
 from surgery.merging.offloaded_merge import unmerge_offloaded_site
 from surgery.merging.site_folding import verify_records
+from surgery.patterns.offload_hooks import is_offloaded
 from surgery.rewritten_model import transformers_hooks
 from surgery.rewritten_model.moved_sites import unwatch
 from surgery.rewritten_model.restructure import set_aside_sites, undo_edits

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from surgery.checkpoints.base_skeleton import base_skeleton
 from surgery.checkpoints.checkpoint_files import open_checkpoint
 from surgery.errors import SurgeryError
-from surgery.forward.offloaded_weights import is_offloaded
 from surgery.forward.parameter_view import tensor_at
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.offload_hooks import is_offloaded
 from surgery.state.records import model_state, sites
 
 __all__ = ["WeightSource", "open_source"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from surgery.arithmetic.rounding import RoundingMode
 from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
-from surgery.forward.offloaded_weights import is_offloaded, weights_present
+from surgery.forward.offloaded_weights import weights_present
 from surgery.forward.parameter_view import tensor_at
 from surgery.merging.example_effect import run_examples
 from surgery.merging.merge_report import MergeLoss, MergeReport, TensorLoss, tensor_losses, warn_of_losses
@@ -24,6 +24,7 @@ from surgery.merging.quantisation_marks import restore_marks, take_off_marks
 from surgery.merging.site_folding import fold_together, verify_records
 from surgery.merging.site_merge import check_finite, merge_site, owner_of
 from surgery.packed.packed_map import packed_by_name
+from surgery.patterns.offload_hooks import is_offloaded
 from surgery.progress import Progress, each_step
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of

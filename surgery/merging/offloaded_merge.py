@@ -5,7 +5,7 @@ The undo log of a merge holds no weights of such modules, so a merge needs the m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from surgery.state.record_undo import keep_site
 from surgery.state.records import Applied, SiteState
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["fold_offloaded", "merge_offloaded_site", "unmerge_offloaded_site"]
+__all__ = ["check_unshared", "fold_offloaded", "merge_offloaded_site", "unmerge_offloaded_site"]
 
 
 def merge_offloaded_site(
@@ -46,7 +46,7 @@ def merge_offloaded_site(
         assert site.merged is not None
         site.merged.tied.clear()  # the store has a value for each module
         if not settings.untie:
-            _check_unshared(owners, module, absent, site.merged.folds, path)
+            check_unshared(owners, module, absent, [name for name, _ in site.merged.folds], path)
         _keep(module, site.merged.folds, journal)
 
 
@@ -60,16 +60,16 @@ def fold_offloaded(
         for name, change in changes.items():
             check_foldable(owners, module, name, change, path)
             folds.append((name, fold_into(module, name, change, keep="record", where=path, journal=Journal())))
-        _check_unshared(owners, module, absent, folds, path)
+        check_unshared(owners, module, absent, [name for name, _ in folds], path)
         _keep(module, folds, journal)
     return folds
 
 
-def _check_unshared(
-    owners: Owners, module: nn.Module, absent: Mapping[str, Tensor], folds: Sequence[Fold], path: str
+def check_unshared(
+    owners: Owners, module: nn.Module, absent: Mapping[str, Tensor], names: Iterable[str], path: str
 ) -> None:
-    """Raise `MergeError` if a folded tensor serves another module. `absent`: the module's tensors between calls."""
-    for name in dict.fromkeys(name for name, _ in folds):
+    """Raise `MergeError` if a tensor serves another module, too. `absent`: the module's tensors between calls."""
+    for name in dict.fromkeys(names):
         shared = owners.of(absent[name])[1:] if name in absent else []
         if others := [*shared, *keys_that_share(module, name)]:
             raise MergeError(

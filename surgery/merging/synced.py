@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from surgery.arithmetic.exact_fold import Change, folded_value
 from surgery.arithmetic.rounding import RoundingMode
 from surgery.errors import MergeError, SurgeryError
+from surgery.forward.offloaded_weights import keys_that_share, value_at, weights_present
 from surgery.forward.parameter_view import tensor_at
 from surgery.merging.merge_settings import MergeSettings, Quantised
 from surgery.merging.merge_sites import MergeSites, choose_sites
+from surgery.merging.offloaded_merge import check_unshared
 from surgery.merging.packed_merge import merged_dense, plain_dtype
 from surgery.merging.site_folding import SiteFolding, check_foldable
 from surgery.merging.site_merge import changes_of_rules
 from surgery.packed.packed_map import packed_by_name
 from surgery.patterns.module_walk import base_modules, every_path
+from surgery.patterns.offload_hooks import is_offloaded
 from surgery.rewritten_model.state_dict import base_state_dict
 from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.in_use import check_free, claim
@@ -105,16 +108,17 @@ class _Tensors(Iterator[tuple[str, Tensor]]):
         self._packed: dict[str, nn.Module] = {}
         if settings.quantised == "dequantise":
             self._packed = {path: module for path, module in base_modules(root) if packed_by_name(module)}
+        self._modules = dict(every_path(root))
         # The first path of each module that has several, by all its paths. What they share is computed once and kept.
         paths: dict[int, list[str]] = {}
-        for path, module in every_path(root):
+        for path, module in self._modules.items():
             paths.setdefault(id(module), []).append(path)
         self._first = {path: names[0] for names in paths.values() if len(names) > 1 for path in names}
         self._kept: dict[str, dict[str, Tensor]] = {}
         self._values: dict[str, Tensor] = {}
         self._computed: set[str] = set()
         for path, (module, site) in self._sites.items():  # a shared weight is refused before the first tensor
-            if any(len(self._owners.of(tensor)) > 1 for tensor in module.parameters()):
+            if _is_shared(self._owners, module):
                 _Folding(path, module, site, settings, {}).run(self._owners, chosen.rules[id(module)])
         self._start, self._items = self._adapters(), self._run()
 
@@ -152,10 +156,16 @@ class _Tensors(Iterator[tuple[str, Tensor]]):
             for parent in _parents(source):
                 if parent in self._sites and parent not in self._computed:
                     self._compute(parent)
-            value = self._values.get(source, tensor.detach())
+            value = self._values.get(source)
+            if value is None:
+                value = self._offloaded_value(source) if tensor.is_meta else tensor.detach()
             if alias is None:
                 self._values.pop(source, None)
             yield key, value
+
+    def _offloaded_value(self, key: str) -> Tensor:
+        path, _, name = key.rpartition(".")
+        return value_at(self._modules[path], name)
 
     def _compute(self, top: str) -> None:
         """Fold the rules of a site, and of the sites inside it, which may change the same tensors."""
@@ -189,12 +199,16 @@ class _Folding(SiteFolding):
         self._originals: dict[str, Tensor] = {}
 
     def run(self, owners: Owners, rules: list[Applied]) -> None:
-        with torch.no_grad():
+        absent, names = dict(self.module.named_parameters()), list[str]()
+        with torch.no_grad(), weights_present(self.module):
             for _, changes in changes_of_rules(self.module, self.site, rules, self):
                 for name, change in changes.items():
                     check_foldable(owners, self.module, name, change, self.where, self.settings.untie)
                     self.add(name, change)
+                    names.append(name)
             self.finish()
+        if not self.settings.untie and is_offloaded(self.module):
+            check_unshared(owners, self.module, absent, names, self.where)
 
     def tensor(self, name: str) -> Tensor:
         return self.values.get(self._key(name), tensor_at(self.module, name).detach())
@@ -217,6 +231,12 @@ class _Folding(SiteFolding):
             raise MergeError(f"a merged {name} has the shape {shapes}", where=self.where)
         self._originals.setdefault(name, tensor)
         self.values[self._key(name)] = folded_value(tensor, change, self._rounding(name))
+
+
+def _is_shared(owners: Owners, module: nn.Module) -> bool:
+    """Whether a parameter serves another module, too."""
+    own = module.named_parameters()
+    return any(len(owners.of(tensor)) > 1 or tensor.is_meta and keys_that_share(module, name) for name, tensor in own)
 
 
 def _parents(key: str) -> list[str]:

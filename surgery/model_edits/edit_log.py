@@ -13,6 +13,7 @@ from surgery.model_edits.module_copy import copy_part, is_config
 from surgery.model_edits.structure_tensor import StructureTensor
 from surgery.model_edits.table_edit import TableEdit
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.offload_hooks import is_offloaded, offloaded_in
 from surgery.patterns.wrappers import submodule
 from surgery.transaction.undo_log import Journal
 
@@ -53,6 +54,10 @@ class EditLog:
 
     def set_children(self, container: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
         """Give a module other children, in this order."""
+        present = set(container._modules.values())
+        for name, child in children.items():
+            if child is not None and child not in present:
+                self._refuse_absent(container, name, child)
         self._make(TableEdit(container, "_modules", dict(container._modules), dict(children)))
 
     def set_module(self, path: str, module: nn.Module) -> None:
@@ -65,11 +70,13 @@ class EditLog:
 
     def set_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         """Put another parameter in the place of one of a module's own."""
+        self.refuse_offloaded(module, name)
         before = {name: module._parameters[name]} if name in module._parameters else {}
         self._make(TableEdit(module, "_parameters", before, {name: parameter}))
 
     def set_buffer(self, module: nn.Module, name: str, buffer: Tensor | None) -> None:
         """Put another buffer in the place of one of a module's own."""
+        self.refuse_offloaded(module, name)
         before = {name: module._buffers[name]} if name in module._buffers else {}
         self._make(TableEdit(module, "_buffers", before, {name: buffer}))
 
@@ -122,14 +129,47 @@ class EditLog:
 
     def copy(self, part: nn.Module, *, share_weights: bool = False) -> nn.Module:
         """Return a copy of a part of the model. What it shares with the rest of the model stays shared."""
+        if (inner := offloaded_in(part)) is not None:
+            top = next((path for path, other in base_modules(self.model) if other is part), "")
+            raise SiteError(
+                f"this {type(part).__name__} can't be copied",
+                where=".".join(filter(None, (top, inner))),
+                why="accelerate offloads its weights, and keeps them under the name of one module",
+                fix=_BEFORE,
+            )
         copied = copy_part(self.model, part, share_weights, self._shared)
         self.copies.append((part, copied))
         return copied
+
+    def refuse_offloaded(self, module: nn.Module, name: str) -> None:
+        """Raise `SiteError` if accelerate offloads the module, because its tensors can't be exchanged then."""
+        if is_offloaded(module):
+            raise SiteError(
+                f"the {name} of this {type(module).__name__} can't be exchanged",
+                where=next((path for path, other in base_modules(self.model) if other is module), ""),
+                why="accelerate offloads it, and brings the tensor that it keeps for each call",
+                fix=_BEFORE,
+            )
+
+    def _refuse_absent(self, container: nn.Module, name: str, child: nn.Module) -> None:
+        """Refuse a new module on the meta device in an offloaded model: its values stay away for good."""
+        on_meta = any(tensor.is_meta for tensor in (*child.parameters(), *child.buffers()))
+        if on_meta and offloaded_in(child) is None and offloaded_in(self.model) is not None:
+            path = next((path for path, other in base_modules(self.model) if other is container), "")
+            raise SiteError(
+                f"a {type(child).__name__} can't take the place of an offloaded module",
+                where=".".join(filter(None, (path, name))),
+                why="its tensors are on the meta device, as those that accelerate offloads are between calls",
+                fix=_BEFORE,
+            )
 
     def _make(self, edit: TableEdit) -> None:
         self._journal.undo(edit.undo)
         self.edits.append(edit)
         edit.make()
+
+
+_BEFORE = "apply the rule before the model is offloaded"
 
 
 def config_pairs(old: Any, new: Any) -> Iterable[tuple[int, Any]]:

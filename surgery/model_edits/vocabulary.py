@@ -56,9 +56,7 @@ def resize_vocabulary(
         owner = submodule(edits.model, path)
         table: Any = owner._parameters if name in owner._parameters else owner._buffers
         old: Tensor = table[name]
-        if old.is_meta and "_hf_hook" in owner.__dict__:
-            what, why = f"the {name} can't be resized", "accelerate offloads it, and keeps a tensor of the old size"
-            raise SiteError(what, where=path, why=why, fix="resize the model before it is offloaded")
+        edits.refuse_offloaded(owner, name)
         if id(old) not in new:
             edits.before_resizing(owner, size)
             new[id(old)] = _resized(edits, use, old, path, name, size, start, sources)

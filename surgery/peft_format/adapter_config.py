@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError, SurgeryError
 from surgery.patterns.paths import endings, pattern_matcher, regex_for
 from surgery.peft_format.targets import ALL, Modules, by_keys, chosen_by, is_all, is_plain, is_text
+from surgery.state.base_tensors import base_tensor
 
 __all__ = ["SILENT", "STARTS", "PeftConfig", "choose", "kept_fields"]
 
@@ -71,6 +74,10 @@ class PeftConfig:
             return any(map(pattern_matcher(key), paths))
 
         return {key: value for key, value in patterns.items() if fits(key)} or None
+
+    def value(self, path: str, name: str) -> Tensor:
+        """A tensor of the base; that of an offloaded module with its values."""
+        return base_tensor(self.modules.by_path[path], name, path)
 
     @staticmethod
     def regular(paths: Sequence[str]) -> str:

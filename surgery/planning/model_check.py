@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
-from surgery.forward.offloaded_weights import loads_children
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.offload_hooks import loads_children
 from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_naming import name_problem
 from surgery.state.merged_tensors import merged_error

@@ -11,7 +11,7 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import RuleError
-from surgery.forward.parameter_view import find_tensor
+from surgery.forward.offloaded_weights import value_at
 from surgery.patterns.module_walk import RESERVED
 from surgery.rewritten_model.state_dict import select_adapter_tensors
 from surgery.rewritten_model.verb_root import rewritten
@@ -69,7 +69,7 @@ def fold_sites(
     for path, module, _ in all_sites:
         site_tensors = dict(tensors_of(module, adapter, path, state_dict))
         for applied in at.get(id(module), ()):
-            live = LiveSite(module, path, adapter, site_tensors, lambda name, _, module=module: _tensor(module, name))
+            live = LiveSite(module, path, adapter, site_tensors, lambda name, _, module=module: value_at(module, name))
             with HookCall(applied.rule, "folded", path):
                 rule, folded_tensors = applied.rule.folded(live)
             if plainer.get(applied.rule, lambda rule=rule: rule) != rule:
@@ -78,9 +78,3 @@ def fold_sites(
         for name, tensor in site_tensors.items():
             tensors[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
     return [plainer.get(rule, lambda rule=rule: rule) for rule in state.adapters[adapter]], tensors
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    tensor = find_tensor(module, name)
-    assert tensor is not None, name
-    return tensor

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.forward.offloaded_weights import is_offloaded, value_at
+from surgery.forward.offloaded_weights import value_at
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.offload_hooks import is_offloaded
 from surgery.state.layer_fingerprint import layer_differences, layer_numbers
 from surgery.state.records import site_state
 from surgery.transaction.gradient_flags import is_lazy

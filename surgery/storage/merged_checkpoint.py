@@ -15,12 +15,12 @@ from torch import nn
 
 from surgery.arithmetic.rounding import RoundingMode
 from surgery.errors import SurgeryError, abbreviate
-from surgery.forward.offloaded_weights import is_offloaded
 from surgery.merging.merge import merge
 from surgery.merging.merge_settings import Quantised
 from surgery.merging.packed_merge import dequantise_all
 from surgery.model_edits.shared_copies import separate_copies
 from surgery.patterns.module_walk import base_modules
+from surgery.patterns.offload_hooks import is_offloaded
 from surgery.patterns.wrappers import unwrap
 from surgery.progress import Progress, steps
 from surgery.rewritten_model.save_pretrained import plain_saving

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from surgery.errors import SurgeryError, TraceError
 from surgery.forward.parameter_view import make_view
 from surgery.patterns.module_class import class_of
+from surgery.patterns.offload_hooks import refuse_offloaded
 from surgery.structures.op_aliases import LayerTensor, NodeName, arguments_in, canonicalise, flatten, is_node
 from surgery.tracing.call_writer import Calls
 from surgery.tracing.depth import Depth
@@ -110,6 +111,7 @@ def graph_of(model: nn.Module, example_inputs: Any) -> networkx.DiGraph:
     """
     import networkx
 
+    refuse_offloaded(model, "the graph of an offloaded model can't be made")
     args, kwargs = arguments(example_inputs)
     flat = _Flat(networkx.DiGraph())
     with torch.no_grad():
@@ -121,6 +123,7 @@ def whole_graph(model: nn.Module, example_inputs: Any) -> networkx.DiGraph:
     """As `graph_of`, through the own forwards of modules that have rules."""
     import networkx
 
+    refuse_offloaded(model, "the graph of an offloaded model can't be made")
     args, kwargs = arguments(example_inputs)
     flat = _Flat(networkx.DiGraph(), without_rules=True)
     with torch.no_grad():

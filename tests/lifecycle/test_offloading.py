@@ -21,31 +21,40 @@ from surgery import (
     SurgeryError,
     activate,
     adapter_state_dict,
+    adapters,
     apply_rules,
     as_lora,
     combine,
     commit,
+    coverage,
+    graph_of,
     load_adapter,
     merge,
     merge_to,
     remove,
     route,
     save_adapter,
+    synced,
     unmerge,
 )
 from surgery.merging import offloaded_merge
 from surgery.rules import (
     BottleneckRule,
     DropRule,
+    HeadRule,
     IA3Rule,
     LoraRule,
     OftRule,
     PrefixRule,
     PromptRule,
+    ReorderRule,
+    RepeatRule,
     ResizeVocabRule,
+    TieRule,
     TokensRule,
     TrainRule,
 )
+from surgery.rules.rewrites import QuantiseRule, fuse_rms_norm
 from surgery.state.fingerprint import fingerprint
 
 CPU = torch.device("cpu")
@@ -314,10 +323,85 @@ def test_verbs_on_several_adapters(tmp_path: Path) -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.is_meta
 
 
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_synced_gives_the_merged_values(way: str, tmp_path: Path) -> None:
+    plain, model = adapt(Net(), RULES["train"]), adapt(WAYS[way](Net(), tmp_path), RULES["train"])
+    train(plain)
+    train(model)
+    with synced(plain) as expected, synced(model) as tensors:
+        for (key, value), (name, tensor) in zip(expected, tensors, strict=True):
+            assert name == key and torch.equal(tensor, value)
+    assert model.up.weight.is_meta
+
+
+def test_synced_refuses_a_tied_weight_on_the_cpu() -> None:
+    net: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    model = apply_rules(cpu_offload(net, execution_device=CPU), LoraRule("0", rank=2, init="random"))
+    with pytest.raises(MergeError, match="would change another module"), synced(model):
+        pass
+    with synced(model, untie=True) as tensors:
+        values = dict(tensors)
+    assert not torch.equal(values["0.weight"], values["1.weight"])
+
+
+def test_combined_copies_of_tensors(tmp_path: Path) -> None:
+    plain, model = Net(), on_disk(Net(), tmp_path)
+    for each in (plain, model):
+        for name, target in (("a", "norm"), ("b", "up")):
+            adapt_as(each, TrainRule(target), name)
+        combine(each, {"a": 1.0, "b": 0.5}, "c", method="ties", density=0.5)
+    assert all(torch.equal(adapter_state_dict(model, "c")[key], t) for key, t in adapter_state_dict(plain, "c").items())
+
+
+def adapt_as(model: Any, rule: Any, name: str) -> None:
+    apply_rules(model, rule, adapter=name)
+    train(model)
+
+
+def test_rows_of_the_base_in_a_file(tmp_path: Path) -> None:
+    """PEFT writes the base's embeddings where they are targets. Those of another base come with the adapter."""
+    other = apply_rules(llama(), LoraRule("embed_tokens", rank=2, init="random"))
+    with torch.no_grad():
+        other.model.embed_tokens.weight[3] += 1
+    folder = save_adapter(other, tmp_path / "adapter")
+    model = on_disk(llama(), tmp_path / "weights")
+    report = load_adapter(model, folder)
+    assert any("differs from this base's in 1 of 40 rows" in text for text in report.assumed)
+    assert torch.equal(model(**IDS).logits, other(**IDS).logits)
+    again = save_adapter(model, tmp_path / "again")
+    assert (again / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("rule", [
+    RepeatRule("layers", order=[0, 0, 1]), HeadRule("lm_head", labels=7), TieRule(), QuantiseRule("q_proj"),
+    ResizeVocabRule(tokens=48), fuse_rms_norm(),
+], ids=lambda rule: rule.name)  # fmt: skip
+def test_rules_that_go_on_before_offloading(rule: Any, tmp_path: Path) -> None:
+    model = on_disk(llama(), tmp_path)
+    before = model(**IDS).logits
+    with pytest.raises(SurgeryError, match="accelerate") as error:
+        apply_rules(model, rule, example_inputs=IDS)
+    assert "before the model is offloaded" in str(error.value)
+    assert torch.equal(model(**IDS).logits, before) and not adapters(model)
+
+
+def test_layers_change_their_order(tmp_path: Path) -> None:
+    plain, model = llama(), on_disk(llama(), tmp_path)
+    rules = [ReorderRule("layers", order=[1, 0]), LoraRule("q_proj", rank=2, init="random")]
+    for each in (plain, model):
+        torch.manual_seed(1)
+        apply_rules(each, rules)
+        merge(each)
+    assert torch.equal(model(**IDS).logits, plain(**IDS).logits)
+    assert torch.equal(remove(unmerge(model))(**IDS).logits, llama()(**IDS).logits)
+
+
 def test_what_the_offloaded_model_can_not_do(tmp_path: Path) -> None:
     model = apply_rules(on_disk(llama(), tmp_path / "weights"), LoraRule("q_proj", rank=2, init="random"))
     with pytest.raises(SurgeryError, match="save_pretrained can't write this model"):
         merge_to(model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-    with pytest.raises(PlanError, match="accelerate offloads it"):
-        apply_rules(model, ResizeVocabRule(tokens=48), adapter="more")
+    for run in (graph_of, coverage):
+        with pytest.raises(SurgeryError, match="before the model is offloaded"):
+            run(model, IDS)
