@@ -33,8 +33,11 @@ class FoldArithmetic:
 
     def add(self, i: int, j: int, rows: Tensor, delta: Tensor) -> Tensor:
         """Returns gain ⊙ (rows + ΔW) in the compute dtype."""
-        size = (j - i, self.product.width)
-        total = torch.add(rows, delta, out=scratch("folded", size, delta.dtype, delta.device))
+        total = scratch("folded", (j - i, self.product.width), delta.dtype, delta.device)
+        if rows.dtype == total.dtype:
+            torch.add(rows, delta, out=total)
+        else:
+            total.copy_(rows).add_(delta)  # `torch.add` would widen the rows into memory of its own
         return total if self.gain is None else total.mul_(self.gain[i:j].reshape(delta.shape))
 
     def undo(self, i: int, j: int, rows: Tensor, delta: Tensor) -> Tensor:

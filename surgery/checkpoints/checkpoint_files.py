@@ -86,9 +86,9 @@ class CheckpointFiles:
     shards: dict[str, Shard]
     index: str | None
 
-    @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        return {key: place for shard in self.shards.values() for key, place in shard.tensors.items()}
+    def __post_init__(self) -> None:
+        self.tensors = {key: place for shard in self.shards.values() for key, place in shard.tensors.items()}
+        self.shard_of = {key: name for name, shard in self.shards.items() for key in shard.tensors}
 
     @property
     def pickled(self) -> bool:
@@ -96,9 +96,6 @@ class CheckpointFiles:
 
     def read(self, key: str) -> Tensor:
         return self.shards[self.shard_of[key]].read(key)
-
-    def __post_init__(self) -> None:
-        self.shard_of = {key: name for name, shard in self.shards.items() for key in shard.tensors}
 
     def identity(self) -> list[Any]:
         """Returns what tells this checkpoint from another one: names, sizes, times and headers of its files."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from surgery.checkpoints.merge_units import merge_unit
 from surgery.checkpoints.new_dtypes import config_with_dtype, new_dtypes
 from surgery.checkpoints.other_files import copy_other_files
 from surgery.checkpoints.shard_rewriting import Rewriting, Task, rewrite_shards
+from surgery.checkpoints.shard_writing import checksum_of
 from surgery.checkpoints.untied_tensors import untied_config
 from surgery.progress import Progress
 from surgery.state.parameter_owners import Owners
@@ -178,7 +178,7 @@ def _identity(source: Any) -> Any:
     if path is None or not path.exists():
         return str(source)
     inside = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    return [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in inside]
+    return [[file.name, file.stat().st_size, checksum_of(file)] for file in inside]
 
 
 def _versions() -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import networkx
 import torch
 from torch import Tensor
 
@@ -37,22 +36,31 @@ class MergeUnit:
 
 def merge_units(sites: Sequence[MergeSite], skeleton: Skeleton) -> list[MergeUnit]:
     """Returns the units of sites, in the order of their first sites."""
-    graph = networkx.Graph()
-    groups: dict[int, NameGroup] = {}
+    groups_of = [_groups(site, skeleton) for site in sites]
+    earlier, first = list(range(len(sites))), dict[int, int]()  # a site of the same unit; the first site of a group
+
+    def first_of_unit(index: int) -> int:
+        while earlier[index] != index:
+            earlier[index] = index = earlier[earlier[index]]
+        return index
+
+    for index, groups in enumerate(groups_of):
+        for key in groups:
+            low, high = sorted((first_of_unit(index), first_of_unit(first.setdefault(key, index))))
+            earlier[high] = low
+    units: dict[int, MergeUnit] = {}
     for index, site in enumerate(sites):
-        graph.add_node(("site", index))
-        for name in site_tensors(site):
-            for each in (name, *skeleton.twins.get(name, ())):
-                if (group := skeleton.names.of_memory.get(each)) is not None:
-                    groups[id(group)] = group
-                    graph.add_edge(("site", index), ("group", id(group)))
-    units: list[MergeUnit] = []
-    for nodes in networkx.connected_components(graph):
-        indices = sorted(index for kind, index in nodes if kind == "site")
-        inside = {index for kind, index in nodes if kind == "group"}
-        ordered = [groups[key] for key in groups if key in inside]
-        units.append(MergeUnit([sites[index] for index in indices], ordered))
-    return units
+        unit = units.setdefault(first_of_unit(index), MergeUnit([], []))
+        unit.sites.append(site)
+        unit.groups += [group for key, group in groups_of[index].items() if first[key] == index]
+    return list(units.values())
+
+
+def _groups(site: MergeSite, skeleton: Skeleton) -> dict[int, NameGroup]:
+    """The groups of the tensors that a site's rules may change, by their ids."""
+    names = [each for name in site_tensors(site) for each in (name, *skeleton.twins.get(name, ()))]
+    groups = [group for name in names if (group := skeleton.names.of_memory.get(name)) is not None]
+    return {id(group): group for group in groups}
 
 
 def site_tensors(site: MergeSite) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from surgery.checkpoints.checkpoint_files import INDEX, CheckpointFiles, StoredT
 from surgery.checkpoints.ledger import Ledger
 from surgery.checkpoints.merge_record import FOLDER, RecordWriter
 from surgery.checkpoints.shard_layout import ShardLayout, code_of, layout_like, layout_of_head, new_layout
-from surgery.checkpoints.shard_writing import ShardWriter, checksum_of
+from surgery.checkpoints.shard_writing import ShardWriter, checksum_of, sha256_of, shard_checksum
 from surgery.progress import Progress, steps
 
 __all__ = ["Rewriting", "Task", "rewrite_shards"]
@@ -45,7 +44,7 @@ class Rewriting:
         dtypes: The dtype of each tensor that gets another one.
         added: For tensors that are not in the files, the name of the tensor whose value they start with.
         record: Whether the records of folds are written.
-        strong: Whether the checksums of shards are SHA-256, and not CRC-32.
+        strong: Whether the checksums of shards are SHA-256.
         heads: The bytes before the data of shards that get other ones, with other tensors.
     """
 
@@ -116,11 +115,12 @@ def index_name(files: CheckpointFiles) -> str | None:
 def rewrite_shards(job: Rewriting, ledger: Ledger, workers: int, progress: Progress, what: str) -> list[str]:
     """Writes the shards that the ledger does not have. Returns the names of the others, whose checksums are right."""
     layouts = {name: job.layout(name) for name in job.files.shards}
-    reused = [name for name in layouts if _is_finished(job, ledger, name)]
-    tasks_of = {
-        name: [task for task in job.tasks if not layout.tensors.keys().isdisjoint(task.disk)]
-        for name, layout in layouts.items()
-    }
+    reused = [name for name, layout in layouts.items() if _is_finished(job, ledger, name, layout)]
+    shard_of = {key: name for name, layout in layouts.items() for key in layout.tensors}
+    tasks_of: dict[str, list[Task]] = {name: [] for name in layouts}
+    for task in job.tasks:
+        for name in dict.fromkeys(shard_of[key] for key in task.disk if key in shard_of):
+            tasks_of[name].append(task)
     total = sum(len(tasks_of[name]) + 1 for name in layouts)
     if job.record:
         (ledger.files / FOLDER).mkdir(exist_ok=True)
@@ -157,27 +157,27 @@ def _write_shard(
 
     run_all([lambda task=task: work(task) for task in tasks], step)
     _copy_rest(job, name, writer)
-    writer.finish()
+    written = writer.finish()
     step()
-    line: dict[str, Any] = {"shard": name, "checksum": checksum_of(path, hashlib.sha256() if job.strong else None)}
+    line: dict[str, Any] = {"shard": name, "checksum": sha256_of(path) if job.strong else written}
     if records is not None:
-        base = checksum_of(job.files.shards[name].path, hashlib.sha256())
+        base = sha256_of(job.files.shards[name].path)
         line |= {"folds": folds, "nbytes": records.nbytes, "record": checksum_of(records.path), "base": base}
     return line
 
 
 def _copy_rest(job: Rewriting, name: str, writer: ShardWriter) -> None:
     """Writes the tensors of a shard that no task changed."""
-    shard, rest = job.files.shards[name], [key for key in writer.layout.tensors if key not in writer.written]
+    shard, rest = job.files.shards[name], [key for key in writer.layout.tensors if key not in writer.checksums]
     plain = [key for key in rest if key not in job.dtypes and shard.pickle is None]
     writer.copy(shard.path, [(key, shard.tensors[job.added.get(key, key)].start) for key in plain])
     for key in rest:
-        if key not in writer.written:
+        if key not in writer.checksums:
             tensor = shard.read(job.added.get(key, key))
             writer.write(key, tensor.to(job.dtypes.get(key, tensor.dtype)))
 
 
-def _is_finished(job: Rewriting, ledger: Ledger, name: str) -> bool:
+def _is_finished(job: Rewriting, ledger: Ledger, name: str, layout: ShardLayout) -> bool:
     """Whether a shard is in the ledger and has its checksum."""
     line, path = ledger.done.get(name), ledger.files / job.shard_names()[name]
     if line is None or not path.is_file():
@@ -186,7 +186,7 @@ def _is_finished(job: Rewriting, ledger: Ledger, name: str) -> bool:
         record = ledger.files / FOLDER / f"{path.name}.record"
         if not record.is_file() or checksum_of(record) != line["record"]:
             return False
-    return checksum_of(path, hashlib.sha256() if job.strong else None) == line["checksum"]
+    return (sha256_of(path) if job.strong else shard_checksum(path, layout)) == line["checksum"]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from tests.benchmarks.lines import Row
 from tests.benchmarks.timing import Setting
 
 MEGABYTES, SHARDS = 512, 8  # of the checkpoint, in bfloat16
+LAYERS = 32  # of seven Linears each, at any size
 WAYS = ("loop", "files", "peft")
 
 
@@ -49,12 +50,10 @@ def write(folder: Path, megabytes: int) -> None:
     """Writes a base of about this size, and an adapter in PEFT's format."""
     import transformers
 
-    width, layers = 512 if megabytes < 100 else 1024, 0
-    per_layer = 4 * width * width + 3 * width * 2816
-    layers = max(1, round(megabytes * 1e6 / 2 / per_layer))
+    width = max(64, 64 * round((megabytes * 1e6 / 2 / (LAYERS * 12.1)) ** 0.5 / 64))
     config = transformers.LlamaConfig(
-        vocab_size=1000, hidden_size=width, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=8,
-        tie_word_embeddings=False,
+        vocab_size=1000, hidden_size=width, intermediate_size=int(2.7 * width), num_hidden_layers=LAYERS,
+        num_attention_heads=8, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     model: Any = transformers.LlamaForCausalLM(config)
