@@ -145,12 +145,15 @@ def _break_unequal_ties(model: nn.Module, files: CheckpointFiles, names: NameMap
         if isinstance(tensor, nn.Parameter) and group is not None and group.conversion is None:
             by_tensor.setdefault(id(tensor), []).append(name)
     for first, *others in by_tensor.values():
-        owners = {id(places[name][0]) for name in (first, *others)}
-        for name in others if len(owners) > 1 else ():
+        for name in others:
             holder, last, tensor = places[name]
             disk, first_disk = names.of_memory[name].disk[0], names.of_memory[first].disk[0]
-            if holder is places[first][0] or torch.equal(files.read(disk), files.read(first_disk)):
+            if torch.equal(files.read(disk), files.read(first_disk)):
                 continue
+            if holder is places[first][0]:  # one module under two names
+                why = f"it is the same tensor of the model as {first}, and has other values"
+                fix = "save the model again with save_pretrained, which stores it once"
+                raise SurgeryError("the files contradict each other", where=name, why=why, fix=fix)
             holder[last] = nn.Parameter(torch.empty_like(tensor), requires_grad=tensor.requires_grad)
             for path, part in tied_parts(model):
                 ties = getattr(part, ALL, None)

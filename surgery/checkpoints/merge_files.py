@@ -168,7 +168,9 @@ def _write_list(plan: MergePlan, job: Rewriting, ledger: Ledger, texts: dict[str
             shards[name]["head"] = shard.head.hex()
     folder = plan.files.folder
     old = {name: (folder / name).read_text(encoding="utf-8") for name in texts}
-    data = {"format": FORMAT, "version": VERSION, "shards": shards, "files": old}
+    folded = [fold["tensor"] for facts in shards.values() for fold in facts["folds"]]
+    twins = {name: plan.skeleton.twins[name] for name in folded if name in plan.skeleton.twins}
+    data = {"format": FORMAT, "version": VERSION, "shards": shards, "files": old, "twins": twins}
     (ledger.files / FOLDER / LIST).write_text(json.dumps(data), encoding="utf-8")
 
 

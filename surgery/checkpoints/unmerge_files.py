@@ -70,7 +70,7 @@ def unmerge_files(
         if absent := [name for name in shards if name not in files.shards]:
             raise SurgeryError("weight files are absent", where=str(merged), why=abbreviate(absent, "files"))
         names = base_names(files, model)
-        tasks = _tasks(files, names, merged, shards)
+        tasks = _tasks(files, names, merged, shards, data.get("twins", {}))
         heads = {name: bytes.fromhex(facts["head"]) for name, facts in shards.items() if "head" in facts}
         job = Rewriting(files, tasks, strong=True, heads=heads)
         with open_ledger(out) as ledger:
@@ -105,6 +105,9 @@ def _read_list(merged: Path) -> dict[str, Any]:
         raise SurgeryError(what, where=str(place), why=f"this release reads version {VERSION}", fix="update")
     if not isinstance(data.get("files"), dict) or not all(map(_is_shard, data["shards"].values())):
         raise SurgeryError(f"{LIST} is damaged", where=str(place), why="it does not describe the folds of each file")
+    twins = data.get("twins", {})
+    if not isinstance(twins, dict) or not all(isinstance(names, list) for names in twins.values()):
+        raise SurgeryError(f"{LIST} is damaged", where=str(place), why="it does not name the twins of tensors")
     if any(Path(name).name != name for name in (*data["shards"], *data["files"])):
         raise SurgeryError(f"{LIST} is damaged", where=str(place), why="it names files outside of the folder")
     return data
@@ -120,24 +123,36 @@ def _is_shard(facts: Any) -> bool:
     return all(isinstance(fold, dict) and isinstance(fold.get("tensor"), str) for fold in facts["folds"])
 
 
-def _tasks(files: CheckpointFiles, names: NameMap, merged: Path, shards: Mapping[str, Any]) -> list[Task]:
-    """One task for each group of names with records."""
+def _tasks(
+    files: CheckpointFiles, names: NameMap, merged: Path, shards: Mapping[str, Any], twins: Mapping[str, list[Any]]
+) -> list[Task]:
+    """One task for each group of names with records. `twins`: further names of its tensors in the files."""
     folds: dict[int, list[tuple[str, Path, Any]]] = {}
     groups: dict[int, NameGroup] = {}
     for shard, facts in shards.items():
         file = merged / FOLDER / f"{shard}.record"
         for fold in facts["folds"]:
-            group = names.of_memory.get(fold["tensor"])
-            if group is None:
-                why = "the files do not hold this tensor"
-                raise SurgeryError(f"{LIST} does not fit the files", where=fold["tensor"][:200], why=why)
+            for name in (fold["tensor"], *twins.get(fold["tensor"], ())):
+                if name not in names.of_memory:
+                    why = "the files do not hold this tensor"
+                    raise SurgeryError(f"{LIST} does not fit the files", where=str(name)[:200], why=why)
+            group = names.of_memory[fold["tensor"]]
             groups[id(group)] = group
             folds.setdefault(id(group), []).append((fold["tensor"], file, fold))
-    return [Task(group.disk, partial(_unfold_group, files, group, folds[key])) for key, group in groups.items()]
+    tasks: list[Task] = []
+    for key, group in groups.items():
+        further = {twin: name for name in group.memory for twin in twins.get(name, ())}
+        copies = [(names.of_memory[twin], twin, name) for twin, name in further.items()]
+        disk = (*group.disk, *(name for other, _, _ in copies for name in other.disk))
+        tasks.append(Task(disk, partial(_unfold_group, files, group, folds[key], copies)))
+    return tasks
 
 
 def _unfold_group(
-    files: CheckpointFiles, group: NameGroup, folds: list[tuple[str, Path, Any]]
+    files: CheckpointFiles,
+    group: NameGroup,
+    folds: list[tuple[str, Path, Any]],
+    copies: list[tuple[NameGroup, str, str]],
 ) -> tuple[dict[str, Tensor], list[tuple[str, Record]]]:
     values = dict(group.to_memory({disk: files.read(disk) for disk in group.disk}))
     for name, file, facts in reversed(folds):
@@ -149,4 +164,7 @@ def _unfold_group(
         except Exception as error:  # a damaged record may have factors and corrections of any size
             why = f"{type(error).__name__}: {error}"[:200]
             raise SurgeryError(f"{file.name} is damaged", where=name, why=why) from error
-    return group.to_disk(values), []
+    new = group.to_disk(values)
+    for other, twin, name in copies:
+        new |= other.to_disk({twin: values[name]})
+    return new, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ def differences(model: nn.Module, expected: Any, ignored: Collection[Tensor] = (
         elif isinstance(values, list) and not all(map(_is_near, values, present)):
             problems.append(f"{name} has other values")
 
-    def present_numbers(names: list[str]) -> dict[str, list[float]]:
+    def present_numbers(names: list[str]) -> dict[str, list[Any]]:
         tensors = dict(_comparable(model, names))
         return {
             name: numbers_of(tensors[name], 2)
@@ -134,7 +135,7 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({i * (count - 1) // max(1, most - 1) for i in range(most)}) if count else []
 
 
-def _reader(model: nn.Module) -> Callable[..., list[float]]:
+def _reader(model: nn.Module) -> Callable[..., list[Any]]:
     """Returns `_numbers` for tensors of this model, which may be offloaded."""
     kept = {
         id(tensor): (module, name)
@@ -143,19 +144,23 @@ def _reader(model: nn.Module) -> Callable[..., list[float]]:
         for name, tensor in module._parameters.items()
     }
 
-    def numbers(tensor: Tensor, most: int = NUMBERS) -> list[float]:
+    def numbers(tensor: Tensor, most: int = NUMBERS) -> list[Any]:
         return _numbers(value_at(*kept[id(tensor)]) if id(tensor) in kept else tensor, most)
 
     return numbers
 
 
-def _numbers(tensor: Tensor, most: int = NUMBERS) -> list[float]:
+def _numbers(tensor: Tensor, most: int = NUMBERS) -> list[Any]:
+    """Some numbers of a tensor; NaN and infinity, which JSON does not have, as words."""
     flat = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).reshape(-1)
     positions = torch.tensor(_spread(flat.numel(), most), device=flat.device)
-    return [float(f"{number:.6g}") for number in flat[positions].double().tolist()]
+    numbers = flat[positions].double().tolist()
+    return [float(f"{number:.6g}") if math.isfinite(number) else str(number) for number in numbers]
 
 
-def _is_near(expected: Any, number: float) -> bool:
+def _is_near(expected: Any, number: Any) -> bool:
+    if isinstance(number, str) or isinstance(expected, str):
+        return expected == number
     if type(expected) not in (int, float):
         return False
     return abs(expected - number) <= _TOLERANCE * max(abs(expected), abs(number)) + 1e-6

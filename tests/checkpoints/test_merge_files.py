@@ -294,3 +294,54 @@ def test_another_base_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="another base(.|\n)*merge_files\\(…, same_base=False"):
         merge_files(tmp_path / "other", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class Twice(nn.Module):
+    """A model with one module under two names, and a head that shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.first = nn.Embedding(10, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight, self.second = self.embedding.weight, self.first
+
+
+def test_a_tensor_that_the_files_hold_under_two_names(tmp_path: Path) -> None:
+    """Both names get the merged values, and both get the base's again."""
+    torch.manual_seed(0)
+    model = Twice()
+    write_sharded(model, tmp_path / "base", 2)
+    apply_rules(model, LoraRule("first", rank=2, init="random"))
+    save_adapter(model, tmp_path / "adapter")
+    merge(model)
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", keep_record=True, model=meta(Twice))
+    expected = {k: v for k, v in model.state_dict().items() if ".adapters." not in k}
+    assert_same(tensors_of(tmp_path / "merged"), expected)
+    unmerge_files(tmp_path / "merged", tmp_path / "restored", model=meta(Twice))
+    assert contents(tmp_path / "restored") == contents(tmp_path / "base")
+
+    state = {name: tensor.clone() for name, tensor in Twice().state_dict().items()}
+    state["second.weight"] += 1
+    stored = nn.Module()
+    stored.state_dict = lambda *_, **__: state  # type: ignore[method-assign]
+    write_sharded(stored, tmp_path / "other")
+    with pytest.raises(SurgeryError, match="contradict each other(.|\n)*second.weight"):
+        merge_files(tmp_path / "other", tmp_path / "adapter", tmp_path / "no", model=meta(Twice))
+
+
+def test_a_base_with_infinity_and_nan(tmp_path: Path) -> None:
+    """The numbers by which an adapter knows its base are JSON, which has neither."""
+    model = stack()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(-1)[0], parameter.view(-1)[-1] = float("inf"), float("nan")
+    write_sharded(model, tmp_path / "base")
+    apply_rules(model, LoraRule("0", rank=2, init="random"))
+    save_adapter(model, tmp_path / "adapter")
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", model=meta())
+    merge(model)
+    merged = tensors_of(tmp_path / "merged")
+    torch.testing.assert_close(merged["0.weight"], model.state_dict()["0.weight"], rtol=0, atol=0, equal_nan=True)
+    write_sharded(stack(), tmp_path / "other")
+    with pytest.raises(LoadError, match="another base"):
+        merge_files(tmp_path / "other", tmp_path / "adapter", tmp_path / "no", model=meta())
