@@ -123,12 +123,11 @@ class ExpertLoraRule(Rule):
 
     def names(self, module: nn.Module) -> list[str]:
         """The names of a module's parameters that the rule changes."""
-        parameters = module._parameters.items()
-        return (
-            list(self.parameters)
-            or list(packed_stacks_of(module))
-            or [name for name, parameter in parameters if parameter is not None and parameter.dim() == 3]
-        )
+        stacks = packed_stacks_of(module)
+        stored = {name for stack in stacks.values() for name in stack.tensors()} - stacks.keys()  # such as scales
+        parameters = {name: parameter for name, parameter in module._parameters.items() if name not in stored}
+        plain = [name for name, parameter in parameters.items() if parameter is not None and parameter.dim() == 3]
+        return list(self.parameters) or list(dict.fromkeys([*(s for s in stacks if s not in parameters), *plain]))
 
     def rewrite(self, site: Site) -> None:
         for name, (*experts, out, inner), rank, scale in self._sizes(site):

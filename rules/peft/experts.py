@@ -39,7 +39,8 @@ class ExpertLora(PeftPart):
             yield ExpertLoraRule(targets=config.regular(paths), parameters=parameters, **settings, **patterns)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
-        parameters = packed_stacks_of(place.module) or place.module._parameters
+        own = list(place.module._parameters)
+        parameters = [*(name for name in packed_stacks_of(place.module) if name not in own), *own]
         stacks = [name for name in parameters if f"{name}_A" in place.names]
         entries = {}
         for i, name in enumerate(stacks):  # PEFT wraps the module once for each, the first innermost

@@ -22,6 +22,7 @@ _FILES = {
     "FP8Experts": "surgery.packed.fp8_experts",
     "FbgemmFp8Llama4TextExperts": "surgery.packed.fp8_experts",
 }
+TORCHAO = frozenset({"Int8Tensor", "Float8Tensor", "Int4Tensor"})  # the classes of its tensors that can be stacks
 
 
 class PackedStack(PackedTensors):
@@ -60,13 +61,13 @@ def packed_stacks_of(module: nn.Module) -> dict[str, PackedStack]:
     Args:
         module: the module, such as transformers' `Mxfp4GptOssExperts`.
     """
-    file = _file_of(base_of(module))
+    file = _file_of(base_of(module)) or _file_by_parameters(module)
     return {} if file is None else file.stacks_of(module)
 
 
 def plain_experts(module: nn.Module) -> nn.Module:
     """A new module of the class that a module with packed stacks has when it is not quantised. Its tensors are meta."""
-    file = _file_of(base_of(module))
+    file = _file_of(base_of(module)) or _file_by_parameters(module)
     assert file is not None
     return file.plain_experts(module)
 
@@ -82,6 +83,13 @@ def _file_of(base: type[nn.Module]) -> ModuleType | None:
         _known[base] = next((_FILES[cls.__name__] for cls in base.__mro__ if cls.__name__ in _FILES), None)
     name = _known[base]
     return None if name is None else import_module(name)
+
+
+def _file_by_parameters(module: nn.Module) -> ModuleType | None:
+    """The file that reads parameters of torchao's classes, which a module of any class may have."""
+    if not any(type(tensor).__name__ in TORCHAO for tensor in module._parameters.values()):
+        return None
+    return import_module("surgery.packed.torchao_stack")
 
 
 _known: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()

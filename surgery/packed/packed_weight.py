@@ -35,6 +35,7 @@ BACKENDS: dict[str, str] = {
     for file, names in {
         "bitsandbytes": ("bitsandbytes",),
         "torchao": ("torchao",),
+        "torchao_int4": ("Int4Tensor",),
         "gptq": ("auto_gptq", "QuantLinear", "TorchLinear", "TorchQuantLinear", "PackableQuantLinear"),
         "awq": ("awq", "WQLinear_GEMM", "AwqTorchLinear", "AWQuantLinear"),
         "aten_int4": ("TorchAtenLinear", "TorchAtenAwqLinear"),

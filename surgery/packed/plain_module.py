@@ -36,7 +36,7 @@ def plain_module(module: nn.Module, dtype: torch.dtype, *, in_any_dtype: bool = 
         return _linear(module, packed, dtype, in_any_dtype)
     made, stacks = plain_experts(module), packed_stacks_of(module)
     for name, parameter in made._parameters.items():
-        if parameter is not None:
+        if parameter is not None and parameter.is_meta:
             own = None if name in stacks else getattr(module, name)
             values = stacks[name].dequantise() if own is None else own.detach()
             trains = own is not None and own.requires_grad

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from surgery.packed.affine_codes import AffineCodes
 from surgery.packed.packed_weight import PackedWeight, register_packed
 
-__all__ = ["TorchaoWeight"]
+__all__ = ["TorchaoWeight", "quantised_as"]
 
 
 @register_packed
 class TorchaoWeight(PackedWeight):
     """The weight of a Linear after torchao's `quantize_`: a tensor subclass that contains codes and scales.
 
-    Layouts that only a GPU's kernel can read (`Int4Tensor`, `Int4TilePackedTo4dTensor`, …) are not among them.
+    `Int4Tensor` has a file of its own. Other layouts that only a GPU's kernel can read are not among them.
     """
 
     backend = "torchao"
@@ -78,7 +78,7 @@ class TorchaoWeight(PackedWeight):
     def requantise(self, weight: Tensor, *, scales: Literal["refit", "keep"] = "refit") -> dict[str, Tensor]:
         old = self._weight
         weight = weight.detach().to(self.dtype)
-        made = _KINDS[type(old).__name__](old, weight, scales == "keep")
+        made = quantised_as(old, weight, scales == "keep")
         kept = {name: tensor.clone() for name, tensor in self.tensors().items()}
         return kept | {name: getattr(made, name) for name in made.__tensor_flatten__()[0]}
 
@@ -86,6 +86,11 @@ class TorchaoWeight(PackedWeight):
     def _weight(self) -> Any:
         weight = self.module.weight
         return weight.data if type(weight) is nn.Parameter else weight
+
+
+def quantised_as(old: Any, weight: Tensor, keep: bool) -> Any:
+    """A tensor of torchao with new values in the layout of another. `keep`: with its scales."""
+    return _KINDS[type(old).__name__](old, weight, keep)
 
 
 def _int8(old: Any, weight: Tensor, keep: bool) -> Any:

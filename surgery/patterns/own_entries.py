@@ -11,7 +11,8 @@ __all__ = ["own_buffer", "own_child", "own_parameter", "parameter_names"]
 
 def parameter_names(module: nn.Module) -> list[str]:
     """The names of the module's own parameters. A packed stack, which may not be a parameter, is the first of them."""
-    return list(dict.fromkeys([*packed_stacks_of(module), *module._parameters.keys()]))
+    parameters = list(module._parameters.keys())
+    return [*(name for name in packed_stacks_of(module) if name not in parameters), *parameters]
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

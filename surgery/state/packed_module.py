@@ -168,7 +168,10 @@ def become_plain(
     base: type[nn.Module] = getattr(type(module), "_surgery_base", type(module))
     parts = packed_by_name(module)
     new = plain_module(module, dtype, in_any_dtype=in_any_dtype)
-    tensors, users = frozenset(new._parameters), set[str]()
+    own, users = module._parameters, set[str]()
+    tensors = frozenset(
+        name for name, tensor in new._parameters.items() if tensor is None or tensor is not own.get(name)
+    )
     if config is not None and type(new.__dict__.get("config")) is type(config):
         new.__dict__["config"] = config
     stored = {*stored_in(module), *parts, "weight", "bias"}.union(*(packed.auxiliary for packed in parts.values()))

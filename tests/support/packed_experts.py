@@ -154,6 +154,23 @@ def _llama4() -> tuple[Any, Any]:
     return packed, plain
 
 
+def _torchao(config: Callable[[Any], Any]) -> Callable[[], tuple[Any, Any]]:
+    """Qwen3-MoE with stacks that torchao quantised, and plain."""
+
+    def build() -> tuple[Any, Any]:
+        quantization = importlib.import_module("torchao.quantization")
+        settings = {"moe_intermediate_size": INTER, "num_experts": EXPERTS, "num_experts_per_tok": 2}
+        plain, packed = (_model("Qwen3MoeForCausalLM", _small("Qwen3MoeConfig", **settings)) for _ in range(2))
+        stacks = [name for name, parameter in packed.named_parameters() if parameter.dim() == 3]
+        chosen = quantization.FqnToConfig({name: config(quantization) for name in stacks})
+        quantization.quantize_(packed, chosen, filter_fn=None)
+        for name in stacks:
+            plain.get_parameter(name).copy_(packed.get_parameter(name).dequantize())
+        return packed, plain
+
+    return build
+
+
 EXPERT_MODELS = [
     ExpertModel("mxfp4", lambda: _gpt_oss(False)),
     ExpertModel("mxfp4 of the kernels", lambda: _gpt_oss(True)),
@@ -162,4 +179,6 @@ EXPERT_MODELS = [
     ExpertModel("fp8, powers of two", lambda: _fp8((32, 32), "ue8m0")),
     ExpertModel("fp4", lambda: _fp8((32, 32), "ue8m0", "fp4")),
     ExpertModel("fbgemm llama4", _llama4),
+    ExpertModel("torchao int8", _torchao(lambda quantization: quantization.Int8WeightOnlyConfig())),
+    ExpertModel("torchao float8", _torchao(lambda quantization: quantization.Float8WeightOnlyConfig())),
 ]
