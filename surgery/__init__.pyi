@@ -70,6 +70,7 @@ from .routing.route import route
 from .serving.check import check_target
 from .serving.known import target_profiles
 from .serving.profile import TargetProfile, register_target
+from .serving.push import push_adapter
 from .serving.report import TargetReport, TargetSite
 from .serving.save import save_adapter
 from .storage.formats.conversion import ConversionReport, convert_adapter
@@ -77,7 +78,6 @@ from .storage.formats.known import adapter_formats
 from .storage.formats.module_names import register_module_names
 from .storage.formats.table import AdapterFormat, KeyPrefix, ModuleNames, NameRow, TensorKey, register_format
 from .storage.hotswap import SwapReport, hotswap, pad_rank
-from .storage.hub_upload import push_adapter
 from .storage.load import load_adapter
 from .storage.load_many import load_adapters
 from .storage.load_report import LoadReport

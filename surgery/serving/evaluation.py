@@ -92,8 +92,8 @@ def _chosen(profile: TargetProfile, source: AdapterSource, result: Evaluation) -
     if converted is not None:
         result.converted = True
         return converted.copied()
+    result.unconverted = not source.problems
     if plain is not None and not source.problems:  # files, which nothing can convert
-        result.unconverted = True
         if plain.start:
             why = f"its start ({plain.start}) changed the weights of the base, which {profile.title} does not do"
             fix = "load it onto the model, and give the model"

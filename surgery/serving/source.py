@@ -88,7 +88,9 @@ class ModelSource(AdapterSource):
         config: Mapping[str, Any] | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         progress: Progress = False,
+        converts: bool = True,
     ):
+        self.converts = converts
         self.model, self.state = rewritten(model)
         self.weights = adapter_weights(self.state, adapter)
         self.rank, self.tolerance, self.examples, self.progress = rank, tolerance, example_inputs, progress
@@ -114,7 +116,8 @@ class ModelSource(AdapterSource):
 
     @cached_property
     def converted(self) -> DescribedAdapter | None:
-        if self.problems:
+        self.problems = self.problems or self._unmergeable()
+        if self.problems or not self.converts:
             return None
         try:
             sites = convert_sites(self.model, self.state, self.weights, self.choice, self.progress)
@@ -125,6 +128,13 @@ class ModelSource(AdapterSource):
             self.problems = [error]
             return None
         return self._described(sites)
+
+    def _unmergeable(self) -> list[SurgeryError]:
+        """The rules that no LoRA can stand for."""
+        rules = [rule for name in self.weights for rule in self.state.adapters[name] if not rule.mergeable]
+        what = "can't be converted to LoRA"
+        fix = "put it into an adapter of its own; export_onnx writes a model with any rules"
+        return [SurgeryError(f"{rule.label} {what}", why=rule.why_not_merged, fix=fix) for rule in rules]
 
     def _described(self, sites: Sequence[ConvertedSite]) -> DescribedAdapter:
         changes: dict[str, Change] = {}

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from surgery import SurgeryError, apply_rules, check_target, load_adapter, remove, save_adapter, target_profiles
 from surgery.rules import IA3Rule, LokrRule, LoraRule, PromptRule, TrainRule
+from surgery.serving.push import answers_of
 from tests.reports import targets
 
 LANGUAGE = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx", "openvino", "onnxruntime-genai")
@@ -156,3 +157,15 @@ def test_every_fact_that_is_not_a_default_has_a_source() -> None:
         said = {item.name for item in fields(profile) if getattr(profile, item.name) != item.default} - own
         said = {name for name in said if getattr(profile, name)}
         assert said <= profile.sources.keys(), (profile.name, said - profile.sources.keys())
+
+
+def test_the_card_says_which_programs_open_the_files() -> None:
+    model = apply_rules(llama(), LoraRule("q_proj", rank=4, rslora=True))
+    answers = dict(answers_of(model, "default", "peft"))
+    assert answers["vLLM 0.32.0"] == "yes"
+    assert answers["SGLang 0.5.23"].startswith("after `save_adapter")  # it ignores use_rslora
+    assert answers["diffusers 0.42.1"].startswith("no: ")
+    other = dict(answers_of(apply_rules(llama(), IA3Rule("k_proj")), "default", "peft"))
+    assert other["vLLM 0.32.0"].startswith("perhaps, as a LoRA")
+    prompts = dict(answers_of(apply_rules(llama(), PromptRule()), "default", "peft"))
+    assert prompts["vLLM 0.32.0"] == "no: virtual tokens are not a change of a weight"
