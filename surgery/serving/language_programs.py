@@ -229,7 +229,7 @@ register_target(
             "dtypes": "src/models/adapters.cpp",
         },
         scale="none",
-        dtypes=("float32", "float16", "bfloat16"),
+        dtypes=("float32", "float16"),
         command='Adapters(model).load("FOLDER/adapter.onnx_adapter", "NAME")',
         notes=(
             "The model must be built by onnxruntime-genai's builder with adapter_path=, with LoRA on the same modules.",

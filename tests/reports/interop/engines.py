@@ -124,5 +124,34 @@ ENGINES: dict[str, Engine] = {
             own_environment=False,
             stays={"LoRA and trained biases": "PEFT keeps trained biases when the adapter is disabled"},
         ),
+        Engine(
+            "openvino",
+            "OpenVINO GenAI",
+            target="openvino",
+            format="openvino",
+            packages=("openvino-genai", "openvino", "optimum-intel", "transformers"),
+            bases=(*DECODERS, "gpt2", "mixtral"),
+            several=True,
+            torch=True,
+            uninstall=("torchvision",),  # a CUDA build, which fails to import
+        ),
+        Engine(
+            "onnxruntime-genai",
+            "onnxruntime-genai",
+            target="onnxruntime-genai",
+            format="onnxruntime-genai",
+            packages=("onnxruntime-genai", "onnxruntime", "transformers"),
+            bases=DECODERS,  # its builder has no GPT-2, and puts no LoRA on experts
+            torch=True,
+        ),
+        Engine(
+            "torchtune",
+            "torchtune",
+            target="",
+            format="torchtune",
+            packages=("torchtune", "torchao", "torch"),
+            bases=("llama",),
+            torch=True,
+        ),
     )
 }

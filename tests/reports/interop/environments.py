@@ -45,7 +45,7 @@ def install(engine: Engine) -> str:
     commands: list[Sequence[str]] = [
         [sys.executable, "-m", "venv", str(engine.environment)],
         *([[*pip, "install", torch_pin()]] if engine.torch else []),
-        [*pip, "install", "-r", str(engine.requirements)],
+        [*pip, "install", *([torch_pin()] if engine.torch else []), "-r", str(engine.requirements)],
         *([[*pip, "uninstall", "--yes", *engine.uninstall]] if engine.uninstall else []),
     ]
     for command in commands:
