@@ -6,51 +6,12 @@ tensor of the adapter differs from its start.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from tests.reports.interop.adapter_case import BOTH, NONE, A, AdapterCase, B, Step
+from tests.reports.interop.pipeline_cases import PIPELINE_CASES
+
 __all__ = ["CASES", "AdapterCase", "Step", "case_named"]
-
-Rules = list[dict[str, Any]]
-"""Rules as `Rule.from_dict` takes them."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One state of the program: the adapters that are active, or one adapter's name for each prompt."""
-
-    active: tuple[str, ...] = ()
-    rows: tuple[str | None, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {"active": list(self.active), "rows": list(self.rows)}
-
-
-NONE, A, B, BOTH = Step(), Step(("a",)), Step(("b",)), Step(("a", "b"))
-
-
-@dataclass(frozen=True)
-class AdapterCase:
-    """One row.
-
-    Args:
-        name: the row's title.
-        adapters: rules by the adapter's name.
-        base: a name of `bases.BASES`.
-        steps: what the program does, in this order.
-        dtype: the dtype of the adapter's tensors in the file.
-        kind: "decoder" (token ids to logits), or the kind of another family of engines.
-    """
-
-    name: str
-    adapters: Mapping[str, Rules]
-    base: str = "llama"
-    steps: tuple[Step, ...] = (NONE, A, NONE)
-    dtype: str = "float32"
-    kind: str = "decoder"
-    notes: Mapping[str, str] = field(default_factory=dict)
-
 
 QV = ["q_proj", "v_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -65,7 +26,7 @@ def _one(name: str, *rules: dict[str, Any], **fields: Any) -> AdapterCase:
     return AdapterCase(name, {"a": list(rules)}, **fields)
 
 
-CASES: tuple[AdapterCase, ...] = (
+_DECODER_CASES: tuple[AdapterCase, ...] = (
     _one("LoRA at q and v", _lora(QV)),
     _one("LoRA at all linears", _lora(ALL)),
     _one("LoRA at some layers", _lora(["re:.*layers\\.1\\..*(q_proj|down_proj)"])),
@@ -109,6 +70,8 @@ CASES: tuple[AdapterCase, ...] = (
     _one("Mixtral, at the experts", {"rule": "expert-lora", "targets": ["experts"], "rank": 4}, base="mixtral"),
     _one("SmolLM2 135M", _lora(ALL), base="smollm2"),
 )  # fmt: skip
+
+CASES = (*_DECODER_CASES, *PIPELINE_CASES)
 
 
 def case_named(name: str) -> AdapterCase:

@@ -70,6 +70,7 @@ class Engine:
         return ROOT / f".venv-{self.name}"
 
 
+PIPELINES = ("sd", "sdxl", "sd3", "flux")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "smollm2")
 
 ENGINES: dict[str, Engine] = {
@@ -141,7 +142,8 @@ ENGINES: dict[str, Engine] = {
             target="onnxruntime-genai",
             format="onnxruntime-genai",
             packages=("onnxruntime-genai", "onnxruntime", "transformers"),
-            bases=DECODERS,  # its builder has no GPT-2, and puts no LoRA on experts
+            # its builder has no GPT-2, puts no LoRA on experts, and stops at the rope_parameters of Gemma 3
+            bases=("llama", "mistral", "qwen2", "qwen3", "smollm2"),
             torch=True,
         ),
         Engine(
@@ -152,6 +154,30 @@ ENGINES: dict[str, Engine] = {
             packages=("torchtune", "torchao", "torch"),
             bases=("llama",),
             torch=True,
+        ),
+        Engine(
+            "diffusers",
+            "diffusers",
+            target="diffusers",
+            format="diffusers",
+            packages=("diffusers", "transformers", "peft", "torch"),
+            kinds=("pipeline",),
+            bases=PIPELINES,
+            several=True,
+            torch=True,
+            tolerance=3e-4,  # float32 sums in another order, through two steps of a whole network
+        ),
+        Engine(
+            "lycoris",
+            "lycoris-lora",
+            target="",
+            format="lycoris",
+            packages=("lycoris-lora", "diffusers", "torch"),
+            kinds=("pipeline",),
+            bases=("sd", "sdxl"),  # its networks for sd-scripts know UNets
+            several=True,
+            torch=True,
+            tolerance=3e-4,
         ),
     )
 }

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from surgery import Rule, SurgeryError, apply_rules, as_lora, deactivate, save_adapter, using
-from tests.reports.interop.bases import base_model
-from tests.reports.interop.cases import NONE, AdapterCase, Step
+from tests.reports.interop.adapter_case import NONE, AdapterCase, Step
+from tests.reports.interop.bases import base_model, write_base
 from tests.reports.interop.engines import Engine
 
 __all__ = ["NEW_TOKENS", "Exported", "LiveCase", "prompts"]
@@ -52,6 +52,15 @@ class LiveCase:
             apply_rules(self.model, [Rule.from_dict(rule) for rule in rules], adapter=name)
             self._train(number)
         self._round()
+
+    @staticmethod
+    def prompts() -> list[list[int]]:
+        return prompts()
+
+    @staticmethod
+    def write_base(name: str, folder: Path) -> Path:
+        """The folder that programs open."""
+        return write_base(name, folder)
 
     def _train(self, number: int) -> None:
         """A few steps of Adam, which move each number by about the rate: no tensor stays at its start."""

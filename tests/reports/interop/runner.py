@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.reports.interop.bases import base_model, write_base
-from tests.reports.interop.cases import NONE, AdapterCase
+from tests.reports.interop.adapter_case import NONE, AdapterCase
+from tests.reports.interop.bases import base_model
 from tests.reports.interop.engines import Engine
 from tests.reports.interop.environments import python_of, reason_absent, versions
-from tests.reports.interop.reference import NEW_TOKENS, Exported, LiveCase, prompts
+from tests.reports.interop.reference import NEW_TOKENS, Exported, LiveCase
 from tests.reports.interop.results import Cell, ResultsFile
 
 __all__ = ["run_engine"]
@@ -35,6 +35,14 @@ def run_engine(engine: Engine, cases: Sequence[AdapterCase], results: ResultsFil
             continue
         with tempfile.TemporaryDirectory() as folder:
             _Round(engine, base, Path(folder), results).run(chosen)
+
+
+def live_case(case: AdapterCase) -> LiveCase:
+    if case.kind == "pipeline":
+        from tests.reports.interop.pipelines import LivePipeline
+
+        return LivePipeline(case)
+    return LiveCase(case)
 
 
 class _Round:
@@ -65,7 +73,7 @@ class _Round:
         if any(step.rows for step in case.steps) and not self.engine.routes:
             return self._cell(case.name, "skipped", "the program has one adapter for all rows")
         try:
-            live = LiveCase(case)
+            live = live_case(case)
             answers = live.answers(list(case.steps))
             if doubt := live.reasons_to_doubt(answers):
                 return self._cell(case.name, "wrong", f"the case proves nothing: {doubt}")
@@ -77,7 +85,8 @@ class _Round:
         self.waiting[case.name] = exported, answers, live
 
     def _base(self) -> Path:
-        folder = write_base(self.base, self.folder / "base")
+        live = next(iter(self.waiting.values()))[2]
+        folder = live.write_base(self.base, self.folder / "base")
         if self.engine.base_format == "gguf":
             from tests.reports.interop.gguf_base import write_gguf
 
@@ -92,7 +101,7 @@ class _Round:
             for name, (e, _, _) in self.waiting.items()
         ]
         (live,) = [live for _, _, live in list(self.waiting.values())[:1]]
-        words = {"base": str(base), "settings": dict(self.engine.settings), "prompts": prompts(), "cases": cases}
+        words = {"base": str(base), "settings": dict(self.engine.settings), "prompts": live.prompts(), "cases": cases}
         job.write_text(json.dumps({**words, "new_tokens": NEW_TOKENS, "vocabulary": live.vocabulary}))
         log = self.folder / "log.txt"
         with log.open("w") as file:

@@ -1,0 +1,43 @@
+"""lycoris-lora as sd-scripts starts it: a network from a file's weights, on the UNet and the text encoders."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import job_file
+import pipeline_calls
+
+
+def open_base(job: dict[str, Any]) -> Any:
+    diffusers: Any = importlib.import_module("diffusers")
+    kohya: Any = importlib.import_module("lycoris.kohya")
+
+    def network(pipeline: Any, path: str) -> Any:
+        (file,) = Path(path).glob("*.safetensors")
+        encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+        encoders = [encoder for encoder in encoders if encoder is not None]
+        texts = encoders if len(encoders) > 1 else encoders[0]
+        made, weights = kohya.create_network_from_weights(1.0, str(file), pipeline.vae, texts, pipeline.unet)
+        made.apply_to(texts, pipeline.unet, True, True)
+        missing, unexpected = made.load_state_dict(weights, strict=False)
+        if unexpected:
+            raise RuntimeError(f"lycoris does not know {len(unexpected)} tensors, such as {unexpected[0]}")
+        return made
+
+    def answer(case: job_file.Case) -> list[job_file.Answer]:
+        answers = []
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(job["base"])
+        pipeline.set_progress_bar_config(disable=True)
+        for step in case["steps"]:
+            networks = [network(pipeline, case["adapters"][name]) for name in step["active"]]
+            answers.append({"values": [pipeline_calls.latents(pipeline, prompt) for prompt in job["prompts"]]})
+            for made in networks:
+                made.restore()
+        return answers
+
+    return answer
+
+
+job_file.run(open_base)
