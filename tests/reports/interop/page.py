@@ -13,11 +13,14 @@ PAGE = ROOT / "docs" / "reference" / "engines.md"
 BEGIN, END = "<!-- made by make interop -->", "<!-- end of make interop -->"
 
 
-def tables(results: ResultsFile) -> str:
-    """One table for each kind of case: a row for each adapter, a column for each program."""
-    lines: list[str] = []
-    for name, versions in results.versions.items():
-        lines.append(f"- {ENGINES[name].title}: {versions}")
+def tables(results: ResultsFile, page: str = "") -> str:
+    """One table for each kind of case: a row for each adapter, a column for each program.
+
+    `page`: the tables as they are; cells and versions that the results do not have stay.
+    """
+    kept, versions = _cells(page), {**_versions(page)}
+    versions |= {ENGINES[name].title: text for name, text in results.versions.items()}
+    lines = [f"- {engine.title}: {versions[engine.title]}" for engine in ENGINES.values() if engine.title in versions]
     for kind in dict.fromkeys(case.kind for case in CASES):
         engines = [engine for engine in ENGINES.values() if kind in engine.kinds]
         titles = " | ".join(engine.title for engine in engines)
@@ -27,11 +30,33 @@ def tables(results: ResultsFile) -> str:
             "|---" * (len(engines) + 1) + "|",
         ]
         for case in (case for case in CASES if case.kind == kind):
-            found = [results.cells.get((engine.name, case.name)) for engine in engines]
-            lines.append(f"| {case.name} | {' | '.join(str(cell) if cell else 'not run' for cell in found)} |")
+            found = [
+                str(results.cells.get((engine.name, case.name)) or kept.get((engine.title, case.name), "not run"))
+                for engine in engines
+            ]
+            lines.append(f"| {case.name} | {' | '.join(found)} |")
     return "\n".join(lines)
+
+
+def _versions(page: str) -> dict[str, str]:
+    lines = (line.removeprefix("- ").partition(": ") for line in page.splitlines() if line.startswith("- "))
+    return {title: versions for title, _, versions in lines}
+
+
+def _cells(page: str) -> dict[tuple[str, str], str]:
+    """The cells of a page's tables, by the program's title and the case's name."""
+    cells: dict[tuple[str, str], str] = {}
+    titles: list[str] = []
+    for line in page.splitlines():
+        row = [text.strip() for text in line.strip("|").split(" | ")] if line.startswith("| ") else []
+        if row and row[0] == "adapter":
+            titles = row[1:]
+        elif row:
+            cells |= {(title, row[0]): text for title, text in zip(titles, row[1:], strict=True)}
+    return cells
 
 
 def write_page(results: ResultsFile) -> None:
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    made, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{tables(results, made)}\n{END}{after}", encoding="utf-8")
