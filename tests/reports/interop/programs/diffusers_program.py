@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,8 @@ import pipeline_calls
 
 
 def open_base(job: dict[str, Any]) -> Any:
-    diffusers: Any = importlib.import_module("diffusers")
-
     def answer(case: job_file.Case) -> list[job_file.Answer]:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(job["base"])
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = pipeline_calls.opened(job["base"])
         for name, path in case["adapters"].items():
             (file,) = Path(path).glob("*.safetensors")
             pipeline.load_lora_weights(path, weight_name=file.name, adapter_name=name)

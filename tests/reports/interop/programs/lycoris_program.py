@@ -11,7 +11,6 @@ import pipeline_calls
 
 
 def open_base(job: dict[str, Any]) -> Any:
-    diffusers: Any = importlib.import_module("diffusers")
     kohya: Any = importlib.import_module("lycoris.kohya")
 
     def network(pipeline: Any, path: str) -> Any:
@@ -28,8 +27,7 @@ def open_base(job: dict[str, Any]) -> Any:
 
     def answer(case: job_file.Case) -> list[job_file.Answer]:
         answers = []
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(job["base"])
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = pipeline_calls.opened(job["base"])
         for step in case["steps"]:
             networks = [network(pipeline, case["adapters"][name]) for name in step["active"]]
             answers.append({"values": [pipeline_calls.latents(pipeline, prompt) for prompt in job["prompts"]]})

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
 from typing import Any
+
+
+def opened(folder: str) -> Any:
+    """The pipeline in a folder. Components that it does not have, such as tokenizers, are None."""
+    diffusers: Any = importlib.import_module("diffusers")
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def latents(pipeline: Any, prompt: list[int]) -> list[float]:
