@@ -146,8 +146,9 @@ def _checksum_of_pieces(pieces: Iterable[Tensor]) -> int:
     for piece in pieces:
         if piece.storage_offset() % 8:  # a sum of wide numbers needs them in their places
             piece = piece.clone()
-        rows, rest = piece[: len(piece) // _ROW * _ROW].view(-1, _ROW), piece[len(piece) // _ROW * _ROW :]
-        value = (value * 0x9E3779B97F4A7C15 + checksum(rows) + 3 * checksum(rest.view(1, -1))) % 2**64
+        split = len(piece) // _ROW * _ROW
+        sums = checksum(piece[:split].view(-1, _ROW)), checksum(piece[split:].view(1, -1))
+        value = (value * 0x9E3779B97F4A7C15 + sums[0] + 3 * sums[1]) % 2**64
     return value
 
 

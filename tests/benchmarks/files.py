@@ -1,6 +1,7 @@
 """The line “files”: an adapter merged into a checkpoint of several files, beside a short loop and beside PEFT.
 
-Each way runs in a process of its own, which reports the CPU time and the peak of its private memory without imports.
+CPU time is measured in this process, the ways in turn. Memory is measured in a process for each way, which reports the
+peak of its private memory above that before the merge; Linux alone.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,59 +21,93 @@ import torch
 
 from surgery import apply_rules, save_adapter
 from surgery.rules import LoraRule
+from tests.benchmarks.growth import exponent
 from tests.benchmarks.lines import Row
-from tests.benchmarks.timing import Setting
+from tests.benchmarks.timing import Setting, collected, once
 
 MEGABYTES, SHARDS = 512, 8  # of the checkpoint, in bfloat16
-LAYERS = 32  # of seven Linears each, at any size
+LAYERS = 32  # of seven Linears each
 WAYS = ("loop", "files", "peft")
 
 
 def files(setting: Setting, megabytes: int | None = None) -> Iterator[Row]:
     """`megabytes`: the size of the checkpoint. Default None: `MEGABYTES`."""
-    megabytes = 16 if setting.quick else megabytes or MEGABYTES
-    with TemporaryDirectory() as folder:
-        write(Path(folder), megabytes)
-        spent: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-        for _ in range(1 if setting.quick else 3):
-            for way in WAYS:
-                spent[way].append(_measured(way, Path(folder)))
-        seconds = {way: min(second for second, _ in runs) for way, runs in spent.items()}
-        memory = {way: min(peak for _, peak in runs) for way, runs in spent.items()}
-    work = f"merge into {SHARDS} files of {megabytes / SHARDS:.0f} MB, rank 16 on all Linears"
-    ratio, peft = seconds["files"] / seconds["loop"], seconds["peft"] / seconds["loop"]
-    yield Row(f"{work}: CPU time", "loop", 1.3, ratio, peft, seconds["files"])
-    ratio, peft = memory["files"] / memory["loop"], memory["peft"] / memory["loop"]
-    yield Row(f"{work}: private memory ({memory['files'] / 1e6:,.0f} MB)", "loop", 1.0, ratio, peft)
+    megabytes, layers = (64, 2) if setting.quick else (megabytes or MEGABYTES, LAYERS)
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        write(folder, megabytes, layers)
+        for way in WAYS:
+            _warm_up(way)
+        seconds = collected(WAYS, 1 if setting.quick else 5, partial(_seconds, folder))
+        peaks = {way: _peak(way, folder) for way in WAYS}
+    work = f"merge into {SHARDS} files of {megabytes / SHARDS:.0f} MB, rank 16 on {7 * layers} Linears"
+    ratio, peft = (seconds.ratio(way, "loop") for way in ("files", "peft"))
+    yield Row(f"{work}: CPU time", "loop", 1.3, ratio, peft, seconds.seconds("files"))
+    ratio, peft = (peaks[way] / peaks["loop"] for way in ("files", "peft"))
+    yield Row(f"{work}: private memory ({peaks['files'] / 1e6:,.0f} MB)", "loop", 1.0, ratio, peft)
+    yield from _growth(setting)
 
 
-def write(folder: Path, megabytes: int) -> None:
-    """Writes a base of about this size, and an adapter in PEFT's format."""
+def _growth(setting: Setting) -> Iterator[Row]:
+    """How the CPU time grows with the sites of small tensors, and with the bytes of the same number of tensors."""
+    counts, sizes = ((2, 4), (16, 32)) if setting.quick else ((8, 32, 128), (64, 256, 1024))
+    small = {7 * layers: partial(write, layers=layers, width=64) for layers in counts}
+    wide = {
+        megabytes: partial(write, megabytes=megabytes, layers=4 if setting.quick else LAYERS) for megabytes in sizes
+    }
+    for of, bases in (("sites", small), ("megabytes", wide)):
+        with TemporaryDirectory() as place:
+            for size, make in bases.items():
+                make(Path(place) / str(size))
+            seconds = {size: _growing(Path(place) / str(size), setting) for size in bases}
+        yield Row(f"merge into files: growth with {' / '.join(map(str, seconds))} {of}", "", 1.05, exponent(seconds))
+
+
+def _growing(folder: Path, setting: Setting) -> float:
+    return min(_seconds(folder, "files") for _ in range(2 if setting.quick else 3))
+
+
+def write(folder: Path, megabytes: float = 0, layers: int = LAYERS, width: int | None = None) -> None:
+    """Writes a base of about this size, and an adapter in PEFT's format. `width`: instead of the size."""
     import transformers
 
-    width = max(64, 64 * round((megabytes * 1e6 / 2 / (LAYERS * 12.1)) ** 0.5 / 64))
+    per_layer = 4 + 3 * 2.7  # times width²
+    width = width or max(64, 64 * round((megabytes * 1e6 / 2 / layers / per_layer) ** 0.5 / 64))
     config = transformers.LlamaConfig(
-        vocab_size=1000, hidden_size=width, intermediate_size=int(2.7 * width), num_hidden_layers=LAYERS,
+        vocab_size=1000, hidden_size=width, intermediate_size=int(2.7 * width), num_hidden_layers=layers,
         num_attention_heads=8, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     model: Any = transformers.LlamaForCausalLM(config)
     model.to(torch.bfloat16)
-    model.save_pretrained(folder / "base", max_shard_size=f"{max(1, int(megabytes * 1.05 / SHARDS))}MB")
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(folder / "base", max_shard_size=int(total * 1.05 / SHARDS))
     apply_rules(model, LoraRule("all-linear", rank=16, init="random"))
     save_adapter(model, folder / "adapter", format="peft")
 
 
-def _measured(way: str, folder: Path) -> tuple[float, float]:
-    """The CPU seconds and the peak of private bytes of one way."""
+def _warm_up(way: str) -> None:
+    """A tiny merge, which imports what the way needs."""
+    with TemporaryDirectory() as place:
+        write(Path(place), width=64, layers=1)
+        _seconds(Path(place), way)
+
+
+def _seconds(folder: Path, way: str) -> float:
+    """The CPU seconds of one way."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    return once(partial(RUN[way], folder / "base", folder / "adapter", folder / "out"))
+
+
+def _peak(way: str, folder: Path) -> float:
+    """The peak of the private bytes of one way, in a process of its own."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     command = [sys.executable, "-m", "tests.benchmarks.files", way, str(folder)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
-    data = json.loads(result.stdout.splitlines()[-1])
-    return data["seconds"], data["bytes"]
+    return float(result.stdout.splitlines()[-1])
 
 
-# What runs in the process ---------------------------------------------------------------------------------------------
+# The ways -------------------------------------------------------------------------------------------------------------
 
 
 def by_loop(base: Path, adapter: Path, out: Path) -> None:
@@ -117,14 +152,10 @@ def by_peft(base: Path, adapter: Path, out: Path) -> None:
 RUN: dict[str, Callable[[Path, Path, Path], None]] = {"loop": by_loop, "files": by_files, "peft": by_peft}
 
 
-def _warm_up(way: str) -> None:
-    """Imports what the way needs: a tiny merge."""
-    with TemporaryDirectory() as folder:
-        write(Path(folder), 1)
-        RUN[way](Path(folder) / "base", Path(folder) / "adapter", Path(folder) / "out")
+# What runs in the process that measures memory ------------------------------------------------------------------------
 
 
-def private_bytes() -> int:
+def _private_bytes() -> int:
     """The private memory of this process that is in use now; Linux alone."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", text)[0])
@@ -136,21 +167,19 @@ def main() -> None:
     torch.set_num_threads(1)
     way, folder = sys.argv[1], Path(sys.argv[2])
     _warm_up(way)
-    before, peak, done = private_bytes(), 0, threading.Event()
+    before, peak, done = _private_bytes(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, private_bytes())
+        while not done.wait(0.002):
+            peak = max(peak, _private_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.process_time()
     RUN[way](folder / "base", folder / "adapter", folder / "out")
-    seconds = time.process_time() - start
     done.set()
     watcher.join()
-    print(json.dumps({"seconds": seconds, "bytes": max(peak - before, 0)}))
+    print(max(peak - before, 0))
 
 
 if __name__ == "__main__":
