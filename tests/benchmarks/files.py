@@ -21,7 +21,7 @@ import torch
 
 from surgery import apply_rules, save_adapter
 from surgery.rules import LoraRule
-from tests.benchmarks.growth import exponent
+from tests.benchmarks.growth import growth_exponent
 from tests.benchmarks.lines import Row
 from tests.benchmarks.timing import Setting, collected, once
 
@@ -60,7 +60,9 @@ def _growth(setting: Setting) -> Iterator[Row]:
             for size, make in bases.items():
                 make(Path(place) / str(size))
             seconds = {size: _growing(Path(place) / str(size), setting) for size in bases}
-        yield Row(f"merge into files: growth with {' / '.join(map(str, seconds))} {of}", "", 1.05, exponent(seconds))
+        yield Row(
+            f"merge into files: growth with {' / '.join(map(str, seconds))} {of}", "", 1.05, growth_exponent(seconds)
+        )
 
 
 def _growing(folder: Path, setting: Setting) -> float:

@@ -51,7 +51,7 @@ def growth(setting: Setting) -> Iterator[Row]:
 
 def _rows(of: str, spent: Seconds, aims: dict[str, float]) -> Iterator[Row]:
     """Fit the exponent of each verb by least squares; yield a row for the largest per aim, and for each that misses."""
-    exponents = {verb: exponent(at) for verb, at in spent.items()}
+    exponents = {verb: growth_exponent(at) for verb, at in spent.items()}
     for aim in dict.fromkeys(aims.values()):
         of_this = {verb: exponent for verb, exponent in exponents.items() if aims[verb] == aim}
         worst = max(of_this, key=lambda verb: of_this[verb])
@@ -63,7 +63,7 @@ def _rows(of: str, spent: Seconds, aims: dict[str, float]) -> Iterator[Row]:
                 yield Row(f"growth with {sizes} {of}: {verb}", "", aim, exponent)
 
 
-def exponent(at: dict[int, float]) -> float:
+def growth_exponent(at: dict[int, float]) -> float:
     """The exponent of seconds that grow with a size: the slope through their logarithms by least squares."""
     x, y = [math.log(size) for size in at], [math.log(max(seconds, 1e-9)) for seconds in at.values()]
     mean = sum(x) / len(x)
