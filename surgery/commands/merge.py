@@ -62,6 +62,18 @@ def merge(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="The dtype of the result; default: that of the files."),
     ] = None,
+    quantised: Annotated[
+        Literal["refuse", "dequantise", "requantise"],
+        typer.Option(help="Quantised weights: refused; plain weights in the result; or new codes and scales."),
+    ] = "refuse",
+    limit: Annotated[
+        float,
+        typer.Option(help="With --quantised requantise: the share of a change that a weight may lose; inf for any."),
+    ] = 0.10,
+    rounding: Annotated[
+        Literal["nearest", "stochastic", "error-feedback"],
+        typer.Option(help="How sums are rounded to float16 and bfloat16."),
+    ] = "nearest",
     workers: Workers = 1,
 ) -> Answer:
     """Merge adapters into a model and write a plain checkpoint, which loads without this package.
@@ -87,11 +99,13 @@ def merge(
     if in_format and keep_record:
         why = "an unmerge goes through a checkpoint of transformers"
         raise SurgeryError("--keep-record is not for this format", why=why, fix="leave out --format or --keep-record")
-    used = {"--keep-record": keep_record, "--dtype": dtype is not None and not in_format, "--workers": workers > 1}
+    of_files = dtype is not None and not in_format and quantised != "dequantise"
+    used = {"--keep-record": keep_record, "--dtype": of_files, "--workers": workers > 1}
     told = [option for option, is_used in used.items() if is_used]
     why_loaded = None
     if not dry_run:
         why_loaded = "an example call needs the model" if example or with_example else _why_loaded(model, kind)
+        why_loaded = why_loaded or _why_loaded_for(quantised, limit, rounding)
         if why_loaded is None:
             try:
                 chosen = {**options, "untie": untie, "weights": weight, "trust": trust, "same_base": not any_base}
@@ -111,12 +125,17 @@ def merge(
         return Answer(data, [*lines, f"{out} would be {type(net).__name__} with {', '.join(names)} merged"])
     if weight:
         activate(net, names, weights=weight)
+    with_dtype = in_format or quantised == "dequantise"
+    settings: dict[str, Any] = {"untie": untie, "dtype": _dtype(dtype) if with_dtype else None, "progress": True}
+    settings |= {"quantised": quantised, "limit": limit, "rounding": rounding}
+    if quantised == "requantise" or rounding == "error-feedback":
+        settings["example_inputs"] = call  # the inputs that the changes are weighed with
     if format == "gguf":
-        merge_to(net, out, format=format, untie=untie, dtype=_dtype(dtype), progress=True)
+        merge_to(net, out, format=format, **settings)
         files = [out.name]
     else:
         with new_folder(out) as place:
-            merge_to(net, place, format=format, untie=untie, dtype=_dtype(dtype) if in_format else None, progress=True)
+            merge_to(net, place, format=format, **settings)
             files = sorted(file.name for file in place.iterdir())
     size = size_of(out)
     text = f"{out}: {type(net).__name__} with {', '.join(names)} merged, {size_text(size)}"
@@ -131,6 +150,15 @@ def _why_loaded(model: Path, kind: str | None) -> str | None:
         return "its weights are not in files of transformers' names"
     saved = class_in_config(read_json(folder / CONFIG)) if (folder / CONFIG).is_file() else None
     return None if kind in (None, saved) else f"its files are of {saved}, and the result is {kind}"
+
+
+def _why_loaded_for(quantised: str, limit: float, rounding: str) -> str | None:
+    """Why options of the merge need the loaded model; None if they do not."""
+    if quantised != "refuse":
+        return "the codes of quantised weights are read through its modules"
+    if limit != 0.10:
+        raise SurgeryError("--limit is not used", why="only codes lose a share", fix="--quantised requantise")
+    return f"rounding={rounding} is done there" if rounding != "nearest" else None
 
 
 def _dtype(name: str | None) -> Any:

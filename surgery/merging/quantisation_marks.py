@@ -12,7 +12,7 @@ from surgery.patterns.module_walk import base_modules
 from surgery.state.records import ModelState
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["restore_marks", "take_off_marks"]
+__all__ = ["restore_marks", "take_off_marks", "take_off_one_way_conversions"]
 
 _MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 _SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")
@@ -56,6 +56,33 @@ def take_off_marks(model: nn.Module, plain: list[str], state: ModelState | None,
         owner.__dict__.update(after)
         if state is not None:
             state.unquantised.append((owner, before))
+    take_off_one_way_conversions(model, state, journal)
+
+
+def take_off_one_way_conversions(model: nn.Module, state: ModelState | None, journal: Journal) -> None:
+    """Take off conversions of files that transformers can't make backwards, such as that of bitsandbytes' codes.
+
+    Otherwise `save_pretrained` fails for a model from a quantised checkpoint. The state dict of such a module already
+    has the names of the files, and that of a plain Linear needs no conversion. `state`: as for `take_off_marks`.
+    """
+    for _, module in base_modules(model):
+        conversions = module.__dict__.get("_weight_conversions")
+        both_ways = [conversion for conversion in conversions or () if _reverses(conversion)]
+        if conversions and len(both_ways) < len(conversions):
+            journal.keep(module.__dict__)
+            module.__dict__["_weight_conversions"] = both_ways
+            if state is not None:
+                state.unquantised.append((module, {"_weight_conversions": conversions}))
+
+
+def _reverses(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    except Exception:  # transformers' own error, which save_pretrained raises
+        return True
+    return True
 
 
 def restore_marks(state: ModelState, journal: Journal) -> None:

@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError, abbreviate
 from surgery.merging.merge import merge
 from surgery.merging.merge_settings import Quantised
 from surgery.merging.packed_merge import dequantise_all
+from surgery.merging.quantisation_marks import take_off_one_way_conversions
 from surgery.model_edits.shared_copies import separate_copies
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.offload_hooks import is_offloaded
@@ -144,6 +145,7 @@ def merge_to(
             write_as_ordinary(model, trial)
         if why := why_not_said(model):
             raise SurgeryError("the checkpoint of this model can't hold untied weights", why=why, fix=_UNTIED)
+        take_off_one_way_conversions(model, None, trial)
         checkpoint = place / "checkpoint" / target.stem  # programs take the model's name from its folder
         with steps(progress, "write", 1) as step:
             save(checkpoint)

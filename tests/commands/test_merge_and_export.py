@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
 
 from surgery import activate, apply_rules, load_adapter, merge, merge_to, save_adapter
 from surgery.adapter_files.entry import PEFT
@@ -126,7 +127,7 @@ def test_adapters_that_train_the_same_head_have_one_file_with_slots(files: Files
         expected[name] = logits(model)
     adapters, out = (tmp_path / "one", tmp_path / "two"), tmp_path / "m.onnx"
     done = run("export", files.model, *adapters, "--out", out, "--as", "slots", "--no-verify", "--json")
-    assert done.code == 0, done.err
+    assert done.code == 0, (done.out, done.err)
     runner = OnnxRunner(out)
     for name, output in expected.items():
         runner.load(name, tmp_path / f"{name}.onnx_adapter")
@@ -235,3 +236,48 @@ def test_merge_into_another_programs_files(tmp_path: Path, format: str) -> None:
     )
     assert loaded.code == 0, loaded.err
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["base", "adapter", "e", name, f"loaded-{name}"])
+
+
+def test_a_quantised_model(files: Files, tmp_path: Path) -> None:
+    """The command writes what `merge_to` writes: plain weights, or new codes, if they lose little."""
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = tmp_path / "base"
+    type(files.load()).from_pretrained(files.model, quantization_config=config, device_map="cpu").save_pretrained(base)
+    words = ("merge", base, files.peft, "--out", tmp_path / "m")
+    refused = run(*words)
+    assert refused.code == 1 and "--quantised dequantise" in refused.err and not (tmp_path / "m").exists()
+    lost = run(*words, "--quantised", "requantise", "--limit", "0.001")
+    assert lost.code == 1 and "--limit inf merges anyway" in lost.err and not (tmp_path / "m").exists()
+    unused = run(*words, "--limit", "0.5")
+    assert unused.code == 1 and "--limit is not used" in unused.err
+
+    model = type(files.load()).from_pretrained(base, device_map="cpu")
+    load_adapter(model, files.peft)
+    for name, options in {"dequantise": {"dtype": torch.float32}, "requantise": {"limit": None}}.items():
+        more = ("--dtype", "float32") if name == "dequantise" else ("--limit", "inf")
+        done = run("merge", base, files.peft, "--out", tmp_path / name, "--quantised", name, *more, "--json")
+        assert done.code == 0 and not done.data["streamed"], (done.out, done.err)
+        merge_to(model, tmp_path / "expected" / name, quantised=name, **options)  # type: ignore[arg-type]
+        assert same_tensors(tmp_path / name, tmp_path / "expected" / name)
+    merge(model, quantised="dequantise", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "plain")  # transformers alone can't save a model from a quantised checkpoint again
+    query, files_query = (load_file(tmp_path / f / "model.safetensors") for f in ("plain", "dequantise"))
+    key = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(query[key], files_query[key])
+
+
+def same_tensors(folder: Path, other: Path) -> bool:
+    (mine, theirs) = (load_file(each / "model.safetensors") for each in (folder, other))
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_rounding_of_a_model_in_half_precision(files: Files, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    files.load().to(torch.bfloat16).save_pretrained(base)
+    done = run("merge", base, files.peft, "--out", tmp_path / "m", "--rounding", "error-feedback", "--json")
+    assert done.code == 0 and not done.data["streamed"]
+    model = type(files.load()).from_pretrained(base)
+    load_adapter(model, files.peft)
+    merge_to(model, tmp_path / "expected", rounding="error-feedback")
+    assert same_tensors(tmp_path / "m", tmp_path / "expected")
