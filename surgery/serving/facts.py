@@ -75,6 +75,9 @@ def change_problem(profile: TargetProfile, path: str, change: Change, facts: Bas
             return f"{title} does not adapt convolutions" + (
                 " with larger kernels" if profile.convolutions == "pointwise" else ""
             )
+    kind = str(facts.config.get("model_type"))
+    if {"*", name} & set(profile.lacking.get(kind, ())):
+        return f"{title} does not have {name} as a linear layer in models of the type {kind!r}"
     if profile.modules and name not in profile.modules:
         return f"{title} adapts only {', '.join(profile.modules)}"
     if profile.paths and not re.fullmatch(profile.paths, path):

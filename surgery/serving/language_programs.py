@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgery.serving.mlx_models import MODEL_TYPES
+from surgery.serving.mlx_models import MODEL_TYPES, SPLIT_ATTENTION
 from surgery.serving.profile import TargetProfile, register_target
 from surgery.serving.vllm_classes import ADAPTED, BOTH, EMBEDDINGS, NOT_ADAPTED
 
@@ -182,6 +182,7 @@ register_target(
             "trained": "mlx_lm/tuner/utils.py",
             "tied": "mlx_lm/tuner/lora.py",
             "model_types": "mlx_lm/models",
+            "lacking": "mlx_lm/models",
         },
         dora=True,
         ranks="one",
@@ -189,6 +190,12 @@ register_target(
         embeddings=("*",),
         heads=("*",),
         model_types=MODEL_TYPES,
+        lacking={
+            **dict.fromkeys(SPLIT_ATTENTION, ("kv_b_proj",)),
+            "bitnet": ("*",),
+            "nanochat": ("*",),
+            "laguna": ("gate_proj", "up_proj", "down_proj"),
+        },
         command="mlx_lm.generate --model BASE --adapter-path FOLDER",
     )
 )

@@ -1,6 +1,6 @@
 """MLX-LM's types of models: the files of mlx_lm/models, and the other names in mlx_lm/utils.py."""
 
-__all__ = ["MODEL_TYPES"]
+__all__ = ["MODEL_TYPES", "SPLIT_ATTENTION"]
 
 MODEL_TYPES = frozenset(
     """
@@ -19,3 +19,9 @@ MODEL_TYPES = frozenset(
     starcoder2 step3p5 talkie telechat3 xverse youtu_llm
     """.split()
 )
+
+# Types whose kv_b_proj is two stacks of matrices in MLX-LM.
+SPLIT_ATTENTION = (
+    "bailing_hybrid", "bailing_moe_v3", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_linear", "longcat_flash",
+    "mistral4",
+)  # fmt: skip

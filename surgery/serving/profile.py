@@ -46,6 +46,7 @@ class TargetProfile:
         tied: whether it adapts embeddings and output layers that are one tensor (`tie_word_embeddings`).
         trained: names of modules that an adapter may hold in full.
         modules: names of modules that it adapts; empty: any.
+        lacking: value of `model_type` → names of modules that it does not have there; "*": all of them.
         groups: modules whose changes must come together; zeros are written for missing ones.
         paths: a regular expression for paths of modules that it adapts; "": any.
         paths_reason: why it does not adapt other paths.
@@ -80,6 +81,7 @@ class TargetProfile:
     tied: bool = False
     trained: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     groups: tuple[tuple[str, ...], ...] = ()
     paths: str = ""
     paths_reason: str = ""

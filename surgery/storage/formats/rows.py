@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from surgery.storage.formats import architectures as _architectures
 from surgery.storage.formats import gguf_names as _gguf_names
+from surgery.storage.formats.mlx_names import MLX_NAMES
 from surgery.storage.formats.table import AdapterFormat, KeyPrefix, TensorKey, register_format
 
 __all__: list[str] = []
@@ -68,6 +69,7 @@ register_format(
         ),
         files=("adapters.safetensors",),
         settings_file="adapter_config.json",
+        names=MLX_NAMES,
         scale="one_scale",
         settings={
             "fine_tune_type": "$kind",
