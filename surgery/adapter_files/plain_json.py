@@ -8,16 +8,22 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 
-__all__ = ["parse_json", "read_json"]
+__all__ = ["LARGE", "parse_json", "read_json"]
 
 MOST_JSON = 8 << 20  # limit in bytes; settings of adapters have some thousands
+LARGE = 256 << 20  # that of lists that grow with a model: the index of 90,000 tensors has 9 MB, a tokenizer up to 35 MB
 
 
-def read_json(path: Path) -> Any:
-    """Returns the data of a JSON file. Raises `SurgeryError` if it is not JSON or too large."""
+def read_json(path: Path, most: int = MOST_JSON) -> Any:
+    """Returns the data of a JSON file. Raises `SurgeryError` if it is not JSON or too large.
+
+    `most`: the limit of its bytes.
+    """
     try:
-        if path.stat().st_size > MOST_JSON:
-            raise SurgeryError(f"{path.name} is too large", why=f"{path.stat().st_size} bytes of settings")
+        if path.stat().st_size > most:
+            raise SurgeryError(
+                f"{path.name} is too large", why=f"{path.stat().st_size} bytes, and {most} are the limit"
+            )
         return parse_json(path.read_bytes(), path.name)
     except OSError as error:
         raise SurgeryError(f"{path.name} can't be read", why=str(error)) from None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.adapter_files.plain_json import read_json
+from surgery.adapter_files.plain_json import LARGE, read_json
 from surgery.adapter_files.tensor_files import DTYPES, TensorFile, open_tensors
 from surgery.adapter_files.tensor_headers import AGAIN, Header, read_header
 from surgery.errors import SurgeryError, abbreviate
@@ -125,7 +125,7 @@ def open_checkpoint(folder: Path) -> CheckpointFiles:
 
 
 def _open_indexed(folder: Path, index: str) -> CheckpointFiles:
-    data = read_json(folder / index)
+    data = read_json(folder / index, LARGE)
     mapping = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()) or not mapping:
         raise SurgeryError(f"{index} is damaged", why="it has no weight_map of file names", fix=AGAIN)

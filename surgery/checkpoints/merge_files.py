@@ -18,10 +18,10 @@ from surgery.checkpoints.file_reports import FileMergeReport
 from surgery.checkpoints.ledger import Ledger, open_ledger
 from surgery.checkpoints.loaded_adapters import names_of
 from surgery.checkpoints.merge_plan import MergePlan, check_arguments, plan_merge
-from surgery.checkpoints.merge_record import FOLDER, FORMAT, LIST, VERSION
+from surgery.checkpoints.merge_record import EARLIER, FOLDER, FORMAT, LIST, VERSION
 from surgery.checkpoints.merge_units import merge_unit
 from surgery.checkpoints.new_dtypes import config_with_dtype, new_dtypes
-from surgery.checkpoints.other_files import copy_other_files
+from surgery.checkpoints.other_files import copy_folder, copy_other_files
 from surgery.checkpoints.shard_rewriting import Rewriting, Task, rewrite_shards
 from surgery.checkpoints.shard_writing import checksum_of
 from surgery.checkpoints.untied_tensors import untied_config
@@ -154,7 +154,7 @@ def _write_rest(plan: MergePlan, job: Rewriting, ledger: Ledger, texts: dict[str
     files = plan.files
     if files.index is not None and files.index not in texts and job.same_names:
         (ledger.files / files.index).write_bytes((files.folder / files.index).read_bytes())
-    own = {*files.shards, *filter(None, [files.index])}
+    own = {*files.shards, *filter(None, [files.index]), *([FOLDER] if job.record else ())}
     return copy_other_files(files.folder, ledger.files, {*texts, *own})
 
 
@@ -167,11 +167,13 @@ def _write_list(plan: MergePlan, job: Rewriting, ledger: Ledger, texts: dict[str
         if not job.same_names:
             shards[name]["head"] = shard.head.hex()
     folder = plan.files.folder
-    old = {name: (folder / name).read_text(encoding="utf-8") for name in texts}
+    old = {name: (folder / name).read_bytes().decode() for name in texts}  # with the ends of lines as they are
     folded = [fold["tensor"] for facts in shards.values() for fold in facts["folds"]]
     twins = {name: plan.skeleton.twins[name] for name in folded if name in plan.skeleton.twins}
     data = {"format": FORMAT, "version": VERSION, "shards": shards, "files": old, "twins": twins}
     (ledger.files / FOLDER / LIST).write_text(json.dumps(data), encoding="utf-8")
+    if (folder / FOLDER / LIST).is_file():  # the base is a merge itself
+        copy_folder(folder / FOLDER, ledger.files / FOLDER / EARLIER)
 
 
 def _identity(source: Any) -> Any:

@@ -14,9 +14,10 @@ from surgery.arithmetic.corrections import Corrections, Record
 from surgery.arithmetic.low_rank import LowRank
 from surgery.errors import SurgeryError
 
-__all__ = ["FOLDER", "LIST", "RecordWriter", "read_record"]
+__all__ = ["EARLIER", "FOLDER", "LIST", "RecordWriter", "read_record"]
 
 FOLDER, LIST = "merge_record", "record.json"
+EARLIER = "earlier"  # the folder inside with the records of a base that is a merge itself
 FORMAT, VERSION = "model-surgery merge record", 1
 _KINDS = ("record", "copy", "rows")
 
@@ -71,7 +72,7 @@ def read_record(path: Path, facts: Mapping[str, Any]) -> Record:
     """Reads a record. Raises `SurgeryError` if the file or the description is damaged."""
     try:
         return _read(path, facts)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
         why = f"{type(error).__name__}: {error}"[:200]
         raise SurgeryError(f"{path.name} is damaged", where=str(path.parent), why=why) from None
 
@@ -80,12 +81,13 @@ def _read(path: Path, facts: Mapping[str, Any]) -> Record:
     if facts["kind"] not in _KINDS:
         raise ValueError(f"unknown kind {facts['kind']!r}")
     parts: dict[str, Tensor] = {}
+    size = path.stat().st_size
     with open(path, "rb") as file:
         for name, (start, length, *kind) in facts["parts"].items():
+            if not 0 <= start <= start + length <= size:
+                raise ValueError("it was cut off")
             file.seek(start)
             data = bytearray(file.read(length))
-            if len(data) != length:
-                raise ValueError("it was cut off")
             tensor = torch.frombuffer(data, dtype=torch.uint8) if length else torch.empty(0, dtype=torch.uint8)
             parts[name] = tensor.view(_dtype(kind[0])).view(kind[1]) if kind else tensor
     shape, dtype = torch.Size(facts["shape"]), _dtype(facts["dtype"])

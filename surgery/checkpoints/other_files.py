@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from pathlib import Path
 
 from surgery.checkpoints.merge_record import FOLDER
 
-__all__ = ["copy_other_files"]
+__all__ = ["copy_folder", "copy_other_files"]
 
 # Endings of files with weights: another format of the same weights, which are not merged.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data",
@@ -32,7 +32,7 @@ def copy_other_files(source: Path, target: Path, written: Collection[str]) -> li
             if entry.name in _FOLDERS:
                 left_out.append(f"{entry.name}/")
             else:
-                left_out += _copy_folder(entry, target / entry.name, entry.name, {source.resolve()})
+                left_out += copy_folder(entry, target / entry.name, entry.name, {source.resolve()})
         elif entry.name.endswith(_WEIGHTS) or not entry.is_file():
             left_out.append(entry.name)
         else:
@@ -40,8 +40,11 @@ def copy_other_files(source: Path, target: Path, written: Collection[str]) -> li
     return left_out
 
 
-def _copy_folder(source: Path, target: Path, name: str, above: set[Path]) -> list[str]:
-    """Copies a folder with all that it holds. `above`: the folders that contain it."""
+def copy_folder(source: Path, target: Path, name: str = "", above: Set[Path] = frozenset()) -> list[str]:
+    """Copies a folder with all that it holds, but for what can't be copied, which is returned.
+
+    `name`: the folder's name in the result. `above`: the folders that contain it.
+    """
     if (real := source.resolve()) in above:
         return [f"{name}/"]
     target.mkdir(exist_ok=True)
@@ -49,7 +52,7 @@ def _copy_folder(source: Path, target: Path, name: str, above: set[Path]) -> lis
     for entry in sorted(source.iterdir()):
         own = f"{name}/{entry.name}"
         if entry.is_dir():
-            left_out += _copy_folder(entry, target / entry.name, own, above | {real})
+            left_out += copy_folder(entry, target / entry.name, own, above | {real})
         elif entry.is_file():
             shutil.copyfile(entry, target / entry.name)
         else:

@@ -59,7 +59,7 @@ def layout_of_head(head: bytes) -> ShardLayout:
             )
             for key, entry in data.items()
         }
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"[:200]
         raise SurgeryError("the header of a file is damaged", why=why) from None
     return ShardLayout(head, tensors, max((t.start + t.nbytes for t in tensors.values()), default=len(head)))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.adapter_files.plain_json import read_json
+from surgery.adapter_files.plain_json import LARGE, read_json
 from surgery.arithmetic.corrections import Record
 from surgery.checkpoints.checkpoint_files import INDEX, CheckpointFiles, StoredTensor
 from surgery.checkpoints.ledger import Ledger
@@ -70,7 +70,7 @@ class Rewriting:
         """The contents of the new index; None for a single file."""
         if self.files.index is None:
             return None
-        data = read_json(self.files.folder / self.files.index)
+        data = read_json(self.files.folder / self.files.index, LARGE)
         names = self.shard_names()
         total = sum(place.nbytes for shard in names for place in self.layout(shard).tensors.values())
         mapping = {key: names[shard] for shard in names for key in self.keys(shard)}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter_files.plain_json import read_json
+from surgery.adapter_files.plain_json import LARGE, read_json
 from surgery.arithmetic.corrections import Record
 from surgery.arithmetic.exact_fold import unfold
 from surgery.checkpoints.base_skeleton import base_names
@@ -18,9 +18,10 @@ from surgery.checkpoints.checkpoint_files import CheckpointFiles, open_checkpoin
 from surgery.checkpoints.file_reports import FileUnmergeReport
 from surgery.checkpoints.ledger import open_ledger
 from surgery.checkpoints.merge_plan import check_meta, check_outside
-from surgery.checkpoints.merge_record import FOLDER, FORMAT, LIST, VERSION, read_record
+from surgery.checkpoints.merge_record import EARLIER, FOLDER, FORMAT, LIST, VERSION, read_record
 from surgery.checkpoints.name_map import NameGroup, NameMap
-from surgery.checkpoints.other_files import copy_other_files
+from surgery.checkpoints.other_files import copy_folder, copy_other_files
+from surgery.checkpoints.shard_layout import layout_of_head
 from surgery.checkpoints.shard_rewriting import Rewriting, Task, rewrite_shards
 from surgery.errors import MergeError, SurgeryError, abbreviate
 from surgery.progress import Progress
@@ -28,6 +29,8 @@ from surgery.transaction.created_folder import check_new_folder
 from surgery.transaction.neutral_context import neutral
 
 __all__ = ["unmerge_files"]
+
+_RESTORE = "restore the merged files, or take the base from its source"
 
 
 def unmerge_files(
@@ -68,26 +71,34 @@ def unmerge_files(
         files = open_checkpoint(merged)
         shards: dict[str, Any] = data["shards"]
         if absent := [name for name in shards if name not in files.shards]:
-            raise SurgeryError("weight files are absent", where=str(merged), why=abbreviate(absent, "files"))
+            why, fix = abbreviate(absent, "files"), "restore the files that merge_files wrote"
+            raise SurgeryError("weight files are absent", where=str(merged), why=why, fix=fix)
+        if unknown := [name for name in files.shards if name not in shards]:
+            why = f"{LIST} does not describe {abbreviate(unknown, 'files')}"
+            raise SurgeryError(f"{LIST} does not fit the files", where=str(merged), why=why, fix=_RESTORE)
         names = base_names(files, model)
         tasks = _tasks(files, names, merged, shards, data.get("twins", {}))
         heads = {name: bytes.fromhex(facts["head"]) for name, facts in shards.items() if "head" in facts}
+        for name, head in heads.items():
+            _check_head(files, name, head)
         job = Rewriting(files, tasks, strong=True, heads=heads)
         with open_ledger(out) as ledger:
             ledger.start([files.identity(), "unmerge", {name: facts["base"] for name, facts in shards.items()}])
             reused = rewrite_shards(job, ledger, workers, progress, "unmerge")
             sums = {name: line["checksum"] for name, line in ledger.done.items()}
             if wrong := [name for name, facts in shards.items() if sums[name] != facts["base"]]:
-                why = "other tensors than the merged ones changed since the merge"
-                fix = "restore the merged files, or take the base from its source"
-                raise MergeError("the files of the base do not come back", where=abbreviate(wrong), why=why, fix=fix)
+                why = "other tensors than the merged ones, or the header, changed since the merge"
+                where = abbreviate(wrong)
+                raise MergeError("the files of the base do not come back", where=where, why=why, fix=_RESTORE)
             texts: dict[str, str] = data["files"]
             for name, text in texts.items():
-                (ledger.files / name).write_text(text, encoding="utf-8")
+                (ledger.files / name).write_bytes(text.encode())
             if files.index is not None and files.index not in texts:
                 (ledger.files / files.index).write_bytes((merged / files.index).read_bytes())
             own = {*files.shards, *filter(None, [files.index])}
             left_out = copy_other_files(merged, ledger.files, {*texts, *own})
+            if (merged / FOLDER / EARLIER).is_dir():
+                copy_folder(merged / FOLDER / EARLIER, ledger.files / FOLDER)
             ledger.finish()
     return FileUnmergeReport(out, sums, tuple(reused), tuple(left_out))
 
@@ -97,18 +108,21 @@ def _read_list(merged: Path) -> dict[str, Any]:
     if not place.is_file():
         fix = "merge_files(…, keep_record=True) writes records"
         raise SurgeryError(f"{merged} can't be unmerged", why=f"it has no {FOLDER}/{LIST}", fix=fix)
-    data = read_json(place)
+    data = read_json(place, LARGE)
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("shards"), dict):
         raise SurgeryError(f"{LIST} is damaged", where=str(place), why=f"it is not a {FORMAT}")
     if data.get("version") != VERSION:
         what = f"its records have version {data.get('version')!r}"
         raise SurgeryError(what, where=str(place), why=f"this release reads version {VERSION}", fix="update")
-    if not isinstance(data.get("files"), dict) or not all(map(_is_shard, data["shards"].values())):
+    files = data.get("files")
+    texts = isinstance(files, dict) and all(isinstance(text, str) for text in files.values())
+    if not texts or not all(map(_is_shard, data["shards"].values())):
         raise SurgeryError(f"{LIST} is damaged", where=str(place), why="it does not describe the folds of each file")
     twins = data.get("twins", {})
-    if not isinstance(twins, dict) or not all(isinstance(names, list) for names in twins.values()):
+    lists = list(twins.values()) if isinstance(twins, dict) else [None]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         raise SurgeryError(f"{LIST} is damaged", where=str(place), why="it does not name the twins of tensors")
-    if any(Path(name).name != name for name in (*data["shards"], *data["files"])):
+    if any(Path(name).name != name or name in ("", "..", FOLDER) for name in (*data["shards"], *data["files"])):
         raise SurgeryError(f"{LIST} is damaged", where=str(place), why="it names files outside of the folder")
     return data
 
@@ -121,6 +135,20 @@ def _is_shard(facts: Any) -> bool:
     if not (isinstance(head, str) and not set(head) - set("0123456789abcdef") and len(head) % 2 == 0):
         return False
     return all(isinstance(fold, dict) and isinstance(fold.get("tensor"), str) for fold in facts["folds"])
+
+
+def _check_head(files: CheckpointFiles, name: str, head: bytes) -> None:
+    """Raises `SurgeryError` unless a header of the base places tensors of the merged file, side by side."""
+    stored, end = files.shards[name].tensors, len(head)
+    wrong = int.from_bytes(head[:8], "little") != len(head) - 8
+    for key, place in sorted(layout_of_head(head).tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        own = stored.get(key)
+        same = own is not None and (own.code, own.shape, own.nbytes) == (place.code, place.shape, place.nbytes)
+        wrong = wrong or not same or place.start != end
+        end = place.start + place.nbytes
+    if wrong:
+        why = f"the header of {name} does not fit the tensors of the merged file"
+        raise SurgeryError(f"{LIST} is damaged", where=str(files.folder), why=why, fix=_RESTORE)
 
 
 def _tasks(
@@ -159,7 +187,8 @@ def _unfold_group(
         values[name], record = values[name].contiguous(), read_record(file, facts)
         try:
             unfold(values[name], record, where=name)
-        except SurgeryError:
+        except SurgeryError as error:
+            error.fix = _RESTORE
             raise
         except Exception as error:  # a damaged record may have factors and corrections of any size
             why = f"{type(error).__name__}: {error}"[:200]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surgery.adapter_files.plain_json import read_json
+from surgery.adapter_files.plain_json import LARGE, read_json
 from surgery.errors import SurgeryError
 
 __all__ = ["INDEX", "weight_files"]
@@ -18,7 +18,7 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
         return [folder / "model.safetensors"], []
     if not (folder / INDEX).is_file():
         return sorted(folder.glob("*.safetensors")), []
-    index = read_json(folder / INDEX)
+    index = read_json(folder / INDEX, LARGE)
     mapping = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
         raise SurgeryError(f"{INDEX} is damaged", where=str(folder), why="it has no weight_map of file names")

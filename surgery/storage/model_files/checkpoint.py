@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.adapter_files.plain_json import read_json
+from surgery.adapter_files.plain_json import LARGE, read_json
 from surgery.adapter_files.tensor_files import open_tensors
 from surgery.errors import SurgeryError
 from surgery.storage.formats.file_tensor import FileTensor, tensor_of
@@ -31,7 +31,7 @@ def open_checkpoint_folder(folder: Path) -> Checkpoint:
     from transformers import AutoConfig
 
     index = folder / _INDEX
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names = set(read_json(index, LARGE)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     if absent := [name for name in sorted(names) if not (folder / name).is_file()]:
         why = f"{absent[0]} is not in it"
         raise SurgeryError("the folder is not a whole checkpoint of transformers", where=folder.name, why=why)

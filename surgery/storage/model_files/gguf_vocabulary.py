@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from surgery.adapter_files.plain_json import read_json
+from surgery.adapter_files.plain_json import LARGE, read_json
 from surgery.errors import SurgeryError
 from surgery.storage.model_files.checkpoint import Checkpoint
 from surgery.storage.model_files.pre_tokenizers import ADDS_BOS, pre_tokenizer_of
@@ -38,7 +38,7 @@ def write_vocabulary(writer: Any, checkpoint: Checkpoint) -> None:
         if not any(key in fields for fields in writer.kv_data):
             writer.add_uint32(key, size)
         return
-    tokenizer = read_json(folder / "tokenizer.json")
+    tokenizer = read_json(folder / "tokenizer.json", LARGE)
     model = tokenizer.get("model") if isinstance(tokenizer, Mapping) else None
     if not isinstance(model, Mapping) or model.get("type") != "BPE" or model.get("byte_fallback"):
         what = "Unigram or byte fallback" if isinstance(model, Mapping) and model.get("byte_fallback") else "not BPE"
