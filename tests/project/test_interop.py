@@ -36,7 +36,7 @@ def test_a_program_has_a_script_and_versions(engine: Engine) -> None:
     if engine.own_environment:
         lines = engine.requirements.read_text(encoding="utf-8").split()
         assert lines and all("==" in line for line in lines)
-    assert {case.name for case in CASES} >= engine.stays.keys() and torch_pin().startswith("torch==")
+    assert {case.name for case in CASES} >= engine.base_faults.keys() and torch_pin().startswith("torch==")
 
 
 def test_the_page_has_every_row_and_column() -> None:

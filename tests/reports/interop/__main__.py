@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
 
 import torch
+import transformers
 
 from tests.reports.interop.cases import CASES
 from tests.reports.interop.engines import ENGINES
@@ -31,6 +33,8 @@ def main() -> int:
     words = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    transformers.utils.logging.disable_progress_bar()
     cases = [case for case in CASES if not words.cases or any(part in case.name for part in words.cases)]
     results = ResultsFile(words.results)
     for name in words.only or ENGINES:

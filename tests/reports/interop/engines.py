@@ -34,8 +34,9 @@ class Engine:
         variables: environment variables of the program.
         settings: data for the script.
         tolerance: the largest difference of log-probabilities (or of values) that rounding explains.
-        stays: case → why the program does not take the adapter off again. The first and last steps are left out, and
-            it is an error if the program does take it off.
+        base_faults: case → why the program does not give the base's answers where no adapter is active. These steps and
+            rows are left out, and it is an error if the program does give the base's answers.
+        rounding: case → a larger tolerance, and why the program rounds there.
         own_environment: False for a program that runs in the environment of the tests.
     """
 
@@ -55,7 +56,8 @@ class Engine:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-4
     own_environment: bool = True
-    stays: Mapping[str, str] = field(default_factory=dict)
+    rounding: Mapping[str, tuple[float, str]] = field(default_factory=dict)
+    base_faults: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def script(self) -> Path:
@@ -93,7 +95,11 @@ ENGINES: dict[str, Engine] = {
                 "VLLM_LOGGING_LEVEL": "ERROR",
                 "VLLM_NO_USAGE_STATS": "1",
             },
-            settings={"max_lora_rank": 64},
+            settings={"max_lora_rank": 128, "max_loras": 2},
+            base_faults={
+                "one adapter for each row": "on a CPU, a row without an adapter in a mixed batch gets the adapter "
+                "of the last slot; one more slot (--max-loras) than adapters prevents it"
+            },
         ),
         Engine(
             "llama.cpp",
@@ -104,6 +110,7 @@ ENGINES: dict[str, Engine] = {
             bases=(*DECODERS, "gpt2", "mixtral"),
             base_format="gguf",
             several=True,
+            rounding={"LoRA in bfloat16": (0.03, "the inputs of bfloat16 matrices are rounded to bfloat16")},
         ),
         Engine(
             "mlx",
@@ -123,7 +130,7 @@ ENGINES: dict[str, Engine] = {
             several=True,
             routes=True,
             own_environment=False,
-            stays={"LoRA and trained biases": "PEFT keeps trained biases when the adapter is disabled"},
+            base_faults={"LoRA and trained biases": "PEFT keeps trained biases when the adapter is disabled"},
         ),
         Engine(
             "openvino",

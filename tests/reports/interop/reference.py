@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery import Rule, SurgeryError, apply_rules, as_lora, deactivate, save_adapter, using
+from surgery import Rule, SurgeryError, apply_rules, as_lora, check_target, deactivate, save_adapter, using
 from tests.reports.interop.adapter_case import NONE, AdapterCase, Step
 from tests.reports.interop.bases import base_model, write_base
 from tests.reports.interop.engines import Engine
@@ -141,6 +140,8 @@ class LiveCase:
                 words["state_dict"] = _half_precision(model, name, DTYPES[self.case.dtype])
             save_adapter(model, folder, name, **words)
         result.files[name] = str(folder)
+        if engine.target:
+            result.notes += _lowered(model, name, engine)
 
     def reasons_to_doubt(self, answers: list[dict[str, Any]]) -> str:
         """Why the case proves nothing: an adapter whose tokens are the base's."""
@@ -153,9 +154,7 @@ class LiveCase:
 
 def words_of(engine: Engine) -> dict[str, Any]:
     """Arguments of `save_adapter`."""
-    if not engine.target or "target" not in inspect.signature(save_adapter).parameters:
-        return {"format": engine.format}
-    return {"target": engine.target}
+    return {"target": engine.target} if engine.target else {"format": engine.format}
 
 
 def _half_precision(model: nn.Module, name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -164,7 +163,17 @@ def _half_precision(model: nn.Module, name: str, dtype: torch.dtype) -> dict[str
 
 
 def _reason(error: SurgeryError) -> str:
-    return str(error).splitlines()[0]
+    """Why, in one line; "PEFT's format can't hold …" has it in its first line."""
+    words = error.why if isinstance(error.why, str) and "does not take" in str(error.what) else error.what
+    return str(words).splitlines()[0]
+
+
+def _lowered(model: nn.Module, name: str, engine: Engine) -> list[str]:
+    """What the adapter became for the program, in words."""
+    report = check_target(model, engine.target, name)
+    ranks = [site.rank for site in report.sites if "becomes a LoRA" in site.how]
+    words = [f"as a LoRA of rank {max(ranks)}"] if ranks else []
+    return words + ["scales folded"] * (not ranks and any(site.state == "lowered" for site in report.sites))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -121,34 +122,40 @@ class _Round:
         if "error" in line:
             return self._cell(name, "wrong", line["error"].splitlines()[0])
         (base,) = live.answers([NONE])
+        tolerance, rounding = self.engine.rounding.get(name, (self.engine.tolerance, ""))
+        fault, faulty = self.engine.base_faults.get(name, ""), False
         differences = []
         for number, (step, actual, wanted) in enumerate(zip(exported.steps, line["steps"], expected, strict=True)):
             where = "+".join(step.active) or ("rows" if step.rows else "none")
-            difference = largest_difference(actual, wanted)
-            if step == NONE and name in self.engine.stays:
-                if difference <= self.engine.tolerance:
-                    return self._cell(name, "wrong", "the program takes the adapter off, contrary to `stays`")
-                continue
-            differences.append(difference)
-            if difference > self.engine.tolerance or actual.get("tokens") != wanted.get("tokens"):
-                silent = step != NONE and largest_difference(actual, base) <= self.engine.tolerance
-                words = "silent no-op" if silent else f"off by {difference:.1e}"
-                return self._cell(name, "wrong", f"{words} at step {number + 1} ({where})")
-        stays = [self.engine.stays[name]] if name in self.engine.stays else []
-        notes = "".join(f"; {note}" for note in dict.fromkeys([*exported.notes, *stays]))
+            for row in range(len(prompts())):
+                difference, same = compare_row(row, actual, wanted)
+                right = same and difference <= tolerance
+                if fault and not step.active and not (step.rows and step.rows[row]):
+                    faulty = faulty or not right
+                    continue
+                differences.append(difference)
+                if not right:
+                    change, unchanged = compare_row(row, actual, base)
+                    silent = step != NONE and unchanged and change <= tolerance
+                    words = "silent no-op" if silent else f"off by {difference:.1e}"
+                    return self._cell(name, "wrong", f"{words} at step {number + 1} ({where}), prompt {row + 1}")
+        if fault and not faulty:
+            return self._cell(name, "wrong", "the program gives the base's answers, contrary to `base_faults`")
+        notes = "".join(f"; {note}" for note in dict.fromkeys(filter(None, [*exported.notes, rounding, fault])))
         self._cell(name, "equal", f"{max(differences):.0e}{notes}")
 
 
-def largest_difference(actual: dict[str, Any], wanted: dict[str, Any]) -> float:
-    """The largest difference of `values`; infinite if shapes differ or a number is not finite."""
-    if "values" not in actual:
-        return 0.0
-    largest = 0.0
-    for one, other in zip(actual["values"], wanted["values"], strict=True):
-        if len(one) != len(other):
-            return float("inf")
-        for a, b in zip(one, other, strict=True):
-            difference = abs(a - b)
-            if not difference <= largest:
-                largest = difference if difference == difference else float("inf")
-    return largest
+def compare_row(row: int, actual: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, bool]:
+    """The largest difference of the values of one prompt, and whether its tokens are the same."""
+    difference = 0.0
+    if "values" in actual:
+        difference = largest_difference(actual["values"][row], wanted["values"][row])
+    return difference, "tokens" not in actual or actual["tokens"][row] == wanted["tokens"][row]
+
+
+def largest_difference(actual: list[float], wanted: list[float]) -> float:
+    """Infinite if the sizes differ or a number is not finite."""
+    if len(actual) != len(wanted):
+        return float("inf")
+    differences = [abs(a - b) for a, b in zip(actual, wanted, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else float("inf")

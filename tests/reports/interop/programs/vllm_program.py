@@ -16,7 +16,7 @@ def open_base(job: dict[str, Any]) -> Any:
         job["base"],
         skip_tokenizer_init=True,
         enable_lora=True,
-        max_loras=3,
+        max_loras=job["settings"]["max_loras"],
         max_lora_rank=job["settings"]["max_lora_rank"],
         dtype="float32",
         enforce_eager=True,
