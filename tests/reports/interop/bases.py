@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery import merge_to
+
 __all__ = ["BASES", "base_model", "write_base"]
 
 VOCABULARY = 256
@@ -85,9 +87,12 @@ def base_model(name: str) -> nn.Module:
     return model.float().eval()
 
 
-def write_base(name: str, folder: Path) -> Path:
-    """The folder of transformers: config, weights, and a tokenizer with one word for each id."""
+def write_base(name: str, folder: Path, format: str = "transformers") -> Path:
+    """Write the model in a format of `merge_to`. In that of transformers, its tokenizer has one word for each id."""
     model: Any = base_model(name)
+    if format != "transformers":
+        file = folder.with_suffix(".gguf") if format == "gguf" else folder
+        return merge_to(model, file, format=format, tokenizer=False)  # type: ignore[arg-type]
     model.save_pretrained(folder)
     if name == "smollm2":
         transformers: Any = __import__("transformers")

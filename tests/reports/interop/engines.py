@@ -118,6 +118,7 @@ ENGINES: dict[str, Engine] = {
             target="mlx",
             format="mlx",
             packages=("mlx-lm", "mlx"),
+            base_format="mlx",
             bases=(*DECODERS, "gpt2", "mixtral"),
         ),
         Engine(

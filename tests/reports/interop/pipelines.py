@@ -144,7 +144,7 @@ class LivePipeline(LiveCase):
         return pipeline_prompts()
 
     @staticmethod
-    def write_base(name: str, folder: Path) -> Path:
+    def write_base(name: str, folder: Path, format: str) -> Path:
         return write_pipeline(name, folder)
 
     def answers(self, steps: list[Step]) -> list[dict[str, Any]]:

@@ -57,9 +57,9 @@ class LiveCase:
         return prompts()
 
     @staticmethod
-    def write_base(name: str, folder: Path) -> Path:
-        """The folder that programs open."""
-        return write_base(name, folder)
+    def write_base(name: str, folder: Path, format: str) -> Path:
+        """The folder or file that programs open."""
+        return write_base(name, folder, format)
 
     def _train(self, number: int) -> None:
         """A few steps of Adam, which move each number by about the rate: no tensor stays at its start."""
