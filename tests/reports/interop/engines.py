@@ -95,11 +95,7 @@ ENGINES: dict[str, Engine] = {
                 "VLLM_LOGGING_LEVEL": "ERROR",
                 "VLLM_NO_USAGE_STATS": "1",
             },
-            settings={"max_lora_rank": 128, "max_loras": 2},
-            base_faults={
-                "one adapter for each row": "on a CPU, a row without an adapter in a mixed batch gets the adapter "
-                "of the last slot; one more slot (--max-loras) than adapters prevents it"
-            },
+            settings={"max_lora_rank": 128},
         ),
         Engine(
             "llama.cpp",
