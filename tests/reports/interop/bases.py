@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +50,8 @@ def _smollm2_weights() -> Path:
     return Path(spec.origin).parent
 
 
-def _smollm2() -> Any:
+@functools.cache
+def _read_smollm2() -> Any:
     transformers: Any = __import__("transformers")
     folder = _smollm2_weights()
     (file,) = folder.glob("*.gguf")
@@ -57,6 +60,10 @@ def _smollm2() -> Any:
     model = transformers.AutoModelForCausalLM.from_config(read.config)
     model.load_state_dict(read.state_dict())
     return model
+
+
+def _smollm2() -> Any:
+    return copy.deepcopy(_read_smollm2())
 
 
 BASES: dict[str, Callable[[], Any]] = {
