@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgery import SurgeryError, apply_rules, merge, merge_to, remove
+from surgery import SurgeryError, SurgeryWarning, apply_rules, merge, merge_to, remove
 from surgery.rules import LoraRule
 
 transformers: Any = pytest.importorskip("transformers")
@@ -25,11 +26,14 @@ IDS = torch.arange(12)[None] * 5 % 64
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
+def config_of(name: str, **settings: Any) -> Any:
+    """A small configuration. Its own copy of the settings: transformers writes into them."""
+    return getattr(transformers, f"{name}Config")(**copy.deepcopy(SIZES | settings))
+
+
 def model_of(name: str = "Llama", **settings: Any) -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, f"{name}Config")(**SIZES | settings)
-    ).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config_of(name, **settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
@@ -39,7 +43,7 @@ def model_of(name: str = "Llama", **settings: Any) -> Any:
 def adapted(name: str = "Llama", **settings: Any) -> Any:
     model = model_of(name, **settings)
     layers = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return apply_rules(model, LoraRule(sorted(layers - {"lm_head"}), rank=2, init="random"))
+    return apply_rules(model, LoraRule(sorted(layers - {"lm_head"}) or ["c_attn"], rank=2, init="random"))
 
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -154,7 +158,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "windows": (lambda: model_of("Qwen2", use_sliding_window=True), {}, "use_sliding_window=True"),
     "dtype": (model_of, {"dtype": torch.float64}, "in torch.float64"),
     "head": (
-        lambda: transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES)), {}, "no other head",
+        lambda: transformers.LlamaForSequenceClassification(config_of("Llama")), {}, "no other head",
     ),
 }  # fmt: skip
 
@@ -167,6 +171,37 @@ def test_a_model_that_an_engine_computes_otherwise_is_refused(tmp_path: Path, ca
     with pytest.raises(SurgeryError, match=words):
         merge_to(build(), place, format=format, **options)  # type: ignore[arg-type]
     assert not (tmp_path / "new").exists()
+
+
+# What llama.cpp computes in one way alone, whatever its files say.
+OTHERWISE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "theta": ("Gemma", {"head_dim": 16}, "its rope_theta is 10000, and that of the model 777.0"),
+    "scale": ("Gemma3Text", {"head_dim": 16, "query_pre_attn_scalar": 4}, "scales queries for 16 numbers"),
+    "layers": ("Cohere2", {"head_dim": 8, "layer_types": ["full_attention"] * 2}, "one of 4 of its layers"),
+    "rope": ("SmolLM3", {"no_rope_layers": [1, 0]}, "every fourth of its layers"),
+    "heads": ("Granite", {"head_dim": 16}, "head_dim is 16"),
+    "scaled": ("Nemotron", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "'linear'"),
+    "head": ("Gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_llama_cpp_computes_in_one_way_alone(tmp_path: Path, case: str) -> None:
+    name, settings, words = OTHERWISE[case]
+    config = config_of(name, **settings)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(SurgeryError, match=words):
+        merge_to(model, tmp_path / "a.gguf", format="gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_windows_that_an_engine_does_not_have_are_told(tmp_path: Path) -> None:
+    model = model_of("Mistral", sliding_window=8)
+    with pytest.warns(SurgeryWarning, match="llama.cpp computes attention in full where this model has windows of 8"):
+        merge_to(model, tmp_path / "a.gguf", format="gguf")
+    with pytest.warns(SurgeryWarning, match="mlx-lm computes attention in full"):
+        merge_to(model, tmp_path / "a", format="mlx")
 
 
 def test_names_of_formats_and_files(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ _NORMS_OF_APERTUS = """
     attn_norm  attention_layernorm
     ffn_norm   feedforward_layernorm
 """
+_NORMS_OF_SEED_OSS = """
+    attn_norm            input_layernorm
+    post_attention_norm  post_attention_layernorm
+"""
 _MARKS = (r"blk\.\d", r"token_embd$", r"output$", r"output_norm$")
 _OWN_MARKS = (r"^model\.layers\.\d+\.", r"^(lm_head|model\.embed_tokens|model\.norm)$")
 
@@ -72,8 +76,9 @@ def _same(types: str) -> dict[str, str]:
 # llama.cpp: conversion of models; classes that inherit from its LlamaModel permute the rows of query and key heads
 _TURNED = {"mistral": "llama", **_same("llama smollm3 granite olmo arcee")}
 _register("gguf-llama", _TURNED, _NORMS_BEFORE, turned=True)
-_PLAIN = {"cohere": "command-r", **_same("qwen2 qwen3 gemma stablelm cohere2 nemotron seed_oss ernie4_5")}
+_PLAIN = {"cohere": "command-r", **_same("qwen2 qwen3 gemma stablelm cohere2 nemotron ernie4_5")}
 _register("gguf", _PLAIN, _NORMS_BEFORE)
+_register("gguf-seed-oss", _same("seed_oss"), _NORMS_OF_SEED_OSS)
 _register("gguf-around", {"gemma2": "gemma2", "gemma3_text": "gemma3"}, _NORMS_AROUND)
 _register("gguf-after", {"olmo2": "olmo2", "olmo3": "olmo2", "exaone4": "exaone4"}, _NORMS_AFTER)
 _register("gguf-apertus", {"apertus": "apertus"}, _NORMS_OF_APERTUS)

@@ -223,7 +223,7 @@ register_format(
         "llama.cpp (GGUF)",
         (TensorKey("A", ".weight.lora_a"), TensorKey("B", ".weight.lora_b")),
         files=("adapter.gguf",),
-        names=("gguf-llama", "gguf", "gguf-around", "gguf-after", "gguf-apertus"),
+        names=("gguf-llama", "gguf", "gguf-seed-oss", "gguf-around", "gguf-after", "gguf-apertus"),
         names_required=True,
         scale="one_alpha",
         header={"general.architecture": "$architecture"},

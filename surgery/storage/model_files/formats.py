@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from surgery.errors import SurgeryError, near_misses
+from surgery.errors import SurgeryError, SurgeryWarning, near_misses
 from surgery.progress import Progress
 from surgery.storage.model_files.checkpoint import open_checkpoint_folder
 from surgery.storage.model_files.gguf_model import check_gguf, write_gguf_model
@@ -34,12 +35,22 @@ def check_model_format(
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     if quantised == "dequantise":
         config.pop("quantization_config", None)
+    computes_windows = False
     if name == "gguf":
         if target.is_dir() or target.suffix != ".gguf":
             raise SurgeryError(f"{target} does not name a GGUF file", fix='name one: "model.gguf"')
-        check_gguf(config, dtype)
+        rows = check_gguf(config, dtype).fields
+        computes_windows = any(row.key == "attention.sliding_window" for row in rows)
     else:
-        check_mlx(config, dtype)
+        computes_windows = check_mlx(config, dtype).windows
+    if (size := config.get("sliding_window")) and not computes_windows:
+        engine = "llama.cpp" if name == "gguf" else "mlx-lm"
+        warnings.warn(
+            f"{engine} computes attention in full where this model has windows of {size} tokens: its outputs for "
+            "longer texts differ from the model's",
+            SurgeryWarning,
+            stacklevel=4,
+        )
 
 
 def write_model(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +67,10 @@ def write_gguf_model(
     for name, tensor in tensors.items():
         _announce(writer, name, tensor.shape, stored[name])
     _add_description(writer, checkpoint.folder)
-    for row, value in _fields(architecture, checkpoint.config):
-        key = f"{architecture.name}.{row.key}"
-        add = {"uint32": writer.add_uint32, "float32": writer.add_float32, "string": writer.add_string}
-        add |= {"bool": writer.add_bool, "bools": writer.add_array}
-        add[row.type](key, value)
+    add = {"uint32": writer.add_uint32, "float32": writer.add_float32, "string": writer.add_string}
+    add |= {"bool": writer.add_bool, "bools": writer.add_array}
+    for key, (kind, value) in _fields(architecture, checkpoint.config).items():
+        add[kind](f"{architecture.name}.{key}", value)
     writer.add_file_type(_FILE_TYPES[dtype])
     writer.add_quantization_version(2)
     write_vocabulary(writer, checkpoint)
@@ -110,15 +108,20 @@ def _add_description(writer: Any, folder: Path) -> None:
     metadata.set_gguf_meta_model(writer)
 
 
-def _fields(architecture: GgufArchitecture, config: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+def _fields(architecture: GgufArchitecture, config: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """The fields of the architecture: key → type and value."""
+    fields: dict[str, tuple[str, Any]] = {}
     for row in architecture.fields:
         first = row.source[0]
         if first.startswith("="):
             value = VALUES[first[1:]](config)
+        elif first.startswith("#"):
+            value = float(first[1:]) if row.type == "float32" else first[1:]
         else:
             value = next((config[name] for name in row.source if config.get(name) is not None), None)
         if value is not None:
-            yield row, value
+            fields[row.key] = row.type, value
+    return fields
 
 
 # Tensors ------------------------------------------------------------------------------------------------------
@@ -141,7 +144,7 @@ def _tensors(checkpoint: Checkpoint, architecture: GgufArchitecture) -> dict[str
         if place is None or part not in ("weight", "bias"):
             unknown.append(key)
             continue
-        if architecture.shifted_norms and re.fullmatch(architecture.shifted_norms, key):
+        if architecture.shifted_norms and key.endswith("norm.weight"):
             tensor = FileTensor(tensor.shape, tensor.dtype, lambda t=tensor: _ordinary(t.read()) + 1, key)
         if place.row.rows:
             order = torch.argsort(row_order(place.row.rows, config, tensor.shape[0]))

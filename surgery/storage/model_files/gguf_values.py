@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.errors import SurgeryError
 
-__all__ = ["VALUES", "check_rope", "rope_factors"]
+__all__ = ["FULL", "VALUES", "check_rope", "head_size", "rope_factors", "rope_kind", "rope_parameters"]
 
 Config = Mapping[str, Any]
 FULL, WINDOWS = "full_attention", "sliding_attention"
@@ -27,14 +27,14 @@ def rope_parameters(config: Config, kind: str = FULL) -> Mapping[str, Any]:
     return {**own, **parameters} if kind == FULL else {}
 
 
-def _type(config: Config) -> str:
+def rope_kind(config: Config) -> str:
     parameters = rope_parameters(config)
     return str(parameters.get("rope_type") or parameters.get("type") or "default")
 
 
 def check_rope(config: Config, factors: bool, fix: str) -> None:
     """Raises for rotary embeddings that a file does not say. `factors`: those of Llama 3 are a tensor of the file."""
-    kind = _type(config)
+    kind = rope_kind(config)
     if kind not in _SAID or kind == "llama3" and not factors:
         known = ", ".join(sorted(_SAID if factors else _SAID - {"llama3"}))
         why = f"the file has fields for {known}"
@@ -43,7 +43,7 @@ def check_rope(config: Config, factors: bool, fix: str) -> None:
 
 def rope_factors(config: Config) -> Tensor | None:
     """Llama 3's factor for each frequency, by which llama.cpp divides it; None for other rotary embeddings."""
-    if _type(config) != "llama3":
+    if rope_kind(config) != "llama3":
         return None
     given = rope_parameters(config)
     size = head_size(config)
@@ -68,13 +68,23 @@ def head_size(config: Config) -> int:
     return int(size) if size is not None else int(config["hidden_size"]) // int(config["num_attention_heads"])
 
 
+def _width(config: Config) -> int:
+    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+def _rotary_size(config: Config) -> int:
+    """How many numbers of a head are turned, where that is a part of them."""
+    share = rope_parameters(config).get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    return int(share * _width(config))
+
+
 def _scaling(config: Config) -> Mapping[str, Any]:
-    return rope_parameters(config) if _type(config) in ("linear", "yarn") else {}
+    return rope_parameters(config) if rope_kind(config) in ("linear", "yarn") else {}
 
 
 def _yarn(*names: str) -> Callable[[Config], Any]:
     def value(config: Config) -> Any:
-        given = rope_parameters(config) if _type(config) == "yarn" else {}
+        given = rope_parameters(config) if rope_kind(config) == "yarn" else {}
         return next((given[name] for name in names if given.get(name) is not None), None)
 
     return value
@@ -87,9 +97,12 @@ def _window_pattern(config: Config) -> list[bool] | None:
 
 VALUES: dict[str, Callable[[Config], Any]] = {
     "head_size": head_size,
+    "head_size_by_width": _width,
+    "rotary_size": _rotary_size,
+    "rotary_size_of_cohere": lambda config: int(config.get("rotary_pct", 1.0) * _width(config)),
     "rope_theta": lambda config: rope_parameters(config).get("rope_theta"),
     "rope_theta_of_windows": lambda config: rope_parameters(config, WINDOWS).get("rope_theta"),
-    "rope_scaling_type": lambda config: _type(config) if _scaling(config) else None,
+    "rope_scaling_type": lambda config: rope_kind(config) if _scaling(config) else None,
     "rope_scaling_factor": lambda config: _scaling(config).get("factor"),
     "yarn_original_context": _yarn("original_max_position_embeddings"),
     "yarn_attention_factor": _yarn("attention_factor", "attn_factor"),

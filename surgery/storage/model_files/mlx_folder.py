@@ -17,7 +17,7 @@ from surgery.errors import SurgeryError
 from surgery.progress import Progress
 from surgery.storage.formats.file_tensor import FileTensor, LazyTensors
 from surgery.storage.model_files.checkpoint import Checkpoint
-from surgery.storage.model_files.mlx_config import config_for_mlx, mlx_row
+from surgery.storage.model_files.mlx_config import MlxModel, check_mlx_config, config_for_mlx
 
 __all__ = ["check_mlx", "write_mlx_folder"]
 
@@ -26,7 +26,7 @@ SHARD = 5 << 30  # bytes of a file at most, as mlx-lm writes them
 _INDEX = "model.safetensors.index.json"
 
 
-def check_mlx(config: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+def check_mlx(config: Mapping[str, Any], dtype: torch.dtype | None = None) -> MlxModel:
     """Raises `SurgeryError` for a configuration whose model mlx-lm does not open. Needs no weights."""
     if dtype is not None and dtype not in FLOATS:
         why, fix = "mlx-lm computes in float32, float16 or bfloat16", "mlx_lm.convert -q quantises the folder"
@@ -35,15 +35,16 @@ def check_mlx(config: Mapping[str, Any], dtype: torch.dtype | None = None) -> No
         what, why = "quantised weights are not written into an MLX folder", "mlx-lm has its own"
         raise SurgeryError(what, why=why, fix='quantised="dequantise", then mlx_lm.convert -q')
     config_for_mlx(config)
+    return check_mlx_config(config)
 
 
 def write_mlx_folder(
     checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None, progress: Progress = False
 ) -> Path:
     """Writes weights in shards, one tensor at a time, and the configuration with the fields that mlx-lm reads."""
-    check_mlx(checkpoint.config, dtype)
-    row, config = mlx_row(checkpoint.config), config_for_mlx(checkpoint.config)
-    tensors = dict(checkpoint.tensors)
+    start = check_mlx(checkpoint.config, dtype).dropped_start
+    config = config_for_mlx(checkpoint.config)
+    tensors = {key.removeprefix(start): tensor for key, tensor in checkpoint.tensors.items()}
     if config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
     for key, tensor in tensors.items():
@@ -52,7 +53,6 @@ def write_mlx_folder(
         if dtype is not None and tensor.dtype != dtype:
             tensors[key] = tensor.convert(lambda value: value.to(dtype))
             config["dtype"] = str(dtype).removeprefix("torch.")
-    tensors = row.convert(tensors, config)
     folder.mkdir()
     shards = _shards(tensors)
     names = ["model.safetensors"] if len(shards) == 1 else [
