@@ -80,6 +80,27 @@ def _gptqmodel(file: str, name: str, stand_in: Callable[[nn.Linear], nn.Module])
     return make
 
 
+def _int4(linear: nn.Linear) -> nn.Module:
+    """A Linear with torchao's `Int4Tensor`, groups of 32; torchao's arithmetic stands in for the GPU's kernel."""
+    int4: Any = importlib.import_module("torchao.quantization.quantize_.workflows.int4.int4_tensor")
+    kernels: Any = torch.ops.mslk
+    kernels.bf16i4bf16_rowwise = _plain_int4
+    rows, columns = linear.weight.shape
+    grid = torch.ones(columns // 32, rows)
+    codes = torch.zeros(rows, columns // 2, dtype=torch.int8)
+    linear.weight = nn.Parameter(int4.Int4Tensor(codes, grid, grid.clone(), [1, 32], linear.weight.shape), False)
+    packed = packed_weight_of(linear)
+    assert packed is not None
+    packed.write(packed.requantise(torch.randn(rows, columns) / columns**0.5))
+    return linear.requires_grad_(False)
+
+
+def _plain_int4(x: Tensor, codes: Tensor, scales: Tensor, shifts: Tensor) -> Tensor:
+    api: Any = importlib.import_module("torchao.prototype.gptq.api")
+    pairs = torch.stack((codes << 4 >> 4, codes >> 4), 2).flatten(1)  # shifts of int8 keep the sign
+    return F.linear(x, api._int4_row_dequantize_zp(pairs, scales, shifts, 32))
+
+
 def _fp8(linear: nn.Linear) -> nn.Module:
     """transformers' layer with blocks of 32 × 32; a plain kernel stands in for the GPU's."""
     fp8: Any = importlib.import_module("transformers.integrations.finegrained_fp8")
@@ -132,6 +153,7 @@ def _plain_fbgemm(x: Tensor, weight: Tensor, _: Tensor, scales: Tensor, **__: An
 
 ROWS: list[QuantisedLinear] = [
     *BACKENDS,
+    QuantisedLinear("torchao Int4Tensor", "torchao", _int4),
     QuantisedLinear("GPTQ QuantLinear, version 1", "torch", QuantLinear),
     QuantisedLinear("GPTQ TorchLinear, version 2, 3 bits", "torch", lambda linear: TorchLinear(linear, bits=3)),
     QuantisedLinear("AWQ WQLinear_GEMM", "torch", WQLinear_GEMM),

@@ -21,8 +21,8 @@ class ExpertModel:
     """A layout of packed experts: `build` gives the packed model, and the same with plain experts."""
 
     name: str
+    title: str
     build: Callable[[], tuple[Any, Any]]
-    dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
         return self.name
@@ -172,13 +172,21 @@ def _torchao(config: Callable[[Any], Any]) -> Callable[[], tuple[Any, Any]]:
 
 
 EXPERT_MODELS = [
-    ExpertModel("mxfp4", lambda: _gpt_oss(False)),
-    ExpertModel("mxfp4 of the kernels", lambda: _gpt_oss(True)),
-    ExpertModel("fp8, blocks", lambda: _fp8((16, 32))),
-    ExpertModel("fp8, one scale", lambda: _fp8(None)),
-    ExpertModel("fp8, powers of two", lambda: _fp8((32, 32), "ue8m0")),
-    ExpertModel("fp4", lambda: _fp8((32, 32), "ue8m0", "fp4")),
-    ExpertModel("fbgemm llama4", _llama4),
-    ExpertModel("torchao int8", _torchao(lambda quantization: quantization.Int8WeightOnlyConfig())),
-    ExpertModel("torchao float8", _torchao(lambda quantization: quantization.Float8WeightOnlyConfig())),
+    ExpertModel("mxfp4", "gpt-oss, `Mxfp4GptOssExperts`", lambda: _gpt_oss(False)),
+    ExpertModel("mxfp4 of the kernels", "the same, as the triton kernels store it", lambda: _gpt_oss(True)),
+    ExpertModel("fp8, blocks", "Qwen3-MoE, `FP8Experts`, blocks of 16 × 32", lambda: _fp8((16, 32))),
+    ExpertModel("fp8, one scale", "`FP8Experts`, one scale for each matrix", lambda: _fp8(None)),
+    ExpertModel("fp8, powers of two", "`FP8Experts`, scales e8m0", lambda: _fp8((32, 32), "ue8m0")),
+    ExpertModel("fp4", "`FP8Experts` of 4-bit floats", lambda: _fp8((32, 32), "ue8m0", "fp4")),
+    ExpertModel("fbgemm llama4", "Llama 4, `FbgemmFp8Llama4TextExperts`", _llama4),
+    ExpertModel(
+        "torchao int8",
+        "Qwen3-MoE, torchao int8",
+        _torchao(lambda quantization: quantization.Int8WeightOnlyConfig()),
+    ),
+    ExpertModel(
+        "torchao float8",
+        "Qwen3-MoE, torchao float8",
+        _torchao(lambda quantization: quantization.Float8WeightOnlyConfig()),
+    ),
 ]
