@@ -7,13 +7,14 @@ import platform
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import surgery
 from surgery.checkpoints.base_skeleton import CONFIG, read_config
+from surgery.checkpoints.dequantised_files import plain_config, plain_dtypes
 from surgery.checkpoints.file_reports import FileMergeReport
 from surgery.checkpoints.ledger import Ledger, open_ledger
 from surgery.checkpoints.loaded_adapters import names_of
@@ -47,6 +48,7 @@ def merge_files(
     model: nn.Module | None = None,
     same_base: bool = True,
     trust: bool = False,
+    quantised: Literal["refuse", "dequantise"] = "refuse",
     progress: Progress = False,
 ) -> FileMergeReport:
     """Merge adapters into the files of a checkpoint, without loading the model.
@@ -76,6 +78,9 @@ def merge_files(
             names.
         same_base: as for `load_adapter`. Default True: another base is an error.
         trust: as for `load_adapter`. Default False.
+        quantised: what happens to a base in MXFP4 or in transformers' fine-grained FP8. "refuse" (default): an error.
+            "dequantise": the result is an unquantised checkpoint, in `dtype` or that of the configuration. Also the
+            weights without an adapter are dequantised.
         progress: as for `merge`; the steps are sites and files.
 
     Returns:
@@ -84,7 +89,7 @@ def merge_files(
     Raises:
         LoadError: an adapter does not fit the base.
         PlanError: one problem for each site with a rule that can't be merged.
-        MergeError: the base is quantised, or an adapter changes the model's structure.
+        MergeError: the base is quantised (see `quantised`), or an adapter changes the model's structure.
         SurgeryError: files of the base are absent or damaged, or the folder is not empty. No folder is made.
 
     Notes:
@@ -97,7 +102,7 @@ def merge_files(
     check_arguments(base, out, sources, dtype, keep_record, weights, workers)
     names = names_of(sources)
     with neutral(None), torch.no_grad():
-        plan = plan_merge(base, sources, names, weights, model, untie, same_base, trust, keep_record)
+        plan = plan_merge(base, sources, names, weights, model, untie, same_base, trust, keep_record, quantised)
         files = plan.files
         owners = Owners(plan.skeleton.model)
         run = partial(
@@ -106,9 +111,11 @@ def merge_files(
         tasks = [Task(unit.disk, partial(run, unit)) for unit in plan.units]
         added = {g.disk[0]: g.source.disk[0] for g in plan.skeleton.names.groups if g.source is not None}
         dtypes = new_dtypes(files, plan.skeleton, added, dtype)
+        if plan.dequantised:
+            dtypes = plain_dtypes(files, dtypes, dtype)
         job = Rewriting(files, tasks, dtypes, added, keep_record)
         texts = _changed_texts(plan, job, dtype)
-        options = [str(dtype), keep_record, untie, list(weights or ()), texts]
+        options = [str(dtype), keep_record, untie, list(weights or ()), texts, quantised]
         with open_ledger(out) as ledger:
             ledger.start([files.identity(), [_identity(source) for source in sources], options, _versions()])
             reused = rewrite_shards(job, ledger, workers, progress, f"merge {', '.join(names)}")
@@ -139,7 +146,9 @@ def _changed_texts(plan: MergePlan, job: Rewriting, dtype: torch.dtype | None) -
         config = untied_config(config, plan.skeleton.model)
     if dtype is not None:
         config = config_with_dtype(config, dtype)
-    if (plan.untied or dtype is not None) and config:
+    if plan.dequantised:
+        config = plain_config(config)
+    if (plan.untied or plan.dequantised or dtype is not None) and config:
         texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     index = None if job.same_names else job.index()
     if index is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from surgery.checkpoints.base_skeleton import Skeleton, base_skeleton, check_not_quantised
 from surgery.checkpoints.checkpoint_files import CheckpointFiles, open_checkpoint
+from surgery.checkpoints.dequantised_files import dequantised_files, quantisation_of
 from surgery.checkpoints.loaded_adapters import load_adapters_on, sites_to_merge
 from surgery.checkpoints.merge_units import MergeUnit, absent_error, merge_units
 from surgery.checkpoints.unit_merge import MergeSite
@@ -34,6 +35,7 @@ class MergePlan:
     units: list[MergeUnit]
     loaded: list[Any]
     untied: bool
+    dequantised: bool = False
 
 
 def check_arguments(
@@ -73,6 +75,18 @@ def check_arguments(
     check_outside(out, base, "the base's folder")
 
 
+def check_quantised(quantised: str, keep_record: bool) -> None:
+    """Raises `SurgeryError` for an unknown word, and for a merge whose record would be that of other weights."""
+    if quantised == "requantise":
+        fix = 'load the model, and merge_to(model, folder, quantised="requantise")'
+        raise SurgeryError("weights are not quantised anew in files", why="their error must be seen first", fix=fix)
+    if quantised not in ("refuse", "dequantise"):
+        raise SurgeryError(f"quantised={quantised!r} is not known", fix="use 'refuse' or 'dequantise'")
+    if quantised == "dequantise" and keep_record:
+        why = "a record restores the weights that are merged into, and these are not those of the base's files"
+        raise SurgeryError("keep_record=True can't restore codes", why=why, fix="keep the base's folder")
+
+
 def check_outside(out: Path, folder: Path, what: str) -> None:
     """Raises `SurgeryError` if a result would lie in the folder that is read, whose files are copied into it."""
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
@@ -103,6 +117,7 @@ def plan_merge(
     same_base: bool,
     trust: bool,
     keep_record: bool,
+    quantised: Literal["refuse", "dequantise"] = "refuse",
 ) -> MergePlan:
     """Opens the base, loads the adapters on its model without weights, and finds the units of work.
 
@@ -110,8 +125,13 @@ def plan_merge(
         SurgeryError: anything that makes the merge impossible.
     """
     check_meta(model)
-    check_not_quantised(base)
+    check_quantised(quantised, keep_record)
+    dequantises = quantised == "dequantise" and bool(quantisation_of(base))
+    if not dequantises:
+        check_not_quantised(base)
     files = open_checkpoint(base)
+    if dequantises:
+        files = dequantised_files(files)
     if keep_record and files.pickled:
         fix = "save the base as safetensors files first"
         raise SurgeryError("keep_record=True needs safetensors files", why=".bin files can't be written again", fix=fix)
@@ -129,4 +149,4 @@ def plan_merge(
     units = merge_units(sites, skeleton)
     if without := [unit.sites[0].path for unit in units if not unit.disk]:
         raise absent_error(without[0])
-    return MergePlan(files, skeleton, sites, units, loaded, bool(shared))
+    return MergePlan(files, skeleton, sites, units, loaded, bool(shared), dequantises)

@@ -14,6 +14,7 @@ from torch import Tensor
 from surgery.adapter_files.plain_json import LARGE, read_json
 from surgery.arithmetic.corrections import Record
 from surgery.checkpoints.checkpoint_files import INDEX, CheckpointFiles, StoredTensor
+from surgery.checkpoints.dequantised_files import DequantisedShard
 from surgery.checkpoints.ledger import Ledger
 from surgery.checkpoints.merge_record import FOLDER, RecordWriter
 from surgery.checkpoints.shard_layout import ShardLayout, code_of, layout_like, layout_of_head, new_layout
@@ -88,7 +89,8 @@ class Rewriting:
         if name in self.heads:
             return layout_of_head(self.heads[name])
         keys = self.keys(name)
-        if shard.pickle is None and keys == list(shard.tensors) and not any(key in self.dtypes for key in keys):
+        same = keys == list(shard.tensors) and not isinstance(shard, DequantisedShard)
+        if shard.pickle is None and same and not any(key in self.dtypes for key in keys):
             return layout_like(shard)
         places = sorted(keys, key=lambda key: self._place(key).start if key in shard.tensors else 1 << 62)
         tensors = [(key, self._code(key), self._place(key).shape) for key in places]

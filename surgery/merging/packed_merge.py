@@ -162,7 +162,7 @@ def merged_dense(
 
 def _fold(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> None:
     """Add the changes of the rules to the tensors of the module, which is plain for now."""
-    folding = SiteFolding(module, site.base, path, MergeSettings("copy"), Journal())
+    folding = SiteFolding(module, site.base, path, MergeSettings(), Journal())  # sums as those of plain weights
     for _, changes in changes_of_rules(module, site, chosen, folding):
         for name, change in changes.items():
             check_foldable(_NO_OWNERS, module, name, change, path, True)

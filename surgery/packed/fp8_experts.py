@@ -14,6 +14,7 @@ from surgery.errors import SiteError
 from surgery.packed.e2m1 import e2m1_codes, e2m1_values
 from surgery.packed.packed_stack import PackedStack
 from surgery.packed.quantised_class import short_names
+from surgery.packed.scaled_codes import block_of, by_entry, scale_numbers
 
 __all__ = ["Fp8Stack", "plain_experts", "stacks_of"]
 
@@ -110,7 +111,7 @@ class Fp8Stack(PackedStack):
         return self._as_numbers(getattr(self.module, self._scale_name).detach())
 
     def _as_numbers(self, stored: Tensor) -> Tensor:
-        numbers = torch.exp2(stored.float() - 127) if stored.dtype is torch.uint8 else stored.float()
+        numbers = scale_numbers(stored)
         return numbers.mT if self._of_fbgemm and self.name == "down_proj" else numbers  # stored as (experts, out, 1)
 
     def _as_stored(self, numbers: Tensor, stored: Tensor) -> Tensor:
@@ -123,17 +124,12 @@ class Fp8Stack(PackedStack):
     def _block(self) -> tuple[int, int]:
         """The rows and columns of a block. The last block of a row or column may be smaller."""
         _, high, wide = self._scales().shape
-        sizes, counts = self.shape[1:], (high, wide)
         block = None if self._packs_pairs else getattr(self.module, "block_size", None)
-        whole = [-(-size // count) for size, count in zip(sizes, counts, strict=True)]
-        if block is not None and all(-(-n // b) == c for n, b, c in zip(sizes, block, counts, strict=True)):
-            whole = [min(b, n) for b, n in zip(block, sizes, strict=True)]
-        return whole[0], whole[1]  # two experts' halves (gate and up) have scales of their own, however small they are
+        return block_of(self.shape[1:], (high, wide), block)
 
     def _by_entry(self, scales: Tensor) -> Tensor:
         """The scale of each entry."""
-        (rows, columns), (_, high, wide) = self._block, self.shape
-        return scales.repeat_interleave(rows, 1)[:, :high].repeat_interleave(columns, 2)[:, :, :wide]
+        return by_entry(scales, self.shape[1:], self._block)
 
     def _largest(self, weight: Tensor) -> Tensor:
         """The largest absolute value of each block."""

@@ -53,7 +53,7 @@ def test_dequantised_is_the_merge_of_plain_experts_and_goes_back_to_the_bit(case
     packed, plain = map(adapted, case.build())
     before, live, was = bits(packed), logits(packed), form(packed)
     report = merge(packed, quantised="dequantise")
-    merge(plain, keep="copy")
+    merge(plain)
     assert {type(m).__name__ for p, m in packed.named_modules() if p.endswith(".experts")} == {
         KINDS[type(packed).__name__]
     }
@@ -80,14 +80,14 @@ def test_requantised_codes_are_told_and_go_back_to_the_bit(case: ExpertModel) ->
         path: {n: s.dequantise().float() for n, s in packed_stacks_of(m).items()} for path, m in packed.named_modules()
     }
     report = merge(packed, quantised="requantise", limit=None)
-    merge(plain, keep="copy")
+    merge(plain)
     for loss in report.loss.tensors:
         stack = packed_stacks_of(packed.get_submodule(loss.site))[loss.tensor]
         merged = getattr(plain.get_submodule(loss.site), loss.tensor)
         norm, error = merged - base[loss.site][loss.tensor], stack.dequantise().float() - merged
         assert loss.norm == pytest.approx(float(norm.norm()), rel=1e-5)
         assert loss.error == pytest.approx(float(error.norm()), rel=1e-5)
-    assert not any(map(torch.equal, bits(packed)[::2], before[::2]))
+    assert not all(map(torch.equal, bits(packed), before))
     unmerge(packed)
     assert all(map(torch.equal, bits(packed), before))
     assert form(packed) == was and torch.equal(logits(packed), live)
@@ -121,7 +121,7 @@ def test_copies_pickles_and_removal(mode: Any) -> None:
 def test_forgotten_experts_are_those_of_the_architecture() -> None:
     packed, plain = map(adapted, EXPERT_MODELS[0].build())
     for model in (packed, plain):
-        merge(model, quantised="dequantise", keep="copy")
+        merge(model, quantised="dequantise")
         forget(model)
     assert packed.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(logits(packed), logits(plain))
@@ -132,7 +132,7 @@ def test_synced_gives_the_merged_stacks_by_the_names_of_plain_experts() -> None:
     before = bits(packed)
     with synced(packed, quantised="dequantise") as tensors:
         actual = dict(tensors)
-    merge(plain, keep="copy")
+    merge(plain)
     expected = {name: tensor for name, tensor in plain.state_dict().items() if "adapters" not in name}
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
