@@ -97,7 +97,8 @@ def check_not_quantised(folder: Path) -> None:
                 where=str(folder / CONFIG),
                 why=f"its weights are packed by {str(method)[:100]}, so a sum would be rounded away",
                 fix="merge into the base as it was before it was quantised, and quantise the result; or load it, and "
-                'merge_to(model, folder, quantised="dequantise"); merge_files(…, quantised="dequantise") reads mxfp4 and fp8',
+                'merge_to(model, folder, quantised="dequantise"); or, for mxfp4 and fp8, '
+                'merge_files(…, quantised="dequantise")',
             )
 
 
