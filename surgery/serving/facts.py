@@ -13,12 +13,13 @@ from surgery.storage.formats.contents import BaseFacts, Change
 __all__ = ["base_problems", "change_problem", "needs_conversion", "whole_problem"]
 
 HEADS = ("lm_head", "embed_out", "output_projection")  # names of output layers
+ROWS = "trainable_tokens_delta"  # PEFT's tensor of trained rows, which become a LoRA on the embedding
 _NAMES = {"loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "glora": "GLoRA", "difference": "a change in full"}
 
 
 def needs_conversion(profile: TargetProfile, described: DescribedAdapter, rank: int | None) -> bool:
     """Whether the adapter must become a plain LoRA for the program; `rank`: the highest that the caller wants."""
-    if described.start:
+    if described.start or any(ROWS in tensors for tensors in described.whole.values()):
         return True
     largest = min(filter(None, (profile.largest_rank, rank)), default=None)
     for _, _, change in described.contents.each():
@@ -107,4 +108,11 @@ def whole_problem(profile: TargetProfile, path: str, names: Collection[str]) -> 
     if path.rpartition(".")[-1] in profile.trained and set(names) <= {"weight", "bias"}:
         return None
     listed = ", ".join(sorted(names))
-    return f"{profile.title} does not take tensors in full ({listed})"
+    what = f"tensors in full ({listed})"
+    if ROWS in names:
+        what = "trained rows of embeddings"
+    elif set(names) == {"bias"}:
+        what = "trained biases"
+    elif any(name.endswith(("_A", "_B")) for name in names):
+        what = f"LoRA on stacks of experts ({listed})"
+    return f"{profile.title} does not take {what}"

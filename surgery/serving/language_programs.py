@@ -194,7 +194,6 @@ register_target(
             **dict.fromkeys(SPLIT_ATTENTION, ("kv_b_proj",)),
             "bitnet": ("*",),
             "nanochat": ("*",),
-            "laguna": ("gate_proj", "up_proj", "down_proj"),
         },
         command="mlx_lm.generate --model BASE --adapter-path FOLDER",
     )

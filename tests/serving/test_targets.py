@@ -11,32 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from surgery import SurgeryError, apply_rules, check_target, load_adapter, remove, save_adapter, target_profiles
-from surgery.rules import IA3Rule, LokrRule, LoraRule, PromptRule, TrainRule
+from surgery.rules import IA3Rule, LokrRule, LoraRule, PromptRule, TokensRule, TrainRule
 from surgery.serving.push import answers_of
 from tests.reports import targets
+from tests.support.small_llama import SIZES, llama, logits
 
 LANGUAGE = ("vllm", "sglang", "tensorrt-llm", "llama.cpp", "mlx", "openvino", "onnxruntime-genai")
-IDS = torch.arange(8)[None]
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 32,
-}
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
 ADAPTERS = {
     "lora": [LoraRule(["q_proj", "v_proj"], rank=4, alpha=8, init="random")],
     "rslora": [LoraRule("q_proj", rank=4, alpha=6, rslora=True, init="random")],
@@ -169,3 +149,26 @@ def test_the_card_says_which_programs_open_the_files() -> None:
     assert other["vLLM 0.32.0"].startswith("perhaps, as a LoRA")
     prompts = dict(answers_of(apply_rules(llama(), PromptRule()), "default", "peft"))
     assert prompts["vLLM 0.32.0"] == "no: virtual tokens are not a change of a weight"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_become_a_lora_on_the_embedding(tied: bool, tmp_path: Path) -> None:
+    """Of tied weights, the head has the trained rows, too: LoRA on both, or a refusal."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).eval()
+    model = apply_rules(
+        copy.deepcopy(base), [LoraRule("q_proj", init="random"), TokensRule("embed_tokens", tokens=[3, 5])]
+    )
+    for name, parameter in model.named_parameters():
+        if "adapters" in name and "embed_tokens" in name:
+            with torch.no_grad():
+                parameter.add_(1)
+    wanted = logits(model)
+    for target in ("vllm", "sglang", "mlx", "llama.cpp"):
+        if not check_target(model, target):
+            assert tied and target in ("mlx", "llama.cpp")
+            continue
+        save_adapter(model, tmp_path / target, target=target)
+        other = copy.deepcopy(base)
+        load_adapter(other, tmp_path / target, format=target_profiles()[target].format)
+        torch.testing.assert_close(logits(other), wanted, rtol=1e-5, atol=1e-5, msg=target)
