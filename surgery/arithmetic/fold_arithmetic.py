@@ -24,16 +24,22 @@ class FoldArithmetic:
         if self.product.height != len(weight):  # a stack of matrices
             self.weight = self.weight.flatten(0, 1)
         self.gain, self.inverse = change.gains(self.weight)
+        size = self.product.height, self.product.width
+        self.matrix = self.weight.view(size) if self.weight.is_contiguous() else None
+        self._total: Tensor | None = None  # memory of the last sum
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Yields the first and last row, the rows as a matrix (a view if the layout allows), and their ΔW."""
         for i, j in self.product.tiles():
             delta = self.product(i, j)
-            yield i, j, self.weight[i:j].reshape(delta.shape), delta
+            yield i, j, self.weight[i:j].reshape(delta.shape) if self.matrix is None else self.matrix[i:j], delta
 
     def add(self, i: int, j: int, rows: Tensor, delta: Tensor) -> Tensor:
         """Returns gain ⊙ (rows + ΔW) in the compute dtype."""
-        total = scratch("folded", (j - i, self.product.width), delta.dtype, delta.device)
+        total = self._total
+        if total is None or total.shape != delta.shape:
+            total = scratch("folded", (j - i, self.product.width), delta.dtype, delta.device)
+            self._total = total if total.device.type == "cpu" else None
         if rows.dtype == total.dtype:
             torch.add(rows, delta, out=total)
         else:
@@ -47,8 +53,8 @@ class FoldArithmetic:
         return torch.sub(rows, delta, out=delta)
 
     def write(self, i: int, j: int, rows: Tensor) -> None:
-        target = self.weight[i:j]
-        target.copy_(rows.view(target.shape))
+        target = self.weight[i:j] if self.matrix is None else self.matrix[i:j]
+        target.copy_(rows if self.matrix is not None else rows.view(target.shape))
 
     def rounded(self, rounding: Rounding | None) -> Callable[[int, int, Tensor], Tensor]:
         """Returns a function that rounds rows i to j of the sum to the dtype of the weight."""

@@ -153,11 +153,32 @@ class Product:
         rounded = [part for part in parts if part is not None]
         self.exact = len(rounded) == 2
         self.B, self.A = ([t.to(device) for t in part] for part in (rounded if self.exact else ([B], [A])))
+        self._memory: tuple[int, Tensor, Tensor] | None = None  # of the last tile on a CPU
+        self._matrices = (self.B[0][0], self.A[0][0]) if g == len(self.B) == 1 else None  # of the usual case
 
     def __call__(self, i: int, j: int) -> Tensor:
         """Returns rows i to j of ΔW, valid until the next call. They are rows of one group, or whole groups."""
-        size = (j - i, self.width)
-        wide = narrow = scratch("wide", size, self.B[0].dtype, self.B[0].device)
+        wide, narrow = self._outputs(j - i)
+        if self._matrices is not None:
+            torch.mm(self._matrices[0][i:j], self._matrices[1], out=wide)
+        else:
+            self._sum_terms(i, j, wide)
+        return narrow if narrow is wide else narrow.copy_(wide)
+
+    def _outputs(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Memory for a tile in the dtype of the factors, and in the compute dtype."""
+        if self._memory is not None and self._memory[0] == rows:
+            return self._memory[1:]
+        size, factor = (rows, self.width), self.B[0]
+        wide = narrow = scratch("wide", size, factor.dtype, factor.device)
+        if factor.dtype != self.compute:
+            narrow = scratch("narrow", size, self.compute, factor.device)
+        if factor.device.type == "cpu":
+            self._memory = rows, wide, narrow
+        return wide, narrow
+
+    def _sum_terms(self, i: int, j: int, wide: Tensor) -> None:
+        """Writes the products of all summands of factors, for rows of one group or whole groups."""
         per_group = self.B[0].shape[1]
         group, start = divmod(i, per_group)
         rows = slice(group, j // per_group)
@@ -170,9 +191,6 @@ class Product:
                 torch.bmm(b[rows], a[rows], out=out.view(-1, per_group, self.width))
             if k:
                 wide += out  # each term is exact; their sum is rounded, always in this order
-        if wide.dtype != self.compute:
-            narrow = scratch("narrow", size, self.compute, wide.device).copy_(wide)
-        return narrow
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Yields the first and last row of each tile."""
