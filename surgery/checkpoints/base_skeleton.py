@@ -19,7 +19,16 @@ from surgery.errors import MergeError, SurgeryError
 from surgery.model_edits.tied_parts import ALL, tied_parts
 from surgery.patterns.module_walk import base_modules
 
-__all__ = ["CONFIG", "Skeleton", "base_names", "base_skeleton", "check_not_quantised", "read_config", "tensor_places"]
+__all__ = [
+    "CONFIG",
+    "Skeleton",
+    "base_names",
+    "base_skeleton",
+    "check_not_quantised",
+    "quantisation_of",
+    "read_config",
+    "tensor_places",
+]
 
 CONFIG = "config.json"
 
@@ -84,22 +93,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def check_not_quantised(folder: Path) -> None:
-    """Raises `MergeError` if the configuration says that the weights are quantised."""
+def quantisation_of(folder: Path) -> str | None:
+    """The method by which the configuration says that the weights are quantised; None if it does not."""
     config = read_config(folder)
-    parts = {"": config, **{name: part for name, part in config.items() if isinstance(part, dict)}}
-    for part in parts.values():
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
         settings = part.get("quantization_config")
         if settings:
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-            raise MergeError(
-                "the base is quantised",
-                where=str(folder / CONFIG),
-                why=f"its weights are packed by {str(method)[:100]}, so a sum would be rounded away",
-                fix="merge into the base as it was before it was quantised, and quantise the result; or load it, and "
-                'merge_to(model, folder, quantised="dequantise"); or, for mxfp4 and fp8, '
-                'merge_files(…, quantised="dequantise")',
-            )
+            return str(method)[:100]
+    return None
+
+
+def check_not_quantised(folder: Path) -> None:
+    """Raises `MergeError` if the configuration says that the weights are quantised."""
+    method = quantisation_of(folder)
+    if method is not None:
+        raise MergeError(
+            "the base is quantised",
+            where=str(folder / CONFIG),
+            why=f"its weights are packed by {method}, so a sum would be rounded away",
+            fix="merge into the base as it was before it was quantised, and quantise the result; or load it, and "
+            'merge_to(model, folder, quantised="dequantise"); or, for mxfp4 and fp8, '
+            'merge_files(…, quantised="dequantise")',
+        )
 
 
 def _model_of(folder: Path) -> nn.Module:

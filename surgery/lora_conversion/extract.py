@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
-from surgery.errors import PlanError, SurgeryError, abbreviate
+from surgery.errors import MergeError, PlanError, SurgeryError, abbreviate
+from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.apply import apply_rules
 from surgery.lora_conversion.lora_rule import lora_rule
 from surgery.lora_conversion.lora_tensors import LoraTensors, lora_tensors, lost_too_much
@@ -101,10 +102,13 @@ def extract_lora(
     choice = RankChoice(rank, tolerance)
     if others not in ("train", "refuse", "leave out"):
         raise SurgeryError(f"others={others!r} is not known", fix='"train", "refuse" or "leave out"')
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and _is_number(dtype) and dtype.itemsize > 1):
+        fix = "torch.float32, torch.bfloat16 or torch.float16; or None"
+        raise SurgeryError(f"dtype={dtype!r} is not a dtype of a LoRA", fix=fix)
     before, after = open_source(base, "base"), open_source(tuned, "tuned")
     groups = _tensor_groups(before, after)
     chosen = None if only is None else modules_of(before.model, lora_rule()[0].replace(targets=only))
-    changes = _compare(before, after, groups, chosen, choice, dtype, progress)
+    changes = _compare(before, after, groups, chosen, choice, dtype, others == "leave out", progress)
     if not changes.lora and not changes.others:
         raise SurgeryError("the models have equal weights", where=f"{before.label} and {after.label}")
     if changes.others and others == "refuse":
@@ -160,6 +164,10 @@ def _tensor_groups(before: WeightSource, after: WeightSource) -> list[tuple[str,
                     fix="give the base the same sizes first, such as by resize_token_embeddings",
                 )
             )
+        if name in new and _is_number(new[name].dtype) != _is_number(tensor.dtype):
+            what = f"the tensor is {tensor.dtype} in the base and {new[name].dtype} in the fine-tune"
+            fix = "name the models as they were before one of them was quantised"
+            problems.append(SurgeryError(what, where=name, fix=fix))
     for names in by_tensor.values():
         if len({id(new[name]) for name in names if name in new}) > 1:
             problems.append(
@@ -182,9 +190,10 @@ def _compare(
     chosen: set[int] | None,
     choice: RankChoice,
     dtype: torch.dtype | None,
+    dropped: bool,
     progress: Progress,
 ) -> _Changes:
-    """The changes of each module, of which one is in memory at a time."""
+    """The changes of each module, of which one is in memory at a time. `dropped`: LoRA alone is needed."""
     result, problems = _Changes(), list[SurgeryError]()
     _, possible = lora_rule()
     by_module: dict[str, list[tuple[str, ...]]] = {}
@@ -195,11 +204,13 @@ def _compare(
             module = before.model.get_submodule(path)
             fits = possible.weights_at(module) if not isinstance(module, nn.Embedding) else {}
             fits = fits if chosen is None or id(module) in chosen else {}
+            fits = {name: fit for name, fit in fits.items() if _is_number(tensor_at(module, name).dtype)}
             changed = {names: delta for names in own if (delta := _delta(before, after, names[0])) is not None}
             inner = {_owner(before.model, names[0])[1]: names for names in changed}
             single = all(len(names) == 1 for names in changed)
             if not any(name in fits for name in inner) or not single or any(n not in {*fits, "bias"} for n in inner):
                 result.others += changed
+                problems += [] if dropped else _not_finite(changed)
                 continue
             deltas = {name: changed[names] for name, names in inner.items() if name in fits}
             bias = changed[inner["bias"]] if "bias" in inner else None
@@ -220,9 +231,28 @@ def _delta(before: WeightSource, after: WeightSource, name: str) -> Tensor | Non
     old, new = before.read(name), after.read(name)
     if not (old.is_floating_point() or old.is_complex()):
         return None if torch.equal(old, new) else new
-    wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
+    wide = torch.promote_types(_wide(old.dtype), _wide(new.dtype))
     delta = new.to(old.device, wide) - old.to(wide)
     return delta if bool(delta.any()) else None
+
+
+def _is_number(dtype: torch.dtype) -> bool:
+    """Whether a change of tensors of a dtype is a difference."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """A dtype that holds numbers and differences of another one; torch promotes no float8."""
+    return torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
+
+
+def _not_finite(changed: Mapping[tuple[str, ...], Tensor]) -> Iterator[SurgeryError]:
+    """Yields a problem for each change that has NaN or infinity in it."""
+    for names, delta in changed.items():
+        if not bool(delta.isfinite().all()):
+            why = "the change of this tensor has NaN or infinity in it"
+            fix = 'mend the fine-tune, or others="leave out" drops such changes'
+            yield MergeError("the change is not finite", where=names[0], why=why, fix=fix)
 
 
 def _rounding_noise(weight: Tensor) -> float:
@@ -230,7 +260,7 @@ def _rounding_noise(weight: Tensor) -> float:
     if not weight.numel():
         return 0.0
     rows, columns = len(weight), weight.numel() // len(weight)
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    wide = weight.detach().to(_wide(weight.dtype))
     typical = float(wide.norm()) / math.sqrt(weight.numel())
     return torch.finfo(weight.dtype).eps / 2 * typical * (math.sqrt(rows) + math.sqrt(columns))
 

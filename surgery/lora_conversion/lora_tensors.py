@@ -53,6 +53,9 @@ def lora_tensors(
             why = f"the change of its {name} has NaN or infinity in it"
             raise MergeError("the site's change is not finite", where=path, why=why, fix="load the weights again")
         factors[name] = factorise(delta, shape, groups, choice, dtype)
+        if not all(bool(side.isfinite().all()) for side in (factors[name].change.B, factors[name].change.A)):
+            why = f"the factors of the change of its {name} are not finite in {dtype}"
+            raise MergeError("the site's change is too large", where=path, why=why, fix="dtype=torch.float32")
     rank = max(part.rank for part in factors.values())
     rank = max(rank, choice.rank or 1) if choice.uniform else rank
     changes = {name: part.padded(rank, possible[name][1]) for name, part in factors.items()}

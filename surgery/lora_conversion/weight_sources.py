@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.checkpoints.base_skeleton import base_skeleton
+from surgery.checkpoints.base_skeleton import base_skeleton, quantisation_of
 from surgery.checkpoints.checkpoint_files import open_checkpoint
 from surgery.errors import SurgeryError
 from surgery.forward.parameter_view import tensor_at
@@ -55,6 +55,9 @@ def open_source(source: str | Path | nn.Module, role: str) -> WeightSource:
         return _of_model(source, role)
     if not isinstance(source, (str, Path)):
         raise SurgeryError(f"the {role} is a {type(source).__name__}", fix="give a folder or a model")
+    if (method := quantisation_of(Path(source))) is not None:
+        why, fix = f"its weights are packed by {method}", "name the model as it was before it was quantised"
+        raise SurgeryError(f"the {role} is quantised", where=str(source), why=why, fix=fix)
     files = open_checkpoint(Path(source))
     skeleton = base_skeleton(files)
     names, converted = skeleton.names, dict[str, Tensor]()
@@ -81,6 +84,11 @@ def _of_model(model: nn.Module, role: str) -> WeightSource:
     modules = dict(base_modules(model))
     if any(is_offloaded(module) for module in modules.values()):
         raise SurgeryError(f"the {role} is offloaded by accelerate", fix="name the folder that it was loaded from")
+    if empty := next((name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta), None):
+        why = "it is on the meta device"
+        raise SurgeryError(
+            f"the {role} has no values", where=empty, why=why, fix="load its weights, or name its folder"
+        )
     memo: dict[int, Any] = {}
     for module in modules.values():
         for kind in (module._parameters, module._buffers):

@@ -236,3 +236,35 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path) -> 
     with pytest.raises(SurgeryError, match="would be empty"):
         extract_lora(model, norm, out, others="leave out")
     assert not out.exists()
+
+
+def test_numbers_that_no_adapter_holds_are_refused(tmp_path: Path) -> None:
+    base, out = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), tmp_path / "out"
+    with pytest.raises(SurgeryError, match="not a dtype of a LoRA"):
+        extract_lora(base, tuned_of(base, everywhere), out, dtype="bfloat16")  # type: ignore[arg-type]
+    large = tuned_of(base, lambda _, weight: torch.full_like(weight, 1e30) if weight.dim() == 2 else None)
+    with pytest.raises(PlanError, match=r"change is too large(.|\n)*float16(.|\n)*dtype=torch.float32"):
+        extract_lora(base, large, out, dtype=torch.float16)
+    diverged = tuned_of(base, lambda name, weight: torch.full_like(weight, math.nan) if name == "1.bias" else None)
+    with pytest.raises(PlanError, match="change is not finite"):
+        extract_lora(base, diverged, out)
+    with pytest.raises(SurgeryError, match="base has no values"):
+        extract_lora(copy.deepcopy(base).to("meta"), base, out)
+    packed = copy.deepcopy(base)
+    packed[0].weight = nn.Parameter(packed[0].weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(PlanError, match="float32 in the base and torch.int8 in the fine-tune"):
+        extract_lora(base, packed, out)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(SurgeryError, match="the tuned is quantised(.|\n)*gptq"):
+        extract_lora(base, tmp_path, out)
+    assert not out.exists()
+
+
+def test_a_fine_tune_in_float8(tmp_path: Path) -> None:
+    """The change is that of the numbers in the files."""
+    base = nn.Sequential(nn.Linear(4, 4))
+    tuned = copy.deepcopy(base)
+    tuned[0].weight = nn.Parameter(tuned[0].weight.to(torch.float8_e4m3fn), requires_grad=False)
+    extract_lora(base, tuned, tmp_path, tolerance=0.0)
+    load_adapter(base, tmp_path)
+    torch.testing.assert_close(base(torch.eye(4)), torch.eye(4) @ tuned[0].weight.float().T + base[0].bias)
