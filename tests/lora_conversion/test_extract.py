@@ -250,7 +250,7 @@ def test_numbers_that_no_adapter_holds_are_refused(tmp_path: Path) -> None:
         extract_lora(base, diverged, out)
     with pytest.raises(SurgeryError, match="base has no values"):
         extract_lora(copy.deepcopy(base).to("meta"), base, out)
-    packed = copy.deepcopy(base)
+    packed: Any = copy.deepcopy(base)
     packed[0].weight = nn.Parameter(packed[0].weight.to(torch.int8), requires_grad=False)
     with pytest.raises(PlanError, match="float32 in the base and torch.int8 in the fine-tune"):
         extract_lora(base, packed, out)
@@ -262,7 +262,7 @@ def test_numbers_that_no_adapter_holds_are_refused(tmp_path: Path) -> None:
 
 def test_a_fine_tune_in_float8(tmp_path: Path) -> None:
     """The change is that of the numbers in the files."""
-    base = nn.Sequential(nn.Linear(4, 4))
+    base: Any = nn.Sequential(nn.Linear(4, 4))
     tuned = copy.deepcopy(base)
     tuned[0].weight = nn.Parameter(tuned[0].weight.to(torch.float8_e4m3fn), requires_grad=False)
     extract_lora(base, tuned, tmp_path, tolerance=0.0)
