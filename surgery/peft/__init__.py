@@ -10,6 +10,7 @@ from __future__ import annotations
 from surgery.peft import base_config, method_configs, prompt_configs, tasks
 from surgery.peft.base_config import *  # noqa: F403
 from surgery.peft.base_state import get_base_model_state_dict, set_base_model_state_dict
+from surgery.peft.conversion import convert_to_lora, save_as_lora
 from surgery.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from surgery.peft.facade import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -21,6 +22,7 @@ from surgery.peft.facade import (
 )
 from surgery.peft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from surgery.peft.kbit import prepare_model_for_kbit_training
+from surgery.peft.loftq import replace_lora_weights_loftq
 from surgery.peft.method_configs import *  # noqa: F403
 from surgery.peft.model import PeftMixedModel, PeftModel
 from surgery.peft.prompt_configs import *  # noqa: F403
@@ -38,6 +40,7 @@ __all__ = [
     "PeftWarning",
     "PromptEmbedding",
     "PromptEncoder",
+    "convert_to_lora",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -48,6 +51,8 @@ __all__ = [
     "inject_adapter_in_model",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import surgery
 from surgery.inspection.show import count_parameters
+from surgery.lora_conversion.convertible_rules import is_convertible
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.delegation import Facade, facade
@@ -69,6 +70,10 @@ class FacadeProperties(Facade):
     def _hf_peft_config_loaded(self) -> bool:
         """Tells the Trainer whether a quantised model has an adapter to train."""
         return bool(getattr(self._base, "is_quantized", False) and self._configs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes the adapter."""
+        return is_convertible(self._base, adapter_name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the number of trainable numbers and of all numbers."""

@@ -86,13 +86,11 @@ REASONS: tuple[Reason, ...] = (
     Reason("a", "peft.EvaConfig", {"test": r"TestEvaInitialization"}),
     Reason("a", "peft.KasaConfig", {"test": r"TestKasaInitialization"}),
     Reason("a", "peft.BdLoraConfig", {"test": r"test_bdlora_"}),
-    Reason("a", "`supports_lora_conversion`: conversion to LoRA", {"text": r"attribute 'supports_lora_conversion'"}),
     Reason(
         "a",
         "`model.model` for the model: it is the model's own attribute",
         {"text": r"^'\w+' object has no attribute 'model'"},
     ),
-    Reason("a", "peft.convert_to_lora", {"test": r"test_lora_conversion\.py", "text": r"attribute 'peft_config'"}),
     # PEFT's internals.
     Reason(
         "b", "`{0}` of PEFT", {"type": "AttributeError", "text": r"^'function' object", "line": r"(\w+)\.cache_clear"}
