@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from surgery.authoring.site_facts import SiteFacts
 from surgery.authoring.site_module import Make, filled_module
 from surgery.errors import SiteError
-from surgery.forward.packed_weights import is_packed
 from surgery.forward.parameter_view import find_tensor
 from surgery.packed.packed_map import packed_by_name
+from surgery.packed.packed_parameters import is_packed
 
 __all__ = ["LiveSite", "Tensors"]
 

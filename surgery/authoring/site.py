@@ -18,12 +18,12 @@ from surgery.errors import SiteError, near_misses
 from surgery.forward.function_registries import takes_functions
 from surgery.forward.hidden_state import hidden_of, with_hidden
 from surgery.forward.own_forward import OwnForward
-from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.forward.parameter_view import find_tensor, hidden_reference
 from surgery.forward.tape import Tape
 from surgery.forward.tape_steps import Ref
 from surgery.forward.unnamed_inputs import FIRST, hidden_first
 from surgery.forward.values import Value, ref_of
+from surgery.packed.packed_parameters import UNPACKED, is_packed
 from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.module_walk import RESERVED
 from surgery.structures.skipped_ops import Passage

@@ -12,9 +12,9 @@ from surgery.arithmetic.exact_fold import Change, LowRank, folded_value
 from surgery.arithmetic.low_rank import has_float64
 from surgery.errors import MergeError
 from surgery.forward.offloaded_weights import value_at
-from surgery.forward.packed_weights import is_packed
 from surgery.merging.site_merge import changes_of_rules
 from surgery.packed.packed_map import packed_by_name
+from surgery.packed.packed_parameters import is_packed
 from surgery.state.records import Applied, SiteState
 
 __all__ = ["SiteChange", "change_of_site"]

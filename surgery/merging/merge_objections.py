@@ -6,8 +6,8 @@ from torch import nn
 
 from surgery.errors import MergeError, SurgeryError
 from surgery.forward.own_forward import own_forward
-from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.packed.packed_map import packed_by_name
+from surgery.packed.packed_parameters import UNPACKED, is_packed
 from surgery.packed.packed_stack import packed_stacks_of
 from surgery.packed.packed_weight import packed_weight_of
 from surgery.state.absent_values import without_values

@@ -14,9 +14,9 @@ from surgery.arithmetic.exact_fold import Change, LowRank, Record, fold, unfold
 from surgery.arithmetic.rounding import Rounding
 from surgery.complex_numbers import is_number
 from surgery.errors import MergeError
-from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.forward.parameter_view import find_tensor, tensor_at
 from surgery.merging.merge_settings import MergeSettings
+from surgery.packed.packed_parameters import UNPACKED, is_packed
 from surgery.state.packed_module import without_bits
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_fold

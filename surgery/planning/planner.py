@@ -20,7 +20,7 @@ from surgery.authoring.site_facts import INLINED
 from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, TraceError, abbreviate, collapse_similar
 from surgery.forward.own_forward import own_forward
-from surgery.forward.packed_weights import packed_in, way_without_packing
+from surgery.packed.packed_parameters import packed_in, way_without_packing
 from surgery.packed.packed_stack import attributes_of_sites
 from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.wrappers import unwrap

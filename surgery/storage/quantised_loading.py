@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
-from surgery.forward.packed_weights import packed_in
+from surgery.packed.packed_parameters import packed_in
 from surgery.patterns.module_walk import base_modules
 from surgery.transaction.undo_log import Journal
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SiteError
-from surgery.forward.packed_weights import UNPACKED, packed_in
 from surgery.forward.tape_steps import Ref
+from surgery.packed.packed_parameters import UNPACKED, packed_in
 from surgery.state.records import SiteState
 
 __all__ = ["late_quantisation_error"]

@@ -1,12 +1,11 @@
-"""Detects weights that are not plain tensors, such as weights quantised by bitsandbytes or torchao."""
+"""Detects parameters that are not plain tensors, of layouts that are known (`packed_by_name`) or not."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from surgery.complex_numbers import narrow
-from surgery.packed.packed_stack import packed_stacks_of
-from surgery.packed.packed_weight import packed_weight_of
+from surgery.packed.packed_map import packed_by_name
 
 __all__ = ["UNPACKED", "is_packed", "packed_in", "way_without_packing"]
 
@@ -14,6 +13,8 @@ UNPACKED = (
     "work on the base as it was before it was quantised: load that one, put the adapter on it, "
     "merge_to(model, folder), and quantise what that writes"
 )
+# transformers' settings that load packed experts as plain ones, by the name of a class.
+_CONFIGS = {"Mxfp4GptOssExperts": "Mxfp4Config", "FP8Experts": "FineGrainedFP8Config"}
 
 
 def is_packed(tensor: Tensor | None) -> bool:
@@ -26,11 +27,12 @@ def is_packed(tensor: Tensor | None) -> bool:
 def packed_in(module: nn.Module) -> str | None:
     """Describes the packed parameters of a module, or its packed buffers; None if it does not have any."""
     packed = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None and is_packed(tensor)]
-    if not packed and (stacks := packed_stacks_of(module)):
-        return f"{', '.join(stacks)} is packed ({next(iter(stacks.values())).layout})"
+    parts = packed_by_name(module)
+    if parts and (not packed or "weight" not in parts):
+        first = next(iter(parts.values()))
+        return f"{', '.join(parts)} is packed ({first.backend}, {first.layout})"
     if not packed:
-        weight = packed_weight_of(module)
-        return None if weight is None else f"weight is packed ({weight.backend}, {weight.layout})"
+        return None
     names = ", ".join(name for name, _ in packed)
     kind = type(packed[0][1]).__name__
     return f"{names} is a {kind if kind != 'Parameter' else packed[0][1].dtype}"
@@ -43,6 +45,3 @@ def way_without_packing(module: nn.Module) -> str:
             config = _CONFIGS[cls.__name__]
             return f"load the model with plain weights: quantization_config={config}(dequantize=True)"
     return UNPACKED
-
-
-_CONFIGS = {"Mxfp4GptOssExperts": "Mxfp4Config", "FP8Experts": "FineGrainedFP8Config"}
