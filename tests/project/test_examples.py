@@ -105,6 +105,23 @@ def test_the_server_is_short_and_needs_no_torch(tmp_path: Path) -> None:
 
 
 @LONG
+def test_serve_vllm(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    if not (EXAMPLES.parent / ".venv-vllm" / "bin" / "vllm").exists():
+        pytest.skip("needs vLLM in .venv-vllm, which make interop sets up")
+    words = ("--steps", "2", "--requests", "12", "--words", "4", "--merged", "0", "--threads", "1")
+    results, printed = run("serve_vllm", tmp_path, packaged, *words)
+    assert results["equal"] and results["different"] and results["adapters"]["seconds"] > 0
+    assert "DIFFERS" not in printed and "--enable-lora" in printed
+
+
+def test_serving_by_vllm_says_where_vllm_is_absent(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    for package in WEIGHTS["serve_vllm"]:
+        packaged(package)
+    done = python(str(EXAMPLES / "serve_vllm.py"), "--vllm", "absent", folder=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("serve_vllm.py needs an environment with vLLM")
+
+
+@LONG
 def test_style(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ("--steps", "1", "--batch", "1", "--tokens", "24", "--length", "4", "--sample", "4", "--threads", "1")
     results, printed = run("style", tmp_path, packaged, *words)

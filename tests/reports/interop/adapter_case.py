@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["BOTH", "NONE", "A", "AdapterCase", "B", "Step"]
@@ -36,6 +36,7 @@ class AdapterCase:
         base: a name of `bases.BASES`.
         steps: what the program does, in this order.
         dtype: the dtype of the adapter's tensors in the file.
+        tolerance: a larger one than the program's: float32 sums of many layers differ by more.
         kind: "decoder" (token ids to logits), or the kind of another family of engines.
     """
 
@@ -45,4 +46,4 @@ class AdapterCase:
     steps: tuple[Step, ...] = (NONE, A, NONE)
     dtype: str = "float32"
     kind: str = "decoder"
-    notes: Mapping[str, str] = field(default_factory=dict)
+    tolerance: float = 0.0

@@ -68,7 +68,7 @@ _DECODER_CASES: tuple[AdapterCase, ...] = (
     _one("Gemma 3", _lora(ALL), base="gemma3"),
     _one("GPT-2", _lora(["c_attn", "c_fc"]), base="gpt2"),
     _one("Mixtral, at the experts", {"rule": "expert-lora", "targets": ["experts"], "rank": 4}, base="mixtral"),
-    _one("SmolLM2 135M", _lora(ALL), base="smollm2"),
+    _one("SmolLM2 135M", _lora(ALL), base="smollm2", tolerance=1e-3),
 )  # fmt: skip
 
 CASES = (*_DECODER_CASES, *PIPELINE_CASES)

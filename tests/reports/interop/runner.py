@@ -122,7 +122,7 @@ class _Round:
         if "error" in line:
             return self._cell(name, "wrong", line["error"].splitlines()[0])
         (base,) = live.answers([NONE])
-        tolerance, rounding = self.engine.rounding.get(name, (self.engine.tolerance, ""))
+        tolerance, rounding = self.engine.rounding.get(name, (max(self.engine.tolerance, live.case.tolerance), ""))
         fault, faulty = self.engine.base_faults.get(name, ""), False
         differences = []
         for number, (step, actual, wanted) in enumerate(zip(exported.steps, line["steps"], expected, strict=True)):
