@@ -52,7 +52,7 @@ register_target(
         notes=(
             "A class that is not in the list runs through vLLM's Transformers backend, if at all: not checked.",
             "Releases before 0.32 ignore rank_pattern and alpha_pattern.",
-            "On a CPU, rows without an adapter get the last slot's: start with one slot (--max-loras) more than adapters.",
+            "On a CPU, rows without an adapter get the last slot's: give --max-loras one slot more than adapters.",
         ),
     )
 )

@@ -129,7 +129,7 @@ class _Round:
             where = "+".join(step.active) or ("rows" if step.rows else "none")
             for row in range(len(wanted["values"])):
                 difference, same = compare_row(row, actual, wanted)
-                right = same and difference <= tolerance
+                right = (same or bool(rounding)) and difference <= tolerance
                 if fault and not step.active and not (step.rows and step.rows[row]):
                     faulty = faulty or not right
                     continue
