@@ -1,5 +1,6 @@
 """Names of modules that programs see: where they differ from the model's, and where they have none."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def test_mlx_has_its_own_names(name: str, config: dict[str, Any], ours: str, the
     save_adapter(model, tmp_path, target="mlx")
     with safe_open(tmp_path / "adapters.safetensors", "pt") as file:
         assert {key.rpartition(".")[0] for key in file.keys()} == {theirs}
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["lora_parameters"]["keys"] == [theirs]
     B = model.get_parameter(f"{ours}.adapters.default.B").clone()
     report = load_adapter(remove(model), tmp_path)
     assert report.format == "mlx" and torch.equal(model.get_parameter(f"{ours}.adapters.default.B"), B)

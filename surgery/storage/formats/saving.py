@@ -55,7 +55,7 @@ def save_other(
         if writes:
             write_files(place, adapter_format, files, progress)
     for note in files.notes:
-        warnings.warn(note, SurgeryWarning, stacklevel=6)
+        warnings.warn(note, SurgeryWarning, stacklevel=5)
     return place
 
 

@@ -50,6 +50,8 @@ def file_contents(adapter_format: AdapterFormat, contents: Contents, base: BaseF
     _paths_again(changed)
     _check_settings(adapter_format, contents)
     SCALES[adapter_format.scale].write(changed, written)
+    if "paths" in written.values:
+        written.values["paths"] = [place.theirs for _, _, place, _ in placed]
     tensors: dict[str, FileTensor] = {}
     for prefix, component, place, change in placed:
         start = prefix.text + encode(place.theirs, adapter_format.separator)
