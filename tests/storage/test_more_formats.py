@@ -308,6 +308,46 @@ def test_paths_of_before_transformers_5(tmp_path: Path) -> None:
     assert any(f"such as {path} for {here}" in text for text in report.assumed)
 
 
+class SD3Transformer2DModel(nn.Module):
+    """The names of diffusers' model, without its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"transformer_blocks.0.norm1_context.linear": 24, "transformer_blocks.1.norm1_context.linear": 8}
+        inner = model_of_paths({path: nn.Linear(4, size) for path, size in sizes.items()})
+        self.add_module("transformer_blocks", inner.get_submodule("transformer_blocks"))
+        self.config = {"num_attention_heads": 2, "attention_head_dim": 2, "_class_name": "SD3Transformer2DModel"}
+
+
+def test_the_last_context_of_sd3_has_shift_and_scale_in_another_order(tmp_path: Path) -> None:
+    """ComfyUI's mmdit_to_diffusers exchanges the halves of the last block alone."""
+    names = [f"joint_blocks_{block}_context_block_adaLN_modulation_1" for block in (0, 1)]
+    tensors = low_rank(f"lora_unet_{names[0]}", 24, 4, 2, 2.0) | low_rank(f"lora_unet_{names[1]}", 8, 4, 2, 2.0)
+    file, model, x = write(tmp_path / "a.safetensors", tensors), SD3Transformer2DModel(), random(2, 4)
+    base = copy.deepcopy(model)
+    load_adapter(model, file)
+    for block, name in enumerate(names):
+        up, down = (tensors[f"lora_unet_{name}.lora_{half}.weight"] for half in ("up", "down"))
+        expected = x @ (up.roll(4, 0) if block else up).mm(down).T
+        found = change_of(model, f"transformer_blocks.{block}.norm1_context.linear", x, base)
+        assert torch.allclose(found, expected, **CLOSE)
+    save_adapter(model, tmp_path / "out.safetensors", format="kohya")
+    assert same(load_file(tmp_path / "out.safetensors"), tensors)
+    with pytest.raises(LoadError, match="width of the model is not known"):
+        convert_adapter(file, tmp_path / "b", format="diffusers")
+
+
+def test_comfyui_has_kohyas_names_for_a_unet(tmp_path: Path) -> None:
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    model = model_of_paths({path: nn.Linear(4, 4)})
+    apply_rules(model, LoraRule(path, rank=2, alpha=3, init="random"))
+    save_adapter(model, tmp_path / "a.safetensors", format="comfyui", component="unet")
+    assert f"lora_unet_{path.replace('.', '_')}.lora_down.weight" in load_file(tmp_path / "a.safetensors")
+    expected = model.get_submodule(path)(x := random(2, 4))
+    assert load_adapter(remove(model), tmp_path / "a.safetensors").format == "kohya"
+    assert torch.equal(model.get_submodule(path)(x), expected)
+
+
 def test_old_diffusers(tmp_path: Path) -> None:
     paths = ("down_blocks.0.attn1.to_q", "down_blocks.0.attn1.to_out.0", "mid.proj")
     model = model_of_paths({path: nn.Linear(4, 4) for path in paths})

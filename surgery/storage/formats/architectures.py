@@ -127,10 +127,14 @@ SD3 = (
         context_block.mlp.fc1   ff_context.net.0.proj
         context_block.mlp.fc2   ff_context.net.2
         x_block.adaLN_modulation.1        norm1.linear
-        context_block.adaLN_modulation.1  norm1_context.linear
         """,
         "joint_blocks.{n}.",
         "transformer_blocks.{n}.",
+    ),
+    NameRow(
+        "joint_blocks.{n}.context_block.adaLN_modulation.1",
+        ("transformer_blocks.{n}.norm1_context.linear",),
+        rows="swap_last_context",
     ),
     *name_rows(
         """

@@ -48,6 +48,15 @@ def _swap_halves(config: Mapping[str, Any], rows: int) -> Tensor:
     return torch.arange(rows).roll(-(rows // 2))
 
 
+def _swap_last_context(config: Mapping[str, Any], rows: int) -> Tensor:
+    """The last block of Stable Diffusion 3 has shift and scale alone, in another order; the others have six parts."""
+    heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
+    if not isinstance(heads, int) or not isinstance(size, int):
+        why = "the rows of the last block's norm1_context stand in another order"
+        raise SurgeryError("the width of the model is not known", why=why, fix="give the base: base=")
+    return _swap_halves(config, rows) if rows == 2 * heads * size else torch.arange(rows)
+
+
 def _rope_pairs(heads: str) -> RowOrder:
     """transformers' rotary halves, where other programs have pairs: within each head, two halves are interleaved."""
 
@@ -77,6 +86,7 @@ def _heads(config: Mapping[str, Any], name: str) -> int:
 
 ROWS: dict[str, RowOrder] = {
     "swap_halves": _swap_halves,
+    "swap_last_context": _swap_last_context,
     "query_heads": _rope_pairs("num_attention_heads"),
     "key_heads": _rope_pairs("num_key_value_heads"),
 }

@@ -115,7 +115,7 @@ def _places(
     adapter_format: AdapterFormat, prefix: KeyPrefix, texts: list[str], base: BaseFacts, header: Mapping[str, Any]
 ) -> tuple[list[Place], str]:
     """The modules here for the modules of the file under one prefix, and their component."""
-    separator = adapter_format.separator
+    separator = prefix.separator or adapter_format.separator
     candidates = [prefix.names] if prefix.names else names_for_header(adapter_format.names, header)
     decoded = {text: decode(text, separator, adapter_format.words) for text in texts} if separator == "." else {}
     start = {text: decoded.get(text) or text.replace(separator, ".") for text in texts}

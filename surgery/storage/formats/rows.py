@@ -177,10 +177,13 @@ register_format(
         files=("comfyui_lora.safetensors",),
         prefixes=(
             KeyPrefix("diffusion_model.", "transformer"),
+            KeyPrefix("lora_unet_", "unet", separator="_"),
             KeyPrefix("text_encoders.clip_l.transformer.", "text_encoder"),
             KeyPrefix("text_encoders.clip_g.transformer.", "text_encoder_2"),
         ),
+        words=_architectures.WORDS,
         names=("flux", "sd3", "sdxl", "clip"),
+        contains=("kohya", "lycoris"),
     )
 )
 

@@ -45,10 +45,11 @@ def _parts(
 
 def _is_name(adapter_format: AdapterFormat, prefix: KeyPrefix, text: str) -> bool:
     """Whether a text can be a module's name in this format."""
-    if adapter_format.separator != ".":
+    separator = prefix.separator or adapter_format.separator
+    if separator != ".":
         return "." not in text
     if not adapter_format.names_required:
         return True
-    path = decode(text, adapter_format.separator, adapter_format.words)
+    path = decode(text, separator, adapter_format.words)
     candidates = [prefix.names] if prefix.names else adapter_format.names
     return path is not None and any(names_named(name).ours(path) is not None for name in candidates)

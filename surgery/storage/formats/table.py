@@ -38,13 +38,15 @@ class KeyPrefix:
     """What stands before a module's name in a key, and the component of a pipeline that it means ("": one model).
 
     `names`: the module names that this prefix implies, by the name of a `ModuleNames`; "" if the names decide.
-    `beside`: the prefix is written where the pipeline has this component too.
+    `beside`: the prefix is written where the pipeline has this component too. `separator`: what stands between the
+    names of a path after this prefix; "": the format's.
     """
 
     text: str
     component: str = ""
     names: str = ""
     beside: str = ""
+    separator: str = ""
 
 
 @dataclass(frozen=True)

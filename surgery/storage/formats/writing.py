@@ -54,7 +54,7 @@ def file_contents(adapter_format: AdapterFormat, contents: Contents, base: BaseF
         written.values["paths"] = [place.theirs for _, _, place, _ in placed]
     tensors: dict[str, FileTensor] = {}
     for prefix, component, place, change in placed:
-        start = prefix.text + encode(place.theirs, adapter_format.separator)
+        start = prefix.text + encode(place.theirs, prefix.separator or adapter_format.separator)
         for part, tensor in change.tensors.items():
             key = _key(adapter_format, part, change, place)
             tensors[start + key.ending] = _laid_out(tensor, part, key, place, base.of(component))

@@ -37,6 +37,7 @@ class Engine:
         base_faults: case → why the program does not give the base's answers where no adapter is active. These steps and
             rows are left out, and it is an error if the program does give the base's answers.
         rounding: case → a larger tolerance, and why the program rounds there. Greedy tokens are not compared.
+        source: an environment variable that names a checkout, for a program that is not a package.
         own_environment: False for a program that runs in the environment of the tests.
     """
 
@@ -55,6 +56,7 @@ class Engine:
     variables: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-4
+    source: str = ""
     own_environment: bool = True
     rounding: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     base_faults: Mapping[str, str] = field(default_factory=dict)
@@ -170,6 +172,19 @@ ENGINES: dict[str, Engine] = {
             several=True,
             torch=True,
             tolerance=3e-4,  # float32 sums in another order, through two steps of a whole network
+        ),
+        Engine(
+            "comfyui",
+            "ComfyUI",
+            target="comfyui",
+            format="comfyui",
+            packages=("diffusers", "torch"),
+            kinds=("pipeline",),
+            bases=PIPELINES,
+            several=True,
+            torch=True,
+            source="COMFYUI",
+            tolerance=3e-4,
         ),
         Engine(
             "lycoris",

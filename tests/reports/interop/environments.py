@@ -9,6 +9,7 @@ reason is kept in `.venv-<engine>/skipped.txt`, and the table skips the program 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -67,6 +68,8 @@ def _stamp(engine: Engine) -> str:
 def reason_absent(engine: Engine) -> str:
     """Why the program can't be run here; "" if it can."""
     skipped = engine.environment / "skipped.txt"
+    if engine.source and not os.environ.get(engine.source):
+        return f"{engine.source} names no checkout of {engine.title}"
     if skipped.exists():
         return skipped.read_text().strip()
     return "" if Path(python_of(engine)).exists() else f"{engine.environment.name} is not set up: run make interop"

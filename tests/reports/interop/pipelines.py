@@ -83,8 +83,8 @@ def _sdxl() -> Any:
 
 
 def _sd3() -> Any:
-    sizes = dict(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8)
-    sizes |= dict(num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32)
+    sizes = dict(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=32)
+    sizes |= dict(num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=128, pooled_projection_dim=32)
     sizes |= dict(pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm")
     return diffusers().StableDiffusion3Pipeline(
         transformer=diffusers().SD3Transformer2DModel(**sizes), vae=_vae(), text_encoder=_clip(16),

@@ -142,7 +142,8 @@ class _Round:
         if fault and not faulty:
             return self._cell(name, "wrong", "the program gives the base's answers, contrary to `base_faults`")
         notes = "".join(f"; {note}" for note in dict.fromkeys(filter(None, [*exported.notes, rounding, fault])))
-        self._cell(name, "equal", f"{max(differences):.0e}{notes}")
+        told = f"{max(differences):.0e}" if any("values" in answer for answer in line["steps"]) else "tokens"
+        self._cell(name, "equal", told + notes)
 
 
 def compare_row(row: int, actual: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, bool]:
