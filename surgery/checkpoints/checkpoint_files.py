@@ -16,7 +16,7 @@ from surgery.adapter_files.tensor_files import DTYPES, TensorFile, open_tensors
 from surgery.adapter_files.tensor_headers import AGAIN, Header, read_header
 from surgery.errors import SurgeryError, abbreviate
 
-__all__ = ["CheckpointFiles", "Shard", "StoredTensor", "open_checkpoint"]
+__all__ = ["INDEX", "CheckpointFiles", "Shard", "StoredTensor", "open_checkpoint"]
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

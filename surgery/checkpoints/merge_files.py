@@ -15,6 +15,7 @@ from torch import nn
 import surgery
 from surgery.checkpoints.base_skeleton import CONFIG, read_config
 from surgery.checkpoints.dequantised_files import plain_config, plain_dtypes
+from surgery.checkpoints.checkpoint_files import INDEX
 from surgery.checkpoints.file_reports import FileMergeReport
 from surgery.checkpoints.ledger import Ledger, open_ledger
 from surgery.checkpoints.loaded_adapters import names_of
@@ -152,7 +153,7 @@ def _changed_texts(plan: MergePlan, job: Rewriting, dtype: torch.dtype | None) -
         texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     index = None if job.same_names else job.index()
     if index is not None:
-        texts["model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
+        texts[INDEX] = json.dumps(index, indent=2) + "\n"
     return texts
 
 

@@ -42,9 +42,7 @@ def layout_like(shard: Shard) -> ShardLayout:
     tensors = {
         key: NewTensor(place.code, place.shape, place.start, place.nbytes) for key, place in shard.tensors.items()
     }
-    return ShardLayout(
-        shard.head, tensors, max((t.start + t.nbytes for t in tensors.values()), default=len(shard.head))
-    )
+    return _layout(shard.head, tensors)
 
 
 def layout_of_head(head: bytes) -> ShardLayout:
@@ -62,6 +60,10 @@ def layout_of_head(head: bytes) -> ShardLayout:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"[:200]
         raise SurgeryError("the header of a file is damaged", why=why) from None
+    return _layout(head, tensors)
+
+
+def _layout(head: bytes, tensors: Mapping[str, NewTensor]) -> ShardLayout:
     return ShardLayout(head, tensors, max((t.start + t.nbytes for t in tensors.values()), default=len(head)))
 
 

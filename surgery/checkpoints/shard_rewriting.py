@@ -13,7 +13,7 @@ from torch import Tensor
 
 from surgery.adapter_files.plain_json import LARGE, read_json
 from surgery.arithmetic.corrections import Record
-from surgery.checkpoints.checkpoint_files import INDEX, CheckpointFiles, StoredTensor
+from surgery.checkpoints.checkpoint_files import CheckpointFiles, StoredTensor
 from surgery.checkpoints.dequantised_files import DequantisedShard
 from surgery.checkpoints.ledger import Ledger
 from surgery.checkpoints.merge_record import FOLDER, RecordWriter
@@ -107,11 +107,6 @@ def _new_name(name: str) -> str:
     if name.endswith(".safetensors"):
         return name
     return "model" + name.removeprefix("pytorch_model").removesuffix(".bin") + ".safetensors"
-
-
-def index_name(files: CheckpointFiles) -> str | None:
-    """The name of the new index file."""
-    return INDEX if files.index is not None else None
 
 
 def rewrite_shards(job: Rewriting, ledger: Ledger, workers: int, progress: Progress, what: str) -> list[str]:

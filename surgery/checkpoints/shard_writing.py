@@ -15,7 +15,7 @@ from surgery.arithmetic.corrections import checksum
 from surgery.checkpoints.shard_layout import ShardLayout, code_of
 from surgery.errors import SurgeryError
 
-__all__ = ["ShardWriter", "checksum_of", "copy_bytes", "sha256_of", "shard_checksum", "sync_folder"]
+__all__ = ["ShardWriter", "checksum_of", "sha256_of", "shard_checksum", "sync_folder"]
 
 _PIECE = 1 << 30  # the most bytes of one write; Linux stops before 2 GiB
 _BUFFER = 1 << 20
@@ -49,7 +49,7 @@ class ShardWriter:
         spans = list(spans)
         with open(source, "rb", buffering=0) as old, open(self.path, "r+b", buffering=0) as new:
             for start, target, count in _joined([(self.layout.tensors[key], start) for key, start in spans]):
-                copy_bytes(old, start, new, target, count)
+                _copy_bytes(old, start, new, target, count)
         self.checksums |= _stored_checksums(self.path, self.layout, [key for key, _ in spans])
 
     def finish(self) -> str:
@@ -72,7 +72,7 @@ def _joined(spans: Iterable[tuple[Any, int]]) -> Iterator[tuple[int, int, int]]:
     yield from joined
 
 
-def copy_bytes(old: Any, start: int, new: Any, target: int, count: int) -> None:
+def _copy_bytes(old: Any, start: int, new: Any, target: int, count: int) -> None:
     """Copies bytes between files; on Linux inside the kernel."""
     if hasattr(os, "copy_file_range"):
         try:
