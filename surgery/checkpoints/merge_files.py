@@ -14,8 +14,8 @@ from torch import nn
 
 import surgery
 from surgery.checkpoints.base_skeleton import CONFIG, read_config
-from surgery.checkpoints.dequantised_files import plain_config, plain_dtypes
 from surgery.checkpoints.checkpoint_files import INDEX
+from surgery.checkpoints.dequantised_files import plain_config, plain_dtypes
 from surgery.checkpoints.file_reports import FileMergeReport
 from surgery.checkpoints.ledger import Ledger, open_ledger
 from surgery.checkpoints.loaded_adapters import names_of
