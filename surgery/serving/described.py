@@ -12,8 +12,8 @@ from surgery.adapter_files.tensor_files import TensorFile
 from surgery.errors import SurgeryError
 from surgery.storage.formats.contents import BaseFacts, Contents
 from surgery.storage.formats.file_tensor import FileTensor, tensor_of
+from surgery.storage.formats.peft_settings import KIND_OF
 from surgery.storage.formats.reading import read_contents
-from surgery.storage.formats.scales import KIND_OF
 from surgery.storage.formats.split import split_keys
 from surgery.storage.formats.table import format_named
 

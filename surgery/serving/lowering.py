@@ -17,7 +17,7 @@ from surgery.errors import SurgeryError
 from surgery.serving.profile import TargetProfile
 from surgery.storage.formats.contents import Change
 from surgery.storage.formats.file_tensor import FileTensor
-from surgery.storage.formats.scales import alpha_of
+from surgery.storage.formats.scale_values import alpha_of
 
 __all__ = ["Steps", "fill_groups", "fold_scales", "pad_ranks", "set_dtypes"]
 

@@ -152,8 +152,10 @@ def _of_peft(path: Path, base: BaseFacts) -> tuple[str, Contents]:
     file = open_file(path)
     settings_path = path.parent / PEFT[1]
     settings = read_json(settings_path) if path.name not in BARE and settings_path.is_file() else None
-    spelt = current_keys(list(file.shapes), lambda: base.paths or ())
     starts = tuple(prefix.text for prefix in format_named("diffusers").prefixes)
+    whole_pipeline = settings is None and all(key.startswith(starts) for key in file.shapes)
+    # the paths of a base would choose one of the components, and take its name off the keys
+    spelt = current_keys(list(file.shapes), lambda: () if whole_pipeline else base.paths or ())
     here = {key.removeprefix(PREFIX): there for key, there in spelt.keys.items()}
     if spelt.others:
         first = spelt.others[0]

@@ -22,7 +22,7 @@ from surgery.storage.formats.base_facts import components_in
 from surgery.storage.formats.contents import Change, Contents
 from surgery.storage.formats.file_tensor import FileTensor
 from surgery.storage.formats.fitting import fitted_change
-from surgery.storage.formats.scales import peft_fields
+from surgery.storage.formats.peft_settings import peft_fields
 from surgery.storage.formats.table import format_named
 
 __all__ = ["OnModel", "on_model"]

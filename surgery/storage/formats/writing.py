@@ -16,7 +16,8 @@ from surgery.storage.formats.file_tensor import FileTensor
 from surgery.storage.formats.layouts import LAYOUTS, row_order
 from surgery.storage.formats.module_names import IDENTITY, NameMap, Place, names_named
 from surgery.storage.formats.path_codec import encode
-from surgery.storage.formats.scales import SCALES, Written, alpha_of
+from surgery.storage.formats.scale_values import Written, alpha_of
+from surgery.storage.formats.scales import SCALES
 from surgery.storage.formats.table import AdapterFormat, KeyPrefix, TensorKey
 
 __all__ = ["FileContents", "file_contents"]
@@ -73,7 +74,11 @@ def _paths_again(contents: Contents) -> None:
 def _check_settings(adapter_format: AdapterFormat, contents: Contents) -> None:
     if contents.settings.get("invocation") and adapter_format.scale not in ("peft", "diffusers", "one_alpha"):
         why = "its LoRA acts only after these tokens, and the format would make it act on all"
-        raise SurgeryError(f"the format {adapter_format.name!r} has no place for invocation tokens", why=why)
+        fix = "choose another format: PEFT's files and GGUF hold them"
+        raise SurgeryError(f"the format {adapter_format.name!r} has no place for invocation tokens", why=why, fix=fix)
+
+
+_ELSEWHERE = "choose another format, such as peft; or leave these modules out of the adapter"
 
 
 # Names --------------------------------------------------------------------------------------------------------
@@ -94,6 +99,7 @@ def _names(adapter_format: AdapterFormat, component: str, changes: Iterable[str]
         raise SurgeryError(
             f"the modules may be those of {kinds}, which the format {adapter_format.name!r} names differently",
             where=paths[0],
+            why="the paths are those of each of them",
             fix="give the base, whose configuration says what it is: base=",
         )
     if fitting:
@@ -102,13 +108,18 @@ def _names(adapter_format: AdapterFormat, component: str, changes: Iterable[str]
             raise SurgeryError(
                 f"the format {adapter_format.name!r} has no names for these modules of {names.names.name}",
                 where=abbreviate(missing),
+                why="its program has no adapters on such modules, or calls them in a way that is not known here",
+                fix=_ELSEWHERE,
             )
         return names
     if adapter_format.names_required:
         known = ", ".join(adapter_format.names)
         why = f"it holds adapters of {known}, and the modules are not named like those"
         raise SurgeryError(
-            f"the format {adapter_format.name!r} has no names for these modules", where=paths[0], why=why
+            f"the format {adapter_format.name!r} has no names for these modules",
+            where=paths[0],
+            why=why,
+            fix=_ELSEWHERE,
         )
     return IDENTITY
 
@@ -139,7 +150,9 @@ def _prefix(adapter_format: AdapterFormat, component: str, names: NameMap, pipel
     known = ", ".join(dict.fromkeys(prefix.component for prefix in there if prefix.component))
     what = f"has no component {component!r}" if component else "writes the component of a pipeline before each name"
     raise SurgeryError(
-        f"the format {adapter_format.name!r} {what}", fix=f"component= says which the adapter is of: {known}"
+        f"the format {adapter_format.name!r} {what}",
+        why="its files name a component of a pipeline before each module",
+        fix=f"component= says which the adapter is of: {known}",
     )
 
 
@@ -167,14 +180,18 @@ def _join(place: Place, parts: Mapping[int, Change], written: Written) -> Change
     where = " and ".join(place.ours)
     if any(change.kind != "lora" or set(change.tensors) != {"A", "B"} for change in parts.values()):
         what = "only plain LoRA can be written for modules that the format fuses"
-        raise SurgeryError(what, where=where)
+        why = "the change of the fused module is not one of the method's own"
+        raise SurgeryError(what, where=where, why=why, fix="as_lora(model) makes plain LoRA of it, or another format")
     index = next(iter(parts))
     unit, rest = divmod(first.tensors["B"].shape[0], ratio[index])
     sizes = [share * unit for share in ratio]
     if rest or any(change.tensors["B"].shape[0] != sizes[i] for i, change in parts.items()):
         shapes = ", ".join(str(change.tensors["B"].shape) for change in parts.values())
         raise SurgeryError(
-            "the modules that the format fuses have other sizes", where=where, why=f"B is {shapes}, not in {ratio}"
+            "the modules that the format fuses have other sizes",
+            where=where,
+            why=f"B is {shapes}, not in {ratio}",
+            fix=_ELSEWHERE,
         )
     if missing := [place.ours[i] for i in range(len(ratio)) if i not in parts]:
         written.notes.append(f"{place.theirs} also stands for {', '.join(missing)}, whose change is written as zeros")
@@ -188,7 +205,10 @@ def _join(place: Place, parts: Mapping[int, Change], written: Written) -> Change
     ranks = {change.rank for change in parts.values()}
     width = ranks.pop()
     if ranks or len({change.scale for change in parts.values()}) > 1:
-        raise SurgeryError("the modules that the format fuses have other ranks or scales", where=where)
+        why = "one tensor A and one scale stand for all of them"
+        raise SurgeryError(
+            "the modules that the format fuses have other ranks or scales", where=where, why=why, fix=_ELSEWHERE
+        )
     rank = width * len(ratio)
     A = values[index].new_zeros((rank, *values[index].shape[1:]))
     whole = B[index].new_zeros((sum(sizes), rank, *B[index].shape[2:]))
