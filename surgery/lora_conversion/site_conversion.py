@@ -64,7 +64,8 @@ def convert_sites(
     if problems:
         raise PlanError(problems)
     if not any(site.factors for site in converted):
-        why = "its rules hold copies of the base's tensors, or change biases alone"
+        labels = dict.fromkeys(applied.rule.label for site in converted for applied in site.chosen)
+        why = f"{', '.join(labels)}: they hold copies of the base's tensors, or change only biases or stacks of experts"
         raise SurgeryError("nothing is to be converted", why=why, fix="the adapter stays as it is; save it as it is")
     return converted
 
