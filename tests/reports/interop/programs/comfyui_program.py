@@ -86,7 +86,8 @@ class _Weights:
         if kind == "FluxPipeline":
             encoders[1] = ("text_encoder_2", "t5xxl.transformer.")
         for name, start in encoders:
-            model = getattr(pipeline, name)
+            if (model := getattr(pipeline, name, None)) is None:
+                continue
             paths = model.state_dict()
             wrapper = "" if hasattr(model, "text_model") or "T5" in type(model).__name__ else "text_model."
             own = {path: path if path.startswith("text_projection") else wrapper + path for path in paths}
