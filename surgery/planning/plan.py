@@ -13,7 +13,7 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.authoring.site_facts import INLINED
 from surgery.errors import PlanError, SurgeryError, abbreviate, collapse_similar
-from surgery.packed.packed_weight import packed_weight_of
+from surgery.packed.packed_map import packed_by_name
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import Readiness
 from surgery.planning.rank_check import rank_notes
@@ -264,8 +264,8 @@ def _rows(steps: Sequence[PlannedRule]) -> list[tuple[str, str, str, str, str]]:
 
 
 def _form_of(step: PlannedRule) -> str:
-    if (packed := packed_weight_of(step.module)) is not None:
-        return f" ({packed.layout})"
+    if packed := packed_by_name(step.module):
+        return f" ({next(iter(packed.values())).layout})"
     return " (opaque)" if step.own.opaque else ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import dtype, nn
 
 from surgery.packed.packed_map import packed_by_name
@@ -15,12 +17,13 @@ from surgery.weaving.site_class import install_live
 __all__ = ["DequantisedLinear", "replace_packed"]
 
 
-def replace_packed(module: nn.Module, into: dtype | None = None) -> None:
+def replace_packed(module: nn.Module, into: dtype | None = None, config: Any = None) -> None:
     """Makes a quantised module plain, in place and for good. A Linear then computes in the dtype of its input.
 
     Args:
         module: the quantised module.
         into: the dtype of the plain weights; default: that of the dequantised weight.
+        config: the model's configuration, for experts.
     """
     state, packed = site_state(module), packed_by_name(module)
     plain_dtype = into or next(iter(packed.values())).dtype
@@ -30,7 +33,7 @@ def replace_packed(module: nn.Module, into: dtype | None = None) -> None:
         for name, record in applied.changed
         if isinstance(record, KeptCodes)
     }
-    plain = become_plain(module, plain_dtype, in_any_dtype=True)
+    plain = become_plain(module, plain_dtype, in_any_dtype=True, config=config)
     for parameter in module._parameters.values():
         if parameter is not None:
             parameter.requires_grad_(False)

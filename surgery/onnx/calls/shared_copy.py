@@ -16,6 +16,7 @@ from surgery.lifecycle.switching import switch, weights_now
 from surgery.merging.merge import ensure_unmerged
 from surgery.merging.packed_merge import plain_dtype
 from surgery.onnx.calls.sliding_windows import full_length_caches
+from surgery.packed.packed_stack import packed_stacks_of
 from surgery.packed.packed_weight import PackedWeight, packed_weight_of
 from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model.verb_root import records_in
@@ -58,10 +59,12 @@ def sharing_copy(
             parameter.requires_grad_(False)
     copied_model.eval()
     weights = packed_maps(copied_model) if dequantise else []
-    dtype = plain_dtype(copied_model) if weights else None
-    for packed in weights:
-        if dequantise == "all" or packed.activations is not None:
-            replace_packed(packed.module, into=dtype)  # a merge rounds its sum to the dtype
+    chosen = [packed.module for packed in weights if dequantise == "all" or packed.activations is not None]
+    if dequantise:  # no kernel of packed experts can be exported
+        chosen += [module for _, module in base_modules(copied_model) if packed_stacks_of(module)]
+    dtype = plain_dtype(copied_model) if chosen else None
+    for module in chosen:
+        replace_packed(module, into=dtype, config=getattr(copied_model, "config", None))  # a merge rounds to the dtype
     return copied_model
 
 
