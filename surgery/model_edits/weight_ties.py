@@ -30,7 +30,7 @@ from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule
 
-__all__ = ["tie_parameters", "untie_parameters"]
+__all__ = ["broken_ties", "declare_broken", "tie_parameters", "untie_parameters"]
 
 
 def tie_parameters(edits: EditLog, paths: Sequence[str], name: str, source: str | None) -> None:
@@ -96,7 +96,7 @@ def untie_parameters(edits: EditLog, paths: Sequence[str], name: str | None, *, 
             edits.set_parameter(owner, own, new)
             edits.store(path, own, trainable=trainable)
             edits.steps.append((path, class_of(owner).__name__, f"own {own}, apart from {abbreviate(others)}"))
-    _declare_broken(edits)
+    declare_broken(edits)
 
 
 def _embedding(model: nn.Module, getter: str) -> str:
@@ -131,8 +131,22 @@ def _others(model: nn.Module, owner: nn.Module, name: str) -> list[str]:
 # What transformers is told --------------------------------------------------------------------------------------
 
 
-def _declare_broken(edits: EditLog) -> None:
-    """Take the ties that are broken out of what the parts of the model declare."""
+def broken_ties(model: nn.Module) -> set[tuple[str, str]]:
+    """The declared ties of parameters that are not one, each as the path of the part and the name in it."""
+    broken = set()
+    for path, part in tied_parts(model):
+        for first, second in declared_ties(part).items():
+            tensors = tensor_named(part, first), tensor_named(part, second)
+            if all(tensor is not None for tensor in tensors) and tensors[0] is not tensors[1]:
+                broken.add((path, first))
+    return broken
+
+
+def declare_broken(edits: EditLog) -> None:
+    """Take the ties that are broken out of what the parts of the model declare.
+
+    Otherwise `tie_weights` of transformers puts the shared parameter back, when a model is resized, saved or loaded.
+    """
     parts = [(path, part, declared_ties(part)) for path, part in tied_parts(edits.model)]
     staying = {id(part): {a: b for a, b in ties.items() if _same(part, a, b)} for _, part, ties in parts}
     for path, part, ties in parts:

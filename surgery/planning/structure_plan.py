@@ -8,6 +8,7 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.structure_rule import StructureRule
 from surgery.errors import SiteError, SurgeryError
 from surgery.model_edits.model_edits import ModelEdits
+from surgery.model_edits.weight_ties import broken_ties, declare_broken
 from surgery.planning.matching import Match, Tree
 from surgery.planning.plan import Plan
 from surgery.planning.site_matches import match_sites
@@ -51,8 +52,11 @@ def _edited(plan: Plan, rule: StructureRule, matched: Sequence[Match], journal: 
     edits = ModelEdits(plan.model, journal, (*statuses, *rules), check_resizable)
 
     def change() -> None:
+        broken = broken_ties(plan.model)
         with HookCall(rule, "restructure", ", ".join(match.path for match in matched[:3])):
             rule.restructure(edits, [(match.path, match.module) for match in matched])
+        if broken_ties(plan.model) - broken:  # such as that of a head whose module was exchanged
+            declare_broken(edits)
         record.edits, record.copies, record.steps = edits.edits, edits.copies, edits.steps
         if state is not None:
             check_exchanged(state.sites(), record)

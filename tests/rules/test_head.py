@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from surgery import (
     PlanError,
@@ -278,3 +279,16 @@ def test_a_hot_swap_brings_the_values_of_the_head(tmp_path: Path) -> None:
     other = apply_rules(build("BertForSequenceClassification"), HeadRule(labels=4), adapter="other")
     with pytest.raises(SurgeryError, match="structure"):
         hotswap(other, "other", tmp_path)
+
+
+def test_a_tied_head_is_declared_untied() -> None:
+    """transformers ties the declared weights again when a model is resized, dispatched or loaded."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=20, tie_word_embeddings=True, **sizes)).eval()  # type: ignore[arg-type]
+    config = model.config
+    apply_rules(model, HeadRule("lm_head", labels=7))
+    model.tie_weights()
+    assert model.lm_head.weight.shape == (7, 16) and not model.config.tie_word_embeddings
+    remove(model)
+    assert model.config is config and config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
