@@ -77,12 +77,13 @@ from .storage.formats.conversion import ConversionReport, convert_adapter
 from .storage.formats.known import adapter_formats
 from .storage.formats.module_names import register_module_names
 from .storage.formats.table import AdapterFormat, KeyPrefix, ModuleNames, NameRow, TensorKey, register_format
-from .storage.hotswap import SwapReport, hotswap, pad_rank
+from .storage.hotswap import SwapReport, hotswap
 from .storage.load import load_adapter
 from .storage.load_many import load_adapters
 from .storage.load_report import LoadReport
 from .storage.load_surgery import load_surgery
 from .storage.merged_checkpoint import merge_to
+from .storage.rank_padding import pad_rank
 from .storage.save_surgery import save_surgery
 from .structures.expression import ANY, Const, having, maybe, module_of, one_of
 from .structures.fx_digraph import as_digraph, graph_of
