@@ -235,7 +235,7 @@ CALL = random(3, 16), random(1, 4, 5, 5)
         ("lora", {}), ("lora", {"use_tucker": True}), ("lora", {"weight_decompose": True}), ("lora", {"rs_lora": True}),
         ("loha", {}), ("loha", {"use_tucker": True}), ("lokr", {}), ("lokr", {"factor": 4}),
         ("lokr", {"full_matrix": True}), ("lokr", {"decompose_both": True, "factor": 4}),
-        ("lokr", {"use_tucker": True, "factor": 2}), ("full", {}), ("diag-oft", {}),
+        ("lokr", {"use_tucker": True, "factor": 2}), ("full", {}), ("diag-oft", {}), 
     ],
 )  # fmt: skip
 def test_what_lycoris_saves_is_read(tmp_path: Path, algo: str, options: dict[str, Any]) -> None:
@@ -252,6 +252,25 @@ def test_what_lycoris_saves_is_read(tmp_path: Path, algo: str, options: dict[str
     assert load_adapter(plain, tmp_path / "a.safetensors").format == "lycoris"
     assert not torch.allclose(plain(*CALL), before, atol=0.01)
     assert torch.allclose(plain(*CALL), model(*CALL), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("algo", "options"), [("boft", {}), ("boft", {"rescaled": True}), ("glora", {})])
+def test_methods_of_lycoris_for_linears(tmp_path: Path, algo: str, options: dict[str, Any]) -> None:
+    lycoris: Any = pytest.importorskip("lycoris")
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 24))
+    plain, x = copy.deepcopy(model), random(3, 6)
+    lycoris.LycorisNetwork.apply_preset({"target_module": ["Linear"], "target_name": []})
+    network = lycoris.create_lycoris(model, 1.0, 8, 3.0, algo=algo, **options)
+    network.apply_to()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, tmp_path / "a.safetensors")
+    before = plain(x)
+    load_adapter(plain, tmp_path / "a.safetensors")
+    assert not torch.allclose(plain(x), before, atol=0.01)
+    assert torch.allclose(plain(x), model(x), **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore")

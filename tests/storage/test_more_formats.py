@@ -147,6 +147,24 @@ def test_what_lycoris_has_and_no_rule_is_refused(tmp_path: Path, key: str) -> No
         load_adapter(model_of_paths({"blocks.0.to_q": nn.Linear(8, 6)}), write(tmp_path / "a.safetensors", tensors))
 
 
+def test_boft_turns_pairs_that_lie_apart(tmp_path: Path) -> None:
+    """Each stage of BOFT is an orthogonal matrix: blocks on rows that a permutation brings together."""
+    model = model_of_paths({"blocks.0.to_q": nn.Linear(8, 16)})
+    weight = model.get_submodule("blocks.0.to_q").weight.detach().clone()
+    blocks = random(3, 4, 4, 4) * 0.2
+    expected = weight
+    for stage, block in enumerate(blocks - blocks.transpose(-1, -2)):
+        rotation = torch.block_diag(*((torch.eye(4) + one) @ torch.linalg.inv(torch.eye(4) - one) for one in block))
+        apart = 2 * 2**stage
+        rows = [
+            start + half * apart + at for start in range(0, 16, 2 * apart) for at in range(apart) for half in (0, 1)
+        ]
+        gather = torch.eye(16)[rows]
+        expected = gather.T @ rotation @ gather @ expected
+    check(model, write(tmp_path / "a.safetensors", {f"{LAYERS}.oft_blocks": blocks}), "blocks.0.to_q",
+          expected - weight, "lycoris")  # fmt: skip
+
+
 def test_lokr_of_other_divisors_is_loaded_as_lora(tmp_path: Path) -> None:
     """LyCORIS exchanges the factors of a size where the first is the larger one; PEFT's LoKr does not."""
     w1, a, b = random(2, 1), random(3, 1), random(1, 8)

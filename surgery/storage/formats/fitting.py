@@ -134,19 +134,37 @@ def _thin(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _oft(change: Change, weight: Tensor) -> Tensor:
     """R W - W, with a rotation R of blocks of outputs; the file's alpha bounds the norm of its generator."""
     blocks = change.tensors["oft_blocks"].read()
-    if blocks.dim() != 3 or blocks.shape[0] * blocks.shape[1] != weight.shape[0] or blocks.shape[1] != blocks.shape[2]:
-        why = f"their shape is {tuple(blocks.shape)}, and the weight's {tuple(weight.shape)}; BOFT has four axes"
-        raise SurgeryError("the blocks of this OFT are not square blocks of the outputs", where=change.key, why=why)
-    generator, eye = (blocks - blocks.transpose(1, 2)).float(), torch.eye(blocks.shape[1])
+    butterfly = blocks.dim() == 4  # BOFT: (stages, blocks, size, size)
+    count, size, again = blocks.shape[-3:] if blocks.dim() in (3, 4) else (0, 0, 0)
+    if count * size != weight.shape[0] or size != again or butterfly and (size % 2 or 2 ** (len(blocks) - 1) > count):
+        why = f"their shape is {tuple(blocks.shape)}, and the weight's {tuple(weight.shape)}"
+        fix = "load it in LyCORIS, and save what it merges"
+        what = "the blocks of this OFT are not square blocks of the outputs"
+        raise SurgeryError(what, where=change.key, why=why, fix=fix)
+    generator, eye = (blocks - blocks.transpose(-1, -2)).float(), torch.eye(size)
     bound = float(change.tensors["alpha"].read()) * weight.shape[0] if "alpha" in change.tensors else 0.0
     norm = float(generator.norm()) + 1e-8
     if 0 < bound < norm:
         generator = generator * (bound / norm)
     rotation = (eye + generator) @ torch.linalg.inv(eye - generator)
-    turned = torch.einsum("knm,kn...->km...", rotation, weight.float().unflatten(0, blocks.shape[:2])).flatten(0, 1)
+    if butterfly:
+        turned = _butterfly(rotation, weight.float())
+    else:
+        turned = torch.einsum("knm,kn...->km...", rotation, weight.float().unflatten(0, (count, size))).flatten(0, 1)
     if "rescale" in change.tensors:
         turned = turned * change.tensors["rescale"].read().float()
     return (turned - weight.float()).to(blocks.dtype)
+
+
+def _butterfly(rotations: Tensor, weight: Tensor) -> Tensor:
+    """The outputs after all stages of BOFT: stage i turns rows that lie size / 2 · 2**i apart."""
+    for stage, rotation in enumerate(rotations):
+        size = rotation.shape[-1]
+        apart = 2**stage * size // 2
+        paired = weight.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2).unflatten(0, (-1, size))
+        turned = torch.einsum("bij,bj...->bi...", rotation, paired).flatten(0, 1)
+        weight = turned.unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
+    return weight
 
 
 def _glora(change: Change, weight: Tensor) -> Change:
