@@ -149,8 +149,8 @@ def test_what_lycoris_has_and_no_rule_is_refused(tmp_path: Path, key: str) -> No
 
 def test_boft_turns_pairs_that_lie_apart(tmp_path: Path) -> None:
     """Each stage of BOFT is an orthogonal matrix: blocks on rows that a permutation brings together."""
-    model = model_of_paths({"blocks.0.to_q": nn.Linear(8, 16)})
-    weight = model.get_submodule("blocks.0.to_q").weight.detach().clone()
+    layer = nn.Linear(8, 16)
+    model, weight = model_of_paths({"blocks.0.to_q": layer}), layer.weight.detach().clone()
     blocks = random(3, 4, 4, 4) * 0.2
     expected = weight
     for stage, block in enumerate(blocks - blocks.transpose(-1, -2)):
