@@ -65,9 +65,7 @@ def evaluate(profile: TargetProfile, source: AdapterSource) -> Evaluation:
         for path in changes:
             steps.add(path, "the scale of rsLoRA is written as alpha")
     result.problems += fill_groups(profile, changes, source.facts.paths, source.outputs_of, steps)
-    refused = {
-        path: why for path, change in changes.items() if (why := change_problem(profile, path, change, source.facts))
-    }
+    refused = {path: why for path, change in changes.items() if (why := _problem(profile, path, change, source))}
     if not refused:
         pad_ranks(profile, changes, steps)
         result.problems += fold_scales(profile, changes, steps)
@@ -81,6 +79,15 @@ def evaluate(profile: TargetProfile, source: AdapterSource) -> Evaluation:
     if not result.problems:
         _build_files(result, described, changes, source)
     return result
+
+
+def _problem(profile: TargetProfile, path: str, change: Change, source: AdapterSource) -> str | None:
+    """Why the program does not take the change of a module."""
+    if why := change_problem(profile, path, change, source.facts):
+        return why
+    if profile.format == "peft" and (name := source.checkpoint_name(path)):
+        return f"{profile.title} finds modules by their names in checkpoints, which is {name} here"
+    return None
 
 
 def _chosen(profile: TargetProfile, source: AdapterSource, result: Evaluation) -> DescribedAdapter | None:

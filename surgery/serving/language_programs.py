@@ -98,7 +98,7 @@ register_target(
             "fc1_latent_proj",
             "fc2_latent_proj",
         ),  # fmt: skip
-        groups=(_ATTENTION, _GATED),
+        groups=(_ATTENTION, _GATED, ("q_a_proj", "kv_a_proj_with_mqa")),
         tied=True,
         paths=r"(model\.)?(language_model\.)?(model\.)?layers\.\d+\..*",
         paths_reason="it finds a layer by layers.<number> of the language model",

@@ -24,6 +24,7 @@ from surgery.peft_format.adapter_config import kept_fields
 from surgery.peft_format.writing import to_peft
 from surgery.progress import Progress
 from surgery.rewritten_model.verb_root import rewritten
+from surgery.serving.checkpoint_names import CheckpointNames
 from surgery.serving.described import DescribedAdapter, from_peft_files
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.fingerprint import fingerprint
@@ -60,6 +61,10 @@ class AdapterSource:
 
     def fingerprint(self) -> Any:
         """What identifies the base; None if that is not known."""
+        return None
+
+    def checkpoint_name(self, path: str) -> str | None:
+        """The name that a module has in checkpoints, if it is another one."""
         return None
 
     def check_modules(self, changes: Mapping[str, Change]) -> None:
@@ -167,6 +172,13 @@ class ModelSource(AdapterSource):
             if theirs in fields:
                 described.contents.settings[ours] = fields[theirs]
         return described
+
+    @cached_property
+    def _checkpoint_names(self) -> CheckpointNames:
+        return CheckpointNames(self.model)
+
+    def checkpoint_name(self, path: str) -> str | None:
+        return self._checkpoint_names.other_name(path)
 
     def check_modules(self, changes: Mapping[str, Change]) -> None:
         check_modules(changes, self.model, self.facts.paths or ())

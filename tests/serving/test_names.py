@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from surgery import apply_rules, check_target, load_adapter, remove, save_adapter
 from surgery.rules import LoraRule
+from surgery.serving.checkpoint_names import CheckpointNames
 
 # class, configuration, a module here, and the name in MLX-LM 0.32.2
 MLX: list[tuple[str, dict[str, Any], str, str]] = [
@@ -81,3 +82,16 @@ def test_the_names_of_a_model_without_its_head_are_refused() -> None:
     assert check_target(model, "vllm")  # an embedding model, which vLLM names so
     gpt = apply_rules(model_of(*MLX[0][:2]), LoraRule("c_attn", rank=2))
     assert "runs GPT2LMHeadModel without adapters" in str(check_target(gpt, "vllm"))
+
+
+def test_modules_with_another_name_in_checkpoints() -> None:
+    """transformers 5 moved Mixtral's mlp; vLLM would not find the new name, and answer as the base does."""
+    sizes: dict[str, Any] = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2))
+    names = CheckpointNames(model)
+    assert names.other_name("model.layers.0.mlp.gate") == "block_sparse_moe.gate"
+    assert names.other_name("model.layers.0.self_attn.q_proj") is None
+    assert check_target(apply_rules(model, LoraRule("q_proj", rank=2)), "vllm")
+    llava = model_of(*MLX[2][:2])
+    assert CheckpointNames(llava).other_name("model.language_model.layers.0.self_attn.q_proj") is None
+    assert CheckpointNames(torch.nn.Linear(2, 2)).other_name("layers.0.a") is None
