@@ -86,8 +86,12 @@ def test_the_names_of_a_model_without_its_head_are_refused() -> None:
 
 def test_modules_with_another_name_in_checkpoints() -> None:
     """transformers 5 moved Mixtral's mlp; vLLM would not find the new name, and answer as the base does."""
-    sizes: dict[str, Any] = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
-    model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2))
+    sizes: dict[str, Any] = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
+    )
+    model = hf.MixtralForCausalLM(
+        hf.MixtralConfig(**sizes, num_hidden_layers=1, num_key_value_heads=1, num_local_experts=2)
+    )
     names = CheckpointNames(model)
     assert names.other_name("model.layers.0.mlp.gate") == "block_sparse_moe.gate"
     assert names.other_name("model.layers.0.self_attn.q_proj") is None
