@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,29 @@ def test_what_mlx_saves_is_read(tmp_path: Path) -> None:
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
     assert load_adapter(model, tmp_path / "a").format == "mlx"
     assert torch.allclose(model(ids).logits, logits(tmp_path / "a"), **CLOSE)
+
+
+class TokenLists(list[list[int]]):
+    """A data set as MLX-LM's trainer takes it."""
+
+    def process(self, tokens: list[int]) -> tuple[list[int], int]:
+        return tokens, 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_mlx_trains_is_read(tmp_path: Path, kind: str) -> None:
+    model, ids, logits = language_model(tmp_path / "base")
+    program: Any = pytest.importorskip("mlx_lm.lora")
+    theirs, _ = pytest.importorskip("mlx_lm.utils").load_model(tmp_path / "base")
+    changes = dict(fine_tune_type=kind, num_layers=2, iters=4, batch_size=2, learning_rate=0.02, max_seq_length=16)
+    changes |= dict(adapter_path=str(tmp_path / "a"), steps_per_eval=100, seed=0, val_batches=0)
+    data = TokenLists([[(7 * row + place) % 64 for place in range(12)] for row in range(4)])
+    program.train_model(SimpleNamespace(**{**program.CONFIG_DEFAULTS, **changes}), theirs, data, data)
+    before = model(ids).logits
+    assert load_adapter(model, tmp_path / "a").format == "mlx"
+    assert torch.allclose(model(ids).logits, logits(tmp_path / "a"), **CLOSE)
+    assert (model(ids).logits - before).abs().max() > 1e-3
 
 
 # llama.cpp ------------------------------------------------------------------------------------------------------
