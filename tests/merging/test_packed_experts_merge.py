@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from surgery import PlanError, apply_rules, forget, merge, merge_to, packed_stacks_of, remove, synced, unmerge
 from surgery.rules import ExpertLoraRule
-from tests.support.packed_experts import EXPERT_MODELS, ExpertModel
+from tests.support.packed_experts import EXPERT_MODELS, LAYOUTS, ExpertModel
 
 transformers: Any = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -24,7 +24,7 @@ KINDS = {
     "Qwen3MoeForCausalLM": "Qwen3MoeExperts",
     "Llama4ForCausalLM": "Llama4TextExperts",
 }
-every_layout = pytest.mark.parametrize("case", EXPERT_MODELS, ids=str)
+every_layout = pytest.mark.parametrize("case", LAYOUTS)
 both_modes = pytest.mark.parametrize("mode", ["dequantise", "requantise"])
 
 

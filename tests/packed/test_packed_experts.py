@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from surgery import SurgeryError, apply_rules, load_adapter, packed_stacks_of, remove, route, save_adapter, using
 from surgery.packed.dequantised_stack import DequantisedStack
 from surgery.rules import ExpertLoraRule
-from tests.support.packed_experts import EXPERT_MODELS, ExpertModel
+from tests.support.packed_experts import EXPERT_MODELS, LAYOUTS, ExpertModel
 
 pytest.importorskip("transformers")
-every_layout = pytest.mark.parametrize("case", EXPERT_MODELS, ids=str)
+every_layout = pytest.mark.parametrize("case", LAYOUTS)
 IDS = torch.randint(48, (2, 7), generator=torch.Generator().manual_seed(0))
 RULE = ExpertLoraRule("experts", rank=2, init="random")
 

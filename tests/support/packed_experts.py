@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EXPERT_MODELS", "ExpertModel", "Swizzled", "wrapped"]
+__all__ = ["EXPERT_MODELS", "LAYOUTS", "ExpertModel", "Swizzled", "wrapped"]
 
 HIDDEN, INTER, EXPERTS = 64, 32, 4
 
@@ -189,4 +190,10 @@ EXPERT_MODELS = [
         "Qwen3-MoE, torchao float8",
         _torchao(lambda quantization: quantization.Float8WeightOnlyConfig()),
     ),
+]
+# One of each file that reads them; the rest run in `make slow`, and all in `make quantised`.
+_FEW = ("mxfp4 of the kernels", "fp8, blocks", "torchao int8")
+LAYOUTS = [
+    pytest.param(case, id=case.name, marks=() if case.name in _FEW else pytest.mark.slow(f"as {', '.join(_FEW)}"))
+    for case in EXPERT_MODELS
 ]
