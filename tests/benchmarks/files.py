@@ -38,7 +38,7 @@ def files(setting: Setting, megabytes: int | None = None) -> Iterator[Row]:
         write(folder, megabytes, layers)
         for way in WAYS:
             _warm_up(way)
-        seconds = collected(WAYS, 1 if setting.quick else 5, partial(_seconds, folder))
+        seconds = collected(WAYS, 1 if setting.quick else min(5, setting.rounds), partial(_seconds, folder))
         peaks = {way: _peak(way, folder) for way in WAYS}
     work = f"merge into {SHARDS} files of {megabytes / SHARDS:.0f} MB, rank 16 on {7 * layers} Linears"
     ratio, peft = (seconds.ratio(way, "loop") for way in ("files", "peft"))
