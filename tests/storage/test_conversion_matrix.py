@@ -1,4 +1,7 @@
-"""Every format to every other and back: the change stays, or the error has a reason and a remedy."""
+"""Every format to every other and back: the change stays, or the error has a reason and a remedy.
+
+ALL_FORMATS=1 takes all formats as sources; otherwise three.
+"""
 
 from __future__ import annotations
 

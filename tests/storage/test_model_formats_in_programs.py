@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from surgery import merge_to
-from tests.storage.test_model_formats import IDS, adapted
+from tests.support.small_decoders import IDS, adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LLAMA_CPP = os.environ.get("LLAMA_CPP")
