@@ -107,8 +107,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             share = [request for request in requests if request[0] == play]
             with server(args.vllm, work / "merged", play, []) as running:
                 merged.append(load(running, share, args.words))
-            right += [answer == expected[request] for answer, request in zip(merged[-1]["answers"], share, strict=True)]
+            equal = [answer == expected[asked] for answer, asked in zip(merged[-1]["answers"], share, strict=True)]
+            right += equal
             show(play, merged[-1], len(share), args.words)
+            print(f"{sum(equal)} of {len(equal)} answers are the live model's" + ("" if all(equal) else ": DIFFERS"))
             shutil.rmtree(work / "merged")
         remove(model)
     clock.heading("Done")
