@@ -396,3 +396,16 @@ def test_a_table_of_embeddings_is_written_where_programs_read_one(tmp_path: Path
     with pytest.raises(SurgeryError, match="no place for a change of a table of embeddings"):
         save_adapter(model, tmp_path / "a.safetensors", format=fmt, component=component)
     assert not list(tmp_path.iterdir())
+
+
+def test_torchtune_has_one_rank_and_one_alpha(tmp_path: Path) -> None:
+    """Its recipes pass over rank_pattern and alpha_pattern."""
+    model = model_of_paths({f"model.layers.0.mlp.{name}_proj": nn.Linear(4, 4) for name in ("gate", "up", "down")})
+    apply_rules(model, LoraRule(["gate_proj", "up_proj"], rank=2, alpha=4, alpha_pattern={"up_proj": 3}, init="random"))
+    with pytest.warns(SurgeryWarning, match="one alpha: the scale of 1 modules"):
+        save_adapter(model, tmp_path / "a", format="torchtune")
+    settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert settings["lora_alpha"] in (3, 4) and not settings["alpha_pattern"]
+    apply_rules(remove(model), LoraRule(["gate_proj", "up_proj"], rank=2, rank_pattern={"up_proj": 3}, init="random"))
+    with pytest.raises(SurgeryError, match="one rank for all modules"):
+        save_adapter(model, tmp_path / "b", format="torchtune")

@@ -13,7 +13,10 @@ from surgery.errors import SurgeryError
 from surgery.storage.formats.contents import Change, Contents
 from surgery.storage.formats.scale_values import Written, alpha_of, multiply, number, ranks_and_alphas
 
-__all__ = ["read_nothing", "read_one_alpha", "read_one_scale", "write_nothing", "write_one_alpha", "write_one_scale"]
+__all__ = [
+    "fold_to_one_alpha", "one_rank", "read_nothing", "read_one_alpha", "read_one_scale", "write_nothing",
+    "write_one_alpha", "write_one_scale",
+]  # fmt: skip
 
 
 def read_one_scale(contents: Contents, settings: Any, header: Mapping[str, Any]) -> None:
@@ -35,19 +38,25 @@ def read_one_scale(contents: Contents, settings: Any, header: Mapping[str, Any])
 
 def write_one_scale(contents: Contents, written: Written) -> None:
     scale = _fold(contents, written, "one scale", lambda change: change.scale, lambda value, change: value)
+    rank = one_rank(contents)
+    kinds = {"dora" if "magnitude" in change.tensors else "lora" for _, _, change in contents.each()}
+    if len(kinds) > 1:
+        raise SurgeryError("the format holds LoRA or DoRA, and the adapter has both", fix="choose another format")
+    paths = [path for _, path, _ in contents.each()]
+    layers = {hit[1] for path in paths if (hit := re.search(r"\.(\d+)\.", path))}
+    written.values |= {"scale": scale, "rank": rank, "kind": kinds.pop(), "paths": paths, "layers": len(layers)}
+    written.values["dropout"] = contents.settings.get("dropout", 0.0)
+
+
+def one_rank(contents: Contents) -> int:
+    """The rank of all changes. `SurgeryError` if there are several."""
     ranks, _ = ranks_and_alphas(contents)
     if len(ranks) > 1:
         raise SurgeryError(
             f"the format has one rank for all modules, and the adapter has {', '.join(map(str, sorted(ranks)))}",
             fix="train with one rank, or choose another format",
         )
-    kinds = {"dora" if "magnitude" in change.tensors else "lora" for _, _, change in contents.each()}
-    if len(kinds) > 1:
-        raise SurgeryError("the format holds LoRA or DoRA, and the adapter has both", fix="choose another format")
-    paths = [path for _, path, _ in contents.each()]
-    layers = {hit[1] for path in paths if (hit := re.search(r"\.(\d+)\.", path))}
-    written.values |= {"scale": scale, "rank": ranks[0], "kind": kinds.pop(), "paths": paths, "layers": len(layers)}
-    written.values["dropout"] = contents.settings.get("dropout", 0.0)
+    return ranks[0]
 
 
 def read_one_alpha(contents: Contents, settings: Any, header: Mapping[str, Any]) -> None:
@@ -63,14 +72,19 @@ def read_one_alpha(contents: Contents, settings: Any, header: Mapping[str, Any])
         contents.settings["invocation"] = [int(token) for token in tokens]
 
 
-def write_one_alpha(contents: Contents, written: Written) -> None:
-    alpha = _fold(
+def fold_to_one_alpha(contents: Contents, written: Written) -> float:
+    """The most frequent alpha; what is left of other scales is multiplied into B."""
+    return _fold(
         contents,
         written,
         "one alpha",
         lambda change: alpha_of(change.scale, change.rank),
         lambda v, change: v / change.rank,
     )
+
+
+def write_one_alpha(contents: Contents, written: Written) -> None:
+    alpha = fold_to_one_alpha(contents, written)
     rounded = torch.tensor(alpha, dtype=torch.float32).item()
     if rounded != alpha:
         written.notes.append(f"alpha {alpha!r} is rounded to float32, {rounded!r}")
