@@ -36,15 +36,15 @@ register_target(
         format="comfyui",
         sources={
             "methods": "comfy/weight_adapter/__init__.py",
-            "dora": "comfy/weight_adapter/lora.py",
+            "dora": "comfy/weight_adapter/base.py",
             "ranks": "comfy/weight_adapter/lora.py",
             "scale": "comfy/weight_adapter/lora.py",
             "convolutions": "comfy/weight_adapter/lora.py",
             "classes": "comfy/lora.py",
         },
         methods=("lora", "loha", "lokr", "difference"),
-        dora=True,
         convolutions="all",
         command="FOLDER/comfyui_lora.safetensors goes into models/loras",
+        notes=("ComfyUI divides DoRA's magnitude by the norm of the base's weight, so DoRA becomes a LoRA.",),
     )
 )
