@@ -111,6 +111,25 @@ def test_what_can_not_be_converted_is_refused(tmp_path: Path, fields: dict[str, 
     assert not (tmp_path / "b").exists()
 
 
+def test_the_base_of_a_component_changes_no_names(tmp_path: Path) -> None:
+    """Keys of a pipeline's file begin with the component, whose modules a base lists without it."""
+    tensors = {"text_encoder.a.lora_A.weight": random(2, 4), "text_encoder.a.lora_B.weight": random(4, 2)}
+    header = {"lora_adapter_metadata": json.dumps({"text_encoder.r": 2, "text_encoder.lora_alpha": 4})}
+    source = write(tmp_path / "pytorch_lora_weights.safetensors", tensors, header)
+    base = model_of_paths({"a": nn.Linear(4, 4)})
+    report = convert_adapter(source, tmp_path / "b", format="kohya", base=base)
+    assert (report.source_format, report.modules) == ("diffusers", ["text_encoder.a"])
+
+
+def test_a_folder_with_a_file_of_openvino(tmp_path: Path) -> None:
+    """Its keys are PEFT's, and its name tells the format."""
+    tensors = {"base_model.model.a.lora_A.weight": random(2, 4), "base_model.model.a.lora_B.weight": random(4, 2)}
+    write(tmp_path / "a/openvino_lora.safetensors", tensors)
+    report = load_adapter(model_of_paths({"a": nn.Linear(4, 4)}), tmp_path / "a")
+    assert report.format == "openvino" and "by its name, the file has the format 'openvino'" in report.assumed[0]
+    assert convert_adapter(tmp_path / "a", tmp_path / "b", format="mlx").source_format == "openvino"
+
+
 def test_two_alphas_for_one_layer(tmp_path: Path) -> None:
     tensors = {"unet.a.lora_A.weight": random(2, 4), "unet.a.lora_B.weight": random(4, 2)}
     tensors["unet.a.alpha"] = torch.tensor(3.0)

@@ -18,7 +18,7 @@ from surgery.storage.formats.files import open_file, settings_beside
 from surgery.storage.formats.hub import OnModel, on_model
 from surgery.storage.formats.place import ENDINGS, adapter_file
 from surgery.storage.formats.reading import read_contents
-from surgery.storage.formats.table import AdapterFormat, format_named
+from surgery.storage.formats.table import AdapterFormat, format_named, formats
 
 __all__ = ["OWN_READER", "OtherAdapter", "find_other", "read_other"]
 
@@ -28,12 +28,15 @@ _OF_PIPELINES = frozenset({"diffusers", "diffusers-old"})
 
 @dataclass
 class OtherAdapter:
-    """A file of another program's format, before a model is known."""
+    """A file of another program's format, before a model is known.
+
+    `told_by`: what tells the format, "keys" or "name"; None: the caller.
+    """
 
     path: Path
     file: TensorFile
     adapter_format: AdapterFormat
-    by_keys: bool
+    told_by: str | None
 
 
 def find_other(place: Path, name: str | None, pipeline: bool = False) -> OtherAdapter | None:
@@ -56,12 +59,15 @@ def find_other(place: Path, name: str | None, pipeline: bool = False) -> OtherAd
         return None
     file = open_file(path)
     if adapter_format is not None:
-        return OtherAdapter(path, file, adapter_format, False)
+        return OtherAdapter(path, file, adapter_format, None)
     keys, containers = list(file.shapes), (ENDINGS[path.suffix],)
     adapter_format = format_of_keys(keys, containers) or likely_format(keys, containers)
-    if adapter_format is None or adapter_format.name in own_reader:
+    if adapter_format is None:
         return None
-    return OtherAdapter(path, file, adapter_format, True)
+    for each in formats().values():  # keys of PEFT under the name of another program's file
+        if path.name in each.files and adapter_format.name in each.contains and each.name not in own_reader:
+            return OtherAdapter(path, file, each, "name")
+    return None if adapter_format.name in own_reader else OtherAdapter(path, file, adapter_format, "keys")
 
 
 def read_other(
@@ -70,9 +76,11 @@ def read_other(
     """The adapter in PEFT's terms, for a model; `assumed` says of which format it was read."""
     settings = settings_beside(other.path, other.adapter_format) if config is None else dict(config)
     contents = read_contents(other.adapter_format, other.file, settings, facts_of_model(model))
-    if other.by_keys:
+    if other.told_by is not None:
         title = other.adapter_format.title
-        contents.assumed.insert(0, f"by its keys, the file has the format {other.adapter_format.name!r}: {title}")
+        contents.assumed.insert(
+            0, f"by its {other.told_by}, the file has the format {other.adapter_format.name!r}: {title}"
+        )
     try:
         return on_model(contents, model, component, other.file.metadata)
     except SurgeryError:
