@@ -22,6 +22,8 @@ from tests.support.exporter import keep_tables
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+collect_ignore_glob = ["reports/interop/programs/*"]  # scripts that run in environments of other programs
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests marked `slow`, but with SLOW=1 (`make slow`), and with ALL_ONNX=1 those of exports."""

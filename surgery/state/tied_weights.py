@@ -52,11 +52,12 @@ def say_untied(model: nn.Module, journal: Journal) -> Untied:
         if any(tensor_named(part, a) is not tensor_named(part, b) for a, b in pairs.items())
     ]
     config_ids = {id(config) for part in broken for config in configs_of(part)}
+    slots: dict[int, tuple[int, str]] = {}
     for path, part, pairs in parts:
         if not pairs or id(part.config) not in config_ids:
             continue
-        for target, source in pairs.items():
-            _separate(path, part, target, source, untied, journal)
+        for name in dict.fromkeys([*pairs.values(), *pairs]):  # those that others are tied to keep their tensor
+            _separate(path, part, name, slots, untied, journal)
         for inside, config in enumerate(configs_of(part) if not computes_by_flag(part) else ()):
             if getattr(config, FLAG, False):
                 untied.flags.append((path, bool(inside)))
@@ -102,15 +103,24 @@ def retie(model: nn.Module, untied: Untied, journal: Journal) -> None:
             setattr(config, FLAG, True)
 
 
-def _separate(path: str, part: nn.Module, target: str, source: str, untied: Untied, journal: Journal) -> None:
-    """Replace a shared parameter by a separate copy with the same numbers."""
-    inner, _, name = target.rpartition(".")
-    owner, shared = module_at(part, inner), tensor_named(part, target)
-    if owner is None or not isinstance(shared, nn.Parameter) or shared is not tensor_named(part, source):
+def _separate(
+    path: str, part: nn.Module, name: str, slots: dict[int, tuple[int, str]], untied: Untied, journal: Journal
+) -> None:
+    """Replace a parameter that stands in another slot, too, by a separate copy with the same numbers.
+
+    `slots`: the first slot of each parameter, as its module's identity and its name, by the parameter's identity.
+    """
+    inner, _, last = name.rpartition(".")
+    owner, shared = module_at(part, inner), tensor_named(part, name)
+    if owner is None or not isinstance(shared, nn.Parameter):
+        return
+    slot = (id(owner), last)
+    if slots.setdefault(id(shared), slot) == slot:
         return
     journal.keep(owner._parameters)
-    untied.parameters.append((".".join(filter(None, (path, inner))), name, shared))
-    owner._parameters[name] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+    untied.parameters.append((".".join(filter(None, (path, inner))), last, shared))
+    copied = owner._parameters[last] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+    slots[id(copied)] = slot
 
 
 def _set(path: str, part: Any, name: str, value: Any, untied: Untied, journal: Journal) -> None:

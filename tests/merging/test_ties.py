@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "llama": (llama, ("lm_head", "embed_tokens")),
     "gpt2": (gpt2, ("lm_head", "wte")),
     "bert": (bert, ("decoder", "word_embeddings")),
-    "t5": (t5, ("lm_head", "encoder.embed_tokens")),
+    "t5": (t5, ("lm_head", "encoder.embed_tokens", "shared")),
 }
 CASES = [(name, target) for name, (_, targets) in MODELS.items() for target in targets]
 
