@@ -180,7 +180,7 @@ def test_a_scale_of_lokr_in_full_is_told(tmp_path: Path) -> None:
     model = apply_rules(model_of_paths({"a": nn.Linear(4, 4)}), LokrRule("a", rank=2, alpha=3, init="random"))
     x = random(2, 4)
     expected = model.get_submodule("a")(x)
-    with pytest.warns(SurgeryWarning, match="at a it is multiplied into lokr_w1"):
+    with pytest.warns(SurgeryWarning, match="it is multiplied into lokr_w1, at a"):
         save_adapter(model, tmp_path, format="lycoris")
     load_adapter(remove(model), tmp_path)
     assert torch.allclose(model.get_submodule("a")(x), expected, **CLOSE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, abbreviate
 from surgery.storage.formats.contents import Change, Contents
 from surgery.storage.formats.file_tensor import FileTensor
 from surgery.storage.formats.scale_values import Written, alpha_of, multiply, number, ranks_and_alphas
@@ -52,29 +52,44 @@ def _take_alpha(change: Change, common: float | None) -> bool:
 
 
 def write_alpha_keys(contents: Contents, written: Written) -> None:
+    multiplied, unopened = list[str](), list[str]()
     for _, path, change in contents.each():
         if not change.rank and change.kind != "lokr":
             continue
         if change.kind == "lokr":
-            _write_lokr_scale(path, change, written)
+            if _multiply_lokr_scale(change):
+                multiplied.append(path)
+            if _is_larger_first(change):
+                unopened.append(path)
         dtype = next(iter(change.tensors.values())).dtype
         alpha = torch.tensor(alpha_of(change.scale, change.rank) if change.rank else 1.0, dtype=torch.float64)
         fits = dtype.is_floating_point and torch.equal(alpha.to(dtype).double(), alpha)
         change.tensors["alpha"] = FileTensor.of(alpha.to(dtype if fits else torch.float32))
     ranks, alphas = ranks_and_alphas(contents)
     written.values |= {"rank": ranks[0] if ranks else 0, "alpha": alphas[0] if alphas else 1}
+    if multiplied:
+        where = abbreviate(multiplied, "modules")
+        written.notes.append(f"LyCORIS has no scale for a LoKr in full: it is multiplied into lokr_w1, at {where}")
+    if unopened:
+        where = abbreviate(unopened, "modules")
+        written.notes.append(f"LyCORIS itself does not open a LoKr whose first factor is the larger one, as at {where}")
 
 
-def _write_lokr_scale(path: str, change: Change, written: Written) -> None:
-    """LyCORIS gives factors in full the scale 1, and divides sizes so that the first factor is the smaller one."""
+def _multiply_lokr_scale(change: Change) -> bool:
+    """Multiplies the scale into a LoKr in full, to which LyCORIS gives the scale 1. Returns whether it did."""
+    tensors, scale = change.tensors, change.scale
+    if not {"lokr_w1", "lokr_w2"} <= set(tensors) or scale == 1:
+        return False
+    tensors["lokr_w1"] = tensors["lokr_w1"].convert(lambda w1: multiply(w1, scale))
+    change.scale = 1.0
+    return True
+
+
+def _is_larger_first(change: Change) -> bool:
+    """Whether the first factor is the larger one: LyCORIS divides sizes so that it is the smaller one."""
     tensors = change.tensors
-    if {"lokr_w1", "lokr_w2"} <= set(tensors) and change.scale != 1:
-        scale = change.scale
-        tensors["lokr_w1"] = tensors["lokr_w1"].convert(lambda w1: multiply(w1, scale))
-        change.scale = 1.0
-        written.notes.append(f"LyCORIS has no scale for a LoKr in full: at {path} it is multiplied into lokr_w1")
-    if "lokr_w1" in tensors and "lokr_t2" not in tensors:
-        halves = [tensors.get("lokr_w2") or tensors[f"lokr_w2_{name}"] for name in "ab"]
-        second = [half.shape[axis] for axis, half in enumerate(halves)]
-        if any(one > two for one, two in zip(tensors["lokr_w1"].shape, second, strict=True)):
-            written.notes.append(f"LyCORIS itself does not open the LoKr at {path}: its first factor is the larger one")
+    if "lokr_w1" not in tensors or "lokr_t2" in tensors:
+        return False
+    halves = [tensors.get("lokr_w2") or tensors[f"lokr_w2_{name}"] for name in "ab"]
+    second = [half.shape[axis] for axis, half in enumerate(halves)]
+    return any(one > two for one, two in zip(tensors["lokr_w1"].shape, second, strict=True))

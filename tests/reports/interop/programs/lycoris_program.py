@@ -12,6 +12,9 @@ import pipeline_calls
 
 def open_base(job: dict[str, Any]) -> Any:
     kohya: Any = importlib.import_module("lycoris.kohya")
+    # lycoris makes a network of all layers before it reads the file. In UNets of diffusers it meets time_embedding by
+    # its class and by its name, and stops there, so the names are left out.
+    kohya.LycorisNetworkKohya.apply_preset({"unet_target_name": []})
 
     def network(pipeline: Any, path: str) -> Any:
         (file,) = Path(path).glob("*.safetensors")
