@@ -17,6 +17,7 @@ def test_a_line_runs() -> None:
     assert "Llama" in first.work and "MiniLM" in second.work and 0.3 < first.figure < 1.0
 
 
+@pytest.mark.slow("two lines of the benchmarks with many adapters: test_a_line_runs runs one line")
 def test_many_adapters_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     full = models._llama
