@@ -23,6 +23,8 @@ _FILES = {
     "FbgemmFp8Llama4TextExperts": "surgery.packed.fp8_experts",
 }
 TORCHAO = frozenset({"Int8Tensor", "Float8Tensor", "Int4Tensor"})  # the classes of its tensors that can be stacks
+# The same by the class of a parameter, which a module of any class may have.
+_FILES_OF_PARAMETERS = dict.fromkeys(TORCHAO, "surgery.packed.torchao_stack")
 
 
 class PackedStack(PackedTensors):
@@ -86,10 +88,10 @@ def _file_of(base: type[nn.Module]) -> ModuleType | None:
 
 
 def _file_by_parameters(module: nn.Module) -> ModuleType | None:
-    """The file that reads parameters of torchao's classes, which a module of any class may have."""
-    if not any(type(tensor).__name__ in TORCHAO for tensor in module._parameters.values()):
-        return None
-    return import_module("surgery.packed.torchao_stack")
+    """The file that reads a module by the classes of its parameters."""
+    names = (_FILES_OF_PARAMETERS.get(type(tensor).__name__) for tensor in module._parameters.values())
+    name = next(filter(None, names), None)
+    return None if name is None else import_module(name)
 
 
 _known: WeakKeyDictionary[type, str | None] = WeakKeyDictionary()

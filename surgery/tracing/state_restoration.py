@@ -9,7 +9,6 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from surgery.packed.packed_weight import packed_weight_of
 from surgery.patterns.module_walk import base_modules
 from surgery.sharded_tensors import sharding_of
-from surgery.transaction.undo_log import Trial
+from surgery.transaction.undo_log import Trial, refill
 
 __all__ = ["restore_modules", "restore_state"]
 
@@ -70,7 +69,7 @@ class _Before:
         if type(self.module) is not self.cls or self._sharded_meanwhile():
             return
         for container, items in self.containers:
-            _refill(container, items)
+            refill(container, items)
         for tensor, before in self.memory:
             if _is_plain(tensor) and not _has_memory_of(tensor, before):
                 tensor.data = before
@@ -101,25 +100,6 @@ def _has_memory_of(tensor: Tensor, other: Tensor) -> bool:
         and tensor.stride() == other.stride()
         and tensor.data_ptr() == other.data_ptr()
     )
-
-
-def _refill(container: Any, items: Any) -> None:
-    """Give a list, dict or set the same items again, by identity. What did not change is not written."""
-    if isinstance(container, list):
-        if list(map(id, container)) != list(map(id, items)):
-            container[:] = items
-    elif isinstance(container, set):
-        container.intersection_update(items)
-        container.update(items)
-    else:
-        for key in container.keys() - items.keys():
-            del container[key]
-        for key, value in items.items():
-            if key not in container or container[key] is not value:
-                container[key] = value
-        if list(container) != list(items):
-            container.clear()
-            container.update(items)
 
 
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")

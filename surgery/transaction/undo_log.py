@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ABSENT", "Journal", "Trial"]
+__all__ = ["ABSENT", "Journal", "Trial", "refill"]
 
 ABSENT: Any = object()  # the value of a missing attribute or key
 
@@ -42,7 +42,7 @@ class Journal:
     def keep(self, *containers: dict[Any, Any] | list[Any] | set[Any]) -> None:
         """Note the present items of containers, with their order."""
         for container in containers:
-            self._undo.append((_refill, (container, container.copy())))
+            self._undo.append((refill, (container, container.copy())))
 
     def attribute(self, owner: Any, name: str) -> None:
         """Note the present value of an attribute before it is set."""
@@ -102,16 +102,20 @@ class _Open(threading.local):
 _open = _Open()
 
 
-def _refill(container: Any, items: Any) -> None:
+def refill(container: Any, items: Any) -> None:
+    """Give a list, dict or set the same items again, by identity. What did not change is not written."""
     if isinstance(container, list):
-        container[:] = items
+        if list(map(id, container)) != list(map(id, items)):
+            container[:] = items
     elif isinstance(container, set):
         container.intersection_update(items)
         container.update(items)
     else:
         for key in container.keys() - items.keys():
             del container[key]
-        container.update(items)
+        for key, value in items.items():
+            if key not in container or container[key] is not value:
+                container[key] = value
         if list(container) != list(items):
             container.clear()
             container.update(items)
